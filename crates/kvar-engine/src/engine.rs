@@ -1,0 +1,215 @@
+//! A shard and its device: the small reactor around the state machine.
+
+use crate::format::{OpenError, mend_superblock};
+use crate::index::Index;
+use crate::layout::{PAGE, Superblock};
+use crate::recovery::{RecoveryReport, recover};
+use crate::shard::{
+    BlockStat, Counters, EngineConfig, Event, GetRequest, PutRequest, PutTicket, Shard,
+    ShardStatus, ShutdownReport,
+};
+use kvar_base::{BlockId, Moment, PutOutcome, SECTIONS_MAX};
+use kvar_io::{Arena, Completion, Device};
+use std::os::fd::RawFd;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+/// Memory for directories, footers, checkpoint chunks and the gaps between blocks.
+const RESERVE_BYTES: usize = 16 << 20;
+/// Memory for blocks that reclaim carries over, beside two of the largest.
+const MOVING_BYTES: usize = 8 << 20;
+
+/// How large an [`Arena`] a shard needs: its DRAM and a reserve for input and output (24 MiB and
+/// two of the largest blocks).
+#[must_use]
+pub fn arena_bytes(config: &EngineConfig, superblock: &Superblock) -> usize {
+    let largest = superblock.block_bytes_max() as usize + SECTIONS_MAX * PAGE;
+    config.dram_bytes as usize + RESERVE_BYTES + MOVING_BYTES + 2 * largest
+}
+
+/// One shard with its device. Nothing blocks after [`open`](Self::open).
+///
+/// Calls queue work and answers; [`turn`](Self::turn) moves both. The order of a loop is: calls,
+/// `turn`, `events`, then sleep until [`readiness`](Self::readiness) or [`next_timer`](Self::next_timer).
+pub struct Engine {
+    // The device first: it is dropped first and waits for operations that hold arena memory.
+    device: Box<dyn Device>,
+    shard: Shard,
+    completions: Vec<Completion>,
+}
+
+impl Engine {
+    /// Opens a shard: reads checkpoint and records, mends superblock copies. Blocks.
+    ///
+    /// # Errors
+    /// When the device fails or has no such shard.
+    pub fn open(
+        mut device: Box<dyn Device>,
+        arena: Arena,
+        superblock: &Superblock,
+        shard: u32,
+        config: EngineConfig,
+        now: Moment,
+    ) -> Result<(Self, RecoveryReport), OpenError> {
+        let (shard, mut report) = Self::load(&mut *device, arena, superblock, shard, config)?;
+        if shard.number == 0 {
+            // A copy that cannot be written is a lost copy; two others agreed.
+            report.superblock_copies_mended =
+                mend_superblock(&mut *device, &shard.arena, superblock).unwrap_or(0);
+        }
+        let mut engine = Self {
+            device,
+            shard,
+            completions: Vec::new(),
+        };
+        engine.turn(now);
+        Ok((engine, report))
+    }
+
+    /// The shard as it is on the device; writes nothing.
+    pub(crate) fn load(
+        device: &mut dyn Device,
+        arena: Arena,
+        superblock: &Superblock,
+        shard: u32,
+        config: EngineConfig,
+    ) -> Result<(Shard, RecoveryReport), OpenError> {
+        if shard >= superblock.shards {
+            return Err(OpenError::NoSuchShard {
+                shard,
+                shards: superblock.shards,
+            });
+        }
+        let seed = xxh3_64_with_seed(&superblock.secret, u64::from(shard));
+        let index = Index::new(superblock.buckets, seed);
+        let mut shard = Shard::new(superblock, shard, config, arena, index);
+        let report = recover(device, &mut shard)?;
+        Ok((shard, report))
+    }
+
+    /// Which ids are visible, in order; refreshes them. `request` as in [`crate::Touch`].
+    pub fn lookup(&mut self, ids: &[BlockId], request: u64) -> Vec<bool> {
+        self.shard.lookup(ids, request)
+    }
+
+    /// Reads a block; ends in [`Event::Get`].
+    pub fn get(&mut self, now: Moment, token: u64, request: GetRequest) {
+        self.shard.get(now, token, request);
+    }
+
+    /// Announces a put: room for its bytes, or why not.
+    ///
+    /// # Errors
+    /// The outcome, when the bytes are not wanted.
+    pub fn put_begin(
+        &mut self,
+        now: Moment,
+        request: &PutRequest,
+    ) -> Result<PutTicket, PutOutcome> {
+        self.shard.put_begin(now, request)
+    }
+
+    /// The bytes are in the ticket: verifies them; ends in [`Event::Put`].
+    pub fn put_commit(&mut self, now: Moment, token: u64, ticket: PutTicket) {
+        self.shard.put_commit(now, token, ticket);
+    }
+
+    /// The bytes will not come.
+    pub fn put_abort(&mut self, ticket: PutTicket) {
+        self.shard.put_abort(ticket);
+    }
+
+    /// Removes blocks; ends in [`Event::Done`] when flushed.
+    pub fn remove(&mut self, token: u64, ids: &[BlockId]) {
+        self.shard.remove(token, ids);
+    }
+
+    /// Removes every block; ends in [`Event::Done`] when flushed.
+    pub fn purge(&mut self, token: u64) {
+        self.shard.purge(token);
+    }
+
+    /// Ends in [`Event::Done`] when all that was acknowledged before is flushed.
+    pub fn flush(&mut self, token: u64) {
+        self.shard.flush(token);
+    }
+
+    /// What is known of a block without reading it.
+    #[must_use]
+    pub fn stat(&self, id: &BlockId) -> Option<BlockStat> {
+        self.shard.stat(id)
+    }
+
+    /// Completions in, due work, operations out. Never blocks.
+    pub fn turn(&mut self, now: Moment) {
+        self.device.poll(&mut self.completions);
+        for completion in self.completions.drain(..) {
+            self.shard.complete(now, completion);
+        }
+        self.shard.step(now);
+        for (token, op) in self.shard.out.drain(..) {
+            self.device.submit(token, op);
+        }
+        // A refusal leaves the queue with the device; the next turn tries again.
+        if let Err(error) = self.device.kick() {
+            self.shard.device_refused(now, &error);
+        }
+    }
+
+    /// Answers since the last call.
+    pub fn events(&mut self) -> std::vec::Drain<'_, Event> {
+        self.shard.events.drain(..)
+    }
+
+    /// Whether there are answers to take, or operations that [`turn`](Self::turn) would hand over.
+    #[must_use]
+    pub fn has_work(&self) -> bool {
+        !self.shard.events.is_empty() || !self.shard.out.is_empty()
+    }
+
+    /// When [`turn`](Self::turn) has something to do even if nothing happens.
+    #[must_use]
+    pub fn next_timer(&self) -> Option<Moment> {
+        self.shard.next_timer()
+    }
+
+    /// Readable when completions wait; `None` for a device that needs no waiting.
+    #[must_use]
+    pub fn readiness(&self) -> Option<RawFd> {
+        self.device.readiness()
+    }
+
+    /// Operations under way.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.device.in_flight()
+    }
+
+    /// How the device does I/O, in a word.
+    #[must_use]
+    pub fn io_engine(&self) -> &'static str {
+        self.device.engine()
+    }
+
+    /// The shard at this moment.
+    #[must_use]
+    pub fn status(&self, now: Moment) -> ShardStatus {
+        self.shard.status(now)
+    }
+
+    /// What was counted.
+    #[must_use]
+    pub fn counters(&self) -> &Counters {
+        self.shard.counters()
+    }
+
+    /// Writes everything and a checkpoint, within `shutdown_flush`; puts are Busy from now on.
+    pub fn begin_shutdown(&mut self, now: Moment) {
+        self.shard.begin_shutdown(now);
+    }
+
+    /// What became of memory, once that is over.
+    #[must_use]
+    pub fn shutdown_report(&self) -> Option<ShutdownReport> {
+        self.shard.shutdown_report()
+    }
+}

@@ -1,0 +1,483 @@
+//! Where blocks lie on the device: a table in RAM without keys, 64 bytes for 3 entries.
+//!
+//! ```text
+//! bucket  = 3 x check64 | 3 x word | 3 x tail | 4 spare          64 bytes, one cache line
+//! word    = position 30 (pages from the shard's first segment; 0 = empty) | tag 30
+//!           | touched 1 | frequency 2 | sectioned 1
+//! tail    = length 24 (exact bytes - 1, or pages of a sectioned block) | stamp 8
+//! ```
+//!
+//! An id has two buckets; the second is found from the first and the tag, so that an entry can
+//! move without its id. A full pair relocates one entry once, then evicts the coldest of the six.
+//! Two ids with one tag in one pair are told apart by `check64` when the bytes are read (once in
+//! 10^8 lookups).
+
+use crate::layout::SLOTS_PER_BUCKET;
+use kvar_base::BlockId;
+use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_seed};
+
+const SLOTS: usize = SLOTS_PER_BUCKET as usize;
+const POSITION_BITS: u32 = 30;
+const TAG_BITS: u32 = 30;
+const POSITION_MASK: u64 = (1 << POSITION_BITS) - 1;
+const TAG_MASK: u64 = (1 << TAG_BITS) - 1;
+const TOUCHED: u64 = 1 << 60;
+const FREQUENCY_SHIFT: u32 = 61;
+const SECTIONED: u64 = 1 << 63;
+
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[repr(C, align(64))]
+struct Bucket {
+    check: [u64; SLOTS],
+    word: [u64; SLOTS],
+    tail: [u32; SLOTS],
+    spare: u32,
+}
+
+const _: () = assert!(size_of::<Bucket>() == 64);
+
+/// Bytes of a bucket, in memory and in a checkpoint.
+pub(crate) const BUCKET_BYTES: usize = size_of::<Bucket>();
+
+/// What the index knows of a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Check of the stored head.
+    pub check64: u64,
+    /// Pages from the start of the shard's first segment; never 0.
+    pub position: u32,
+    /// Exact bytes of a block of one section; whole pages in bytes of a sectioned one.
+    pub len: u32,
+    /// Begins with a section directory.
+    pub sectioned: bool,
+    /// Read or put again since it was last written.
+    pub touched: bool,
+    /// How often, 0..=3.
+    pub frequency: u8,
+    /// Coarse moment of the last touch.
+    pub stamp: u8,
+}
+
+/// A place in the table; good until the next insert or remove.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotRef {
+    bucket: usize,
+    slot: usize,
+}
+
+/// What an insert had to give up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Inserted {
+    /// There was room.
+    Added,
+    /// It was known; its place is the new one now.
+    Replaced(Entry),
+    /// Another block's entry had to go.
+    Evicted(Entry),
+}
+
+/// The table of one shard.
+pub struct Index {
+    buckets: Vec<Bucket>,
+    seed: u64,
+    entries: usize,
+}
+
+struct Home {
+    first: usize,
+    second: usize,
+    tag: u64,
+}
+
+impl Index {
+    /// An empty table; `seed` keeps outsiders from choosing ids that collide.
+    #[must_use]
+    pub fn new(buckets: u64, seed: u64) -> Self {
+        Self {
+            buckets: vec![Bucket::default(); buckets.max(1) as usize],
+            seed,
+            entries: 0,
+        }
+    }
+
+    /// Entries in use.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.entries
+    }
+
+    /// Whether it holds nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries == 0
+    }
+
+    /// Memory of the table in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.buckets.len() * BUCKET_BYTES
+    }
+
+    /// Buckets.
+    #[must_use]
+    pub fn bucket_count(&self) -> usize {
+        self.buckets.len()
+    }
+
+    /// Seed of the hash.
+    #[must_use]
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    fn home(&self, id: &BlockId) -> Home {
+        let hash = xxh3_128_with_seed(id.as_bytes(), self.seed);
+        let tag = (hash >> 64) as u64 & TAG_MASK;
+        let first = ((u128::from(hash as u64) * self.buckets.len() as u128) >> 64) as usize;
+        Home {
+            first,
+            second: self.other(first, tag),
+            tag,
+        }
+    }
+
+    /// The second bucket of an entry that lies in `bucket`: going there and back ends where it began.
+    fn other(&self, bucket: usize, tag: u64) -> usize {
+        let count = self.buckets.len();
+        let sum = (xxh3_64(&tag.to_le_bytes()) % count as u64) as usize;
+        (sum + count - bucket) % count
+    }
+
+    fn find_slot(&self, home: &Home) -> Option<SlotRef> {
+        for bucket in [home.first, home.second] {
+            for slot in 0..SLOTS {
+                let word = self.buckets[bucket].word[slot];
+                if word & POSITION_MASK != 0 && word >> POSITION_BITS & TAG_MASK == home.tag {
+                    return Some(SlotRef { bucket, slot });
+                }
+            }
+        }
+        None
+    }
+
+    /// The entry of an id. Cost: one hash, one or two cache lines.
+    #[must_use]
+    pub fn find(&self, id: &BlockId) -> Option<(SlotRef, Entry)> {
+        let at = self.find_slot(&self.home(id))?;
+        Some((at, self.entry(at)))
+    }
+
+    fn entry(&self, at: SlotRef) -> Entry {
+        let bucket = &self.buckets[at.bucket];
+        let (word, tail) = (bucket.word[at.slot], bucket.tail[at.slot]);
+        let sectioned = word & SECTIONED != 0;
+        let raw_len = tail >> 8;
+        Entry {
+            check64: bucket.check[at.slot],
+            position: (word & POSITION_MASK) as u32,
+            len: if sectioned {
+                raw_len << 12
+            } else {
+                raw_len + 1
+            },
+            sectioned,
+            touched: word & TOUCHED != 0,
+            frequency: (word >> FREQUENCY_SHIFT & 3) as u8,
+            stamp: tail as u8,
+        }
+    }
+
+    fn set(&mut self, at: SlotRef, tag: u64, entry: &Entry) {
+        let raw_len = if entry.sectioned {
+            entry.len >> 12
+        } else {
+            entry.len - 1
+        };
+        let bucket = &mut self.buckets[at.bucket];
+        bucket.check[at.slot] = entry.check64;
+        bucket.word[at.slot] = u64::from(entry.position)
+            | tag << POSITION_BITS
+            | if entry.touched { TOUCHED } else { 0 }
+            | u64::from(entry.frequency.min(3)) << FREQUENCY_SHIFT
+            | if entry.sectioned { SECTIONED } else { 0 };
+        bucket.tail[at.slot] = raw_len << 8 | u32::from(entry.stamp);
+    }
+
+    /// Adds or moves the entry of an id. `age` tells how old a stamp is; it is asked only when the
+    /// six places of the id are full.
+    pub fn insert(&mut self, id: &BlockId, entry: &Entry, age: impl Fn(u8) -> u8) -> Inserted {
+        debug_assert!(
+            entry.position != 0 && u64::from(entry.position) <= POSITION_MASK && entry.len > 0
+        );
+        let home = self.home(id);
+        if let Some(at) = self.find_slot(&home) {
+            let before = self.entry(at);
+            self.set(at, home.tag, entry);
+            return Inserted::Replaced(before);
+        }
+        if let Some(at) = self.free_slot(home.first, home.second) {
+            self.set(at, home.tag, entry);
+            self.entries += 1;
+            return Inserted::Added;
+        }
+        let taken = [home.first, home.second]
+            .into_iter()
+            .flat_map(|bucket| (0..SLOTS).map(move |slot| SlotRef { bucket, slot }));
+        for at in taken.clone() {
+            let tag = self.tag(at);
+            let target = self.other(at.bucket, tag);
+            if let Some(free) = self.free_in(target) {
+                let moved = self.entry(at);
+                self.set(free, tag, &moved);
+                self.set(at, home.tag, entry);
+                self.entries += 1;
+                return Inserted::Added;
+            }
+        }
+        let coldest = taken
+            .max_by_key(|at| {
+                let entry = self.entry(*at);
+                (!entry.touched, age(entry.stamp), 3 - entry.frequency)
+            })
+            .expect("a pair of buckets has slots");
+        let before = self.entry(coldest);
+        self.set(coldest, home.tag, entry);
+        Inserted::Evicted(before)
+    }
+
+    fn tag(&self, at: SlotRef) -> u64 {
+        self.buckets[at.bucket].word[at.slot] >> POSITION_BITS & TAG_MASK
+    }
+
+    fn free_in(&self, bucket: usize) -> Option<SlotRef> {
+        (0..SLOTS)
+            .find(|slot| self.buckets[bucket].word[*slot] & POSITION_MASK == 0)
+            .map(|slot| SlotRef { bucket, slot })
+    }
+
+    fn free_slot(&self, first: usize, second: usize) -> Option<SlotRef> {
+        let used = |bucket: usize| {
+            self.buckets[bucket]
+                .word
+                .iter()
+                .filter(|word| **word & POSITION_MASK != 0)
+                .count()
+        };
+        let emptier = if used(second) < used(first) {
+            second
+        } else {
+            first
+        };
+        self.free_in(emptier)
+    }
+
+    /// Takes the entry of an id out, if it lies at `position`.
+    pub fn remove_at(&mut self, id: &BlockId, position: u32) -> bool {
+        match self.find(id) {
+            Some((at, entry)) if entry.position == position => {
+                self.clear_slot(at);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Takes the entry of an id out.
+    pub fn remove(&mut self, id: &BlockId) -> Option<Entry> {
+        let (at, entry) = self.find(id)?;
+        self.clear_slot(at);
+        Some(entry)
+    }
+
+    fn clear_slot(&mut self, at: SlotRef) {
+        self.buckets[at.bucket].word[at.slot] = 0;
+        self.buckets[at.bucket].check[at.slot] = 0;
+        self.buckets[at.bucket].tail[at.slot] = 0;
+        self.entries -= 1;
+    }
+
+    /// Marks an entry as used now.
+    pub fn touch(&mut self, at: SlotRef, stamp: u8) {
+        let bucket = &mut self.buckets[at.bucket];
+        let word = &mut bucket.word[at.slot];
+        let frequency = (*word >> FREQUENCY_SHIFT & 3).min(2) + 1;
+        *word = (*word | TOUCHED) & !(3 << FREQUENCY_SHIFT) | frequency << FREQUENCY_SHIFT;
+        let tail = &mut bucket.tail[at.slot];
+        *tail = *tail & !0xff | u32::from(stamp);
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        self.buckets.fill(Bucket::default());
+        self.entries = 0;
+    }
+
+    /// Drops entries whose position is not wanted; for loading a checkpoint, and for a segment
+    /// whose records cannot be read. Cost: the whole table.
+    pub fn retain(&mut self, mut keep: impl FnMut(&Entry) -> bool) -> usize {
+        let mut dropped = 0;
+        for bucket in 0..self.buckets.len() {
+            for slot in 0..SLOTS {
+                let at = SlotRef { bucket, slot };
+                if self.buckets[bucket].word[slot] & POSITION_MASK != 0 && !keep(&self.entry(at)) {
+                    self.clear_slot(at);
+                    dropped += 1;
+                }
+            }
+        }
+        dropped
+    }
+
+    /// The bucket as a checkpoint stores it.
+    #[must_use]
+    pub fn bucket_bytes(&self, bucket: usize) -> [u8; BUCKET_BYTES] {
+        let bucket = &self.buckets[bucket];
+        let mut out = [0_u8; BUCKET_BYTES];
+        for slot in 0..SLOTS {
+            out[slot * 8..][..8].copy_from_slice(&bucket.check[slot].to_le_bytes());
+            out[24 + slot * 8..][..8].copy_from_slice(&bucket.word[slot].to_le_bytes());
+            out[48 + slot * 4..][..4].copy_from_slice(&bucket.tail[slot].to_le_bytes());
+        }
+        out
+    }
+
+    /// Puts a bucket of a checkpoint back.
+    pub fn set_bucket_bytes(&mut self, bucket: usize, bytes: &[u8; BUCKET_BYTES]) {
+        let eight =
+            |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+        let mut fresh = Bucket::default();
+        for slot in 0..SLOTS {
+            fresh.check[slot] = eight(slot * 8);
+            fresh.word[slot] = eight(24 + slot * 8);
+            fresh.tail[slot] =
+                u32::from_le_bytes(bytes[48 + slot * 4..][..4].try_into().expect("four bytes"));
+        }
+        let used = |bucket: &Bucket| {
+            bucket
+                .word
+                .iter()
+                .filter(|word| **word & POSITION_MASK != 0)
+                .count()
+        };
+        self.entries = self.entries + used(&fresh) - used(&self.buckets[bucket]);
+        self.buckets[bucket] = fresh;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+
+    fn id(number: u32) -> BlockId {
+        let mut bytes = [0; 32];
+        bytes[..4].copy_from_slice(&number.to_le_bytes());
+        BlockId::new(bytes)
+    }
+
+    fn entry(position: u32, stamp: u8) -> Entry {
+        Entry {
+            check64: u64::from(position) << 32 | 7,
+            position,
+            len: position % 9000 + 1,
+            sectioned: false,
+            touched: false,
+            frequency: 0,
+            stamp,
+        }
+    }
+
+    proptest! {
+        /// The index against a map: what it finds is what was put there last; what it lost it said.
+        #[test]
+        fn agrees_with_a_map(steps in prop::collection::vec((0_u8..3, 0_u32..300, 1_u32..5000), 1..600)) {
+            let mut index = Index::new(64, 1);
+            let mut model: HashMap<u32, Entry> = HashMap::new();
+            for (what, number, position) in steps {
+                match what {
+                    0 => {
+                        let new = entry(position * 512 + number, 0);
+                        match index.insert(&id(number), &new, |age| age) {
+                            Inserted::Added => prop_assert!(model.insert(number, new).is_none()),
+                            Inserted::Replaced(old) => prop_assert_eq!(model.insert(number, new), Some(old)),
+                            Inserted::Evicted(old) => {
+                                model.retain(|_, entry| *entry != old);
+                                prop_assert!(model.insert(number, new).is_none());
+                            }
+                        }
+                    }
+                    1 => prop_assert_eq!(index.remove(&id(number)), model.remove(&number)),
+                    _ => {
+                        if let Some((at, _)) = index.find(&id(number)) {
+                            index.touch(at, 9);
+                            let known = model.get_mut(&number).unwrap();
+                            known.stamp = 9;
+                            known.touched = true;
+                            known.frequency = (known.frequency + 1).min(3);
+                        }
+                    }
+                }
+                prop_assert_eq!(index.len(), model.len());
+            }
+            for (number, entry) in &model {
+                prop_assert_eq!(index.find(&id(*number)).map(|found| found.1), Some(*entry));
+            }
+            let mut copy = Index::new(64, 1);
+            for bucket in 0..64 {
+                copy.set_bucket_bytes(bucket, &index.bucket_bytes(bucket));
+            }
+            prop_assert_eq!(&copy.buckets, &index.buckets);
+            prop_assert_eq!(copy.len(), index.len());
+        }
+    }
+
+    #[test]
+    fn design_load_loses_at_most_one_put_in_a_thousand() {
+        let buckets = 20_000;
+        let mut index = Index::new(buckets, 3);
+        let entries = (buckets * SLOTS_PER_BUCKET * 78 / 100) as u32;
+        let lost = (0..entries)
+            .filter(|number| {
+                matches!(
+                    index.insert(&id(*number), &entry(number + 1, 0), |age| age),
+                    Inserted::Evicted(_)
+                )
+            })
+            .count();
+        assert!(lost * 1000 <= entries as usize, "{lost} of {entries}");
+        assert!(index.bytes() <= 28 * entries as usize);
+    }
+
+    #[test]
+    fn the_largest_lengths_fit() {
+        let mut index = Index::new(4, 0);
+        for (number, len, sectioned) in [
+            (1, 16 << 20, false),
+            (2, (20 << 20) + 4096, true),
+            (3, 1, false),
+        ] {
+            let wide = Entry {
+                len,
+                sectioned,
+                position: (1 << 30) - 1,
+                ..entry(1, 255)
+            };
+            index.insert(&id(number), &wide, |age| age);
+            assert_eq!(index.find(&id(number)).unwrap().1, wide);
+        }
+    }
+
+    #[test]
+    fn a_full_pair_gives_up_the_coldest() {
+        let mut index = Index::new(1, 0);
+        for number in 1..=3 {
+            index.insert(&id(number), &entry(number, number as u8), |age| 100 - age);
+        }
+        let (at, _) = index.find(&id(1)).unwrap();
+        index.touch(at, 0);
+        let gone = index.insert(&id(4), &entry(4, 50), |stamp| 100 - stamp);
+        assert_eq!(gone, Inserted::Evicted(entry(2, 2)));
+        assert!(index.find(&id(1)).is_some());
+    }
+}

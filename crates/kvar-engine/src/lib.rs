@@ -1,0 +1,48 @@
+//! The store of one shard: what lies where on the device, what is in DRAM, and how both survive.
+//!
+//! ```text
+//!            lookup  get  put_begin/put_commit  remove  flush  purge
+//!               \     \        |                  /      /      /
+//!   Engine ── turn ── Shard (state machine: no I/O, no clock, no randomness)
+//!               |        dram: residents + recency        index: where on the device
+//!               |        write: place -> payload -> directory -> flush -> seal
+//!               |        reclaim: oldest segment -> keep or drop -> free
+//!            Device      checkpoint, recovery
+//! ```
+//!
+//! | file | question |
+//! |---|---|
+//! | `layout` | what does a byte on the device mean? (`docs/internals/disk.md`) |
+//! | `index` | where on the device is a block? |
+//! | `dram` | what is in memory, and what may leave it? |
+//! | `segments` | which segment is in which state; where does the next block go? |
+//! | `shard` | the state machine and its public calls |
+//! | `shard/write`, `shard/reclaim`, `shard/read`, `shard/checkpoint` | its parts |
+//! | `recovery` | what was here when the process died? |
+//! | `format`, `check`, `engine` | making a device, verifying a stopped one, driving a live one |
+//!
+//! What must always be true: no byte is served that does not pass the check its writer made; what
+//! is acknowledged and flushed is found again; what is removed stays removed.
+//!
+//! What is absent: network, cluster, tokens, models, threads. Time is an argument.
+
+mod check;
+mod dram;
+mod engine;
+mod format;
+mod index;
+pub mod layout;
+mod recovery;
+mod segments;
+mod shard;
+
+pub use check::{CheckReport, Damage, InspectReport, SegmentReport, check, inspect};
+pub use engine::{Engine, arena_bytes};
+pub use format::{FormatOptions, OpenError, format, read_superblock};
+pub use index::{Entry, Index, Inserted};
+pub use layout::{FormatError, Superblock};
+pub use recovery::RecoveryReport;
+pub use shard::{
+    BlockStat, Copy, Counters, EngineConfig, Event, GetRequest, PutHints, PutRequest, PutTicket,
+    SectionRef, ShardStatus, ShutdownReport, Tier, Touch,
+};

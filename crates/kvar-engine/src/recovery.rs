@@ -1,0 +1,420 @@
+//! What was here when the process died.
+//!
+//! Reads, in this order: the newer valid checkpoint; every segment header of the shard; footers
+//! (or, where one is not whole, directory pages) of segments that can hold records the checkpoint
+//! does not know; then replays those records by sequence number. Nothing is written.
+//!
+//! Records of a segment have numbers from its own opening number up to below that of the third
+//! segment after it: that one is prepared only after the second after it was opened, which happens
+//! only when this one was sealed. So segments that a checkpoint covers can be left out, and records
+//! are sorted in a window of a few segments: memory stays bounded however many there are.
+
+use crate::format::{OpenError, read};
+use crate::index::{BUCKET_BYTES, Entry};
+use crate::layout::{
+    CHUNK_BYTES, CHUNK_PAYLOAD_BYTES, CheckpointHead, PAGE, PageKind, RECORD_BLOCK, RECORD_PURGE,
+    RECORD_TOMBSTONE, Record, SegmentState, decode_chunk, decode_page,
+};
+use crate::segments::SegmentPhase;
+use crate::shard::{Shard, checkpoint_prefix_bytes, directory_records, footer_records};
+use kvar_base::page_round_up;
+use kvar_io::{Device, Op};
+use serde::Serialize;
+use std::collections::VecDeque;
+use std::time::Duration;
+use zerocopy::FromBytes;
+
+/// Header reads under way at once.
+const HEADERS_IN_FLIGHT: usize = 32;
+/// Segments after which a segment's record numbers are exceeded; see the module's story.
+const OVERLAP: usize = 3;
+
+/// What recovery found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct RecoveryReport {
+    /// Number of the checkpoint it started from; none: all footers were read.
+    pub checkpoint: Option<u64>,
+    /// Checkpoints that were there and not whole.
+    pub checkpoints_damaged: u32,
+    /// Segments in use.
+    pub segments: u32,
+    /// Segments whose records were read.
+    pub segments_replayed: u32,
+    /// Of these, without a whole footer.
+    pub segments_unsealed: u32,
+    /// Segment headers that were damaged.
+    pub headers_damaged: u32,
+    /// Records replayed.
+    pub records: u64,
+    /// Blocks that are visible now.
+    pub blocks: u64,
+    /// Superblock copies that were lost and written again (by shard 0).
+    pub superblock_copies_mended: u32,
+}
+
+pub(crate) fn recover(
+    device: &mut dyn Device,
+    shard: &mut Shard,
+) -> Result<RecoveryReport, OpenError> {
+    let mut report = RecoveryReport::default();
+    let checkpoint = load_checkpoint(device, shard, &mut report)?;
+    let replay_from = checkpoint
+        .as_ref()
+        .map_or(0, |checkpoint| checkpoint.head.replay_from.get());
+    let headers = read_headers(device, shard)?;
+    let mut used: Vec<(u64, u32)> = Vec::new();
+    for (number, header) in headers.iter().enumerate() {
+        let known = checkpoint
+            .as_ref()
+            .and_then(|checkpoint| checkpoint.segments.get(number));
+        let number = number as u32;
+        match header {
+            Header::Valid {
+                generation,
+                opened_sequence,
+            } => {
+                let segment = shard.segments.get(number);
+                segment.generation = *generation;
+                segment.opened_sequence = *opened_sequence;
+                used.push((*opened_sequence, number));
+            }
+            Header::Blank if known.is_none_or(|known| known.generation.get() == 0) => {}
+            Header::Blank | Header::Damaged => {
+                report.headers_damaged += 1;
+                let found = probe_segment(device, shard, number)?;
+                let known =
+                    known.map(|known| (known.generation.get(), known.opened_sequence.get()));
+                if let Some((generation, opened_sequence)) = found.max(known) {
+                    let segment = shard.segments.get(number);
+                    segment.generation = generation;
+                    segment.opened_sequence = opened_sequence;
+                    used.push((opened_sequence, number));
+                }
+            }
+        }
+    }
+    used.sort_unstable();
+    report.segments = used.len() as u32;
+    if let Some(checkpoint) = &checkpoint {
+        let Shard {
+            index, segments, ..
+        } = shard;
+        index.retain(|entry| {
+            let (segment, _) = segments.locate(entry.position);
+            let then = checkpoint
+                .segments
+                .get(segment as usize)
+                .map(|state| state.generation.get());
+            segments
+                .all
+                .get(segment as usize)
+                .is_some_and(|now| Some(now.generation) == then)
+        });
+        shard.appended_bytes = checkpoint.head.appended_bytes.get();
+        shard.next_sequence = checkpoint.head.next_sequence.get().max(1);
+    }
+    let empty = replay(device, shard, &used, replay_from, &mut report)?;
+    shard.segments.free.clear();
+    for number in 0..shard.segments.all.len() as u32 {
+        if shard.segments.get(number).generation == 0 || empty.contains(&number) {
+            shard.segments.free.push_back(number);
+        }
+    }
+    for (_, number) in used {
+        if !empty.contains(&number) {
+            shard.segments.get(number).phase = SegmentPhase::Sealed;
+            shard.segments.sealed.push_back(number);
+        }
+    }
+    shard.recovered();
+    report.blocks = shard.index.len() as u64;
+    Ok(report)
+}
+
+struct Checkpoint {
+    head: CheckpointHead,
+    segments: Vec<SegmentState>,
+}
+
+/// Loads the newer valid checkpoint into the index.
+fn load_checkpoint(
+    device: &mut dyn Device,
+    shard: &mut Shard,
+    report: &mut RecoveryReport,
+) -> Result<Option<Checkpoint>, OpenError> {
+    let mut areas = Vec::new();
+    for area in 0..2 {
+        let offset = shard.superblock.checkpoint_area(shard.number, area);
+        if let Ok(chunk) = read(device, &shard.arena, offset, CHUNK_BYTES)
+            && let Some((place, _)) = decode_chunk(chunk.as_slice(), &shard.superblock, offset)
+            && place.shard == shard.number
+        {
+            areas.push((place.number, offset));
+        }
+    }
+    areas.sort_unstable();
+    // Numbers grow, also past one that was torn.
+    shard.checkpoint_number = areas.last().map_or(0, |(number, _)| *number);
+    for (number, offset) in areas.into_iter().rev() {
+        if let Some(checkpoint) = load_area(device, shard, number, offset) {
+            report.checkpoint = Some(number);
+            return Ok(Some(checkpoint));
+        }
+        report.checkpoints_damaged += 1;
+        shard.index.clear();
+    }
+    Ok(None)
+}
+
+fn load_area(
+    device: &mut dyn Device,
+    shard: &mut Shard,
+    number: u64,
+    offset: u64,
+) -> Option<Checkpoint> {
+    let prefix_bytes = checkpoint_prefix_bytes(shard.segments.all.len());
+    let stream_bytes = prefix_bytes + shard.index.bytes();
+    let chunks = stream_bytes.div_ceil(CHUNK_PAYLOAD_BYTES) as u32;
+    let mut prefix = Vec::with_capacity(prefix_bytes);
+    let mut bucket = 0;
+    for chunk in 0..chunks {
+        let at = offset + u64::from(chunk) * CHUNK_BYTES as u64;
+        let bytes = read(device, &shard.arena, at, CHUNK_BYTES).ok()?;
+        let (place, payload) = decode_chunk(bytes.as_slice(), &shard.superblock, at)?;
+        if place.shard != shard.number
+            || place.number != number
+            || place.chunk != chunk
+            || place.chunks != chunks
+        {
+            return None;
+        }
+        let (head, buckets) = payload.split_at((prefix_bytes - prefix.len()).min(payload.len()));
+        prefix.extend_from_slice(head);
+        for bytes in buckets.chunks_exact(BUCKET_BYTES) {
+            if bucket == shard.index.bucket_count() {
+                return None;
+            }
+            shard.index.set_bucket_bytes(bucket, bytes.try_into().ok()?);
+            bucket += 1;
+        }
+    }
+    let (head, rest) = CheckpointHead::read_from_prefix(&prefix).ok()?;
+    let agrees = head.hash_seed.get() == shard.index.seed()
+        && head.buckets.get() == shard.index.bucket_count() as u64
+        && head.segments.get() == shard.segments.all.len() as u64
+        && bucket == shard.index.bucket_count();
+    let (segments, _) =
+        <[SegmentState]>::ref_from_prefix_with_elems(rest, shard.segments.all.len()).ok()?;
+    agrees.then(|| Checkpoint {
+        head,
+        segments: segments.to_vec(),
+    })
+}
+
+#[derive(Clone, Copy)]
+enum Header {
+    Blank,
+    Damaged,
+    Valid {
+        generation: u32,
+        opened_sequence: u64,
+    },
+}
+
+fn read_headers(device: &mut dyn Device, shard: &mut Shard) -> Result<Vec<Header>, OpenError> {
+    let count = shard.segments.all.len();
+    let mut headers = vec![Header::Damaged; count];
+    let (mut next, mut done) = (0, 0);
+    let mut completions = Vec::new();
+    while done < count {
+        while next < count && device.in_flight() < HEADERS_IN_FLIGHT {
+            let Some(buffer) = shard.arena.allocate(PAGE) else {
+                break;
+            };
+            let offset = shard.superblock.offset(shard.number, next as u32, 0);
+            device.submit(next as u64, Op::Read { offset, buffer });
+            next += 1;
+        }
+        if device.in_flight() == 0 {
+            return Err(OpenError::NoMemory);
+        }
+        device.kick()?;
+        device.wait(Duration::from_secs(1));
+        device.poll(&mut completions);
+        for completion in completions.drain(..) {
+            done += 1;
+            let Op::Read { offset, buffer } = completion.op else {
+                continue;
+            };
+            let number = completion.token as usize;
+            let wanted = shard.superblock.device_segment(shard.number, number as u32);
+            headers[number] = match decode_page(buffer.as_slice(), &shard.superblock, offset) {
+                _ if completion.result.is_err() => Header::Damaged,
+                Some((head, _))
+                    if head.kind == PageKind::Header
+                        && head.segment == wanted
+                        && head.generation > 0 =>
+                {
+                    Header::Valid {
+                        generation: head.generation,
+                        opened_sequence: head.opened_sequence,
+                    }
+                }
+                _ if buffer.as_slice().iter().all(|byte| *byte == 0) => Header::Blank,
+                _ => Header::Damaged,
+            };
+        }
+    }
+    Ok(headers)
+}
+
+/// Generation and opening number of a segment whose header is lost, from its other pages.
+fn probe_segment(
+    device: &mut dyn Device,
+    shard: &mut Shard,
+    number: u32,
+) -> Result<Option<(u32, u64)>, OpenError> {
+    let superblock = shard.superblock.clone();
+    let wanted = superblock.device_segment(shard.number, number);
+    let footer = (superblock.footer_page(), superblock.footer_pages);
+    let places = superblock
+        .areas()
+        .map(|first| (first, superblock.area_pages))
+        .chain([footer]);
+    let mut newest = None;
+    for (first, pages) in places {
+        let offset = superblock.offset(shard.number, number, first);
+        let Ok(bytes) = read(device, &shard.arena, offset, pages as usize * PAGE) else {
+            continue;
+        };
+        for (at, page) in bytes.as_slice().chunks_exact(PAGE).enumerate() {
+            if let Some((head, _)) = decode_page(page, &superblock, offset + (at * PAGE) as u64)
+                && head.segment == wanted
+            {
+                newest = newest.max(Some((head.generation, head.opened_sequence)));
+            }
+        }
+    }
+    Ok(newest)
+}
+
+/// Replays records from `replay_from` on; returns the segments that hold none at all.
+fn replay(
+    device: &mut dyn Device,
+    shard: &mut Shard,
+    used: &[(u64, u32)],
+    replay_from: u64,
+    report: &mut RecoveryReport,
+) -> Result<Vec<u32>, OpenError> {
+    let opened = |at: usize| used.get(at).map(|(sequence, _)| *sequence);
+    let mut empty = Vec::new();
+    let mut window: VecDeque<(u32, Record)> = VecDeque::new();
+    for (at, (_, number)) in used.iter().enumerate() {
+        if opened(at + OVERLAP).is_some_and(|sequence| sequence <= replay_from) {
+            continue;
+        }
+        report.segments_replayed += 1;
+        let (records, sealed) = segment_records(device, shard, *number)?;
+        report.segments_unsealed += u32::from(!sealed);
+        if records.is_empty() && !sealed {
+            empty.push(*number);
+        }
+        let fresh = records
+            .into_iter()
+            .filter(|record| record.sequence() >= replay_from);
+        window.extend(fresh.map(|record| (*number, record)));
+        // Records still to be read have numbers from the opening of the next segment on.
+        let ready_below = opened(at + 1).unwrap_or(u64::MAX);
+        window
+            .make_contiguous()
+            .sort_by_key(|(_, record)| record.sequence());
+        apply_below(shard, &mut window, ready_below, report);
+    }
+    apply_below(shard, &mut window, u64::MAX, report);
+    Ok(empty)
+}
+
+fn apply_below(
+    shard: &mut Shard,
+    window: &mut VecDeque<(u32, Record)>,
+    below: u64,
+    report: &mut RecoveryReport,
+) {
+    let mut last = 0;
+    while let Some((segment, record)) =
+        window.pop_front_if(|(_, record)| record.sequence() < below || below == u64::MAX)
+    {
+        if record.sequence() == last {
+            continue; // The same record on two pages.
+        }
+        last = record.sequence();
+        report.records += 1;
+        shard.next_sequence = shard.next_sequence.max(last + 1);
+        match record.kind {
+            RECORD_BLOCK => {
+                let len = record.len.get();
+                let entry = Entry {
+                    check64: record.check64.get(),
+                    position: shard.segments.position(segment, record.place.get()),
+                    len,
+                    sectioned: record.is_sectioned(),
+                    touched: false,
+                    frequency: 0,
+                    stamp: shard.current_stamp(),
+                };
+                shard.appended_bytes += page_round_up(u64::from(len));
+                let age = shard.age_now();
+                shard.index.insert(&record.id(), &entry, age);
+            }
+            RECORD_TOMBSTONE => {
+                shard.index.remove(&record.id());
+            }
+            RECORD_PURGE => shard.index.clear(),
+            _ => {}
+        }
+    }
+}
+
+/// The records of a segment, and whether its footer was whole.
+pub(crate) fn segment_records(
+    device: &mut dyn Device,
+    shard: &Shard,
+    number: u32,
+) -> Result<(Vec<Record>, bool), OpenError> {
+    let superblock = &shard.superblock;
+    let wanted = (
+        superblock.device_segment(shard.number, number),
+        shard.segments.all[number as usize].generation,
+    );
+    let offset = superblock.offset(shard.number, number, superblock.footer_page());
+    if let Ok(pages) = read(
+        device,
+        &shard.arena,
+        offset,
+        superblock.footer_pages as usize * PAGE,
+    ) && let Some(records) = footer_records(pages.as_slice(), superblock, offset, wanted)
+    {
+        return Ok((records, true));
+    }
+    let mut records = Vec::new();
+    for first in superblock.areas() {
+        let offset = superblock.offset(shard.number, number, first);
+        // An area that cannot be read costs its own records.
+        if let Ok(pages) = read(
+            device,
+            &shard.arena,
+            offset,
+            superblock.area_pages as usize * PAGE,
+        ) {
+            records.extend(directory_records(
+                pages.as_slice(),
+                superblock,
+                offset,
+                wanted,
+            ));
+        }
+    }
+    records.sort_by_key(Record::sequence);
+    records.dedup_by_key(|record| record.sequence());
+    Ok((records, false))
+}

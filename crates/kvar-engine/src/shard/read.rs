@@ -1,0 +1,277 @@
+//! Reads: from memory at once, from the device once for all who ask at the same time.
+//!
+//! A read that began before a remove ends as Miss(removed); one whose entry moved meanwhile (the
+//! block was rewritten elsewhere) still ends well, since the bytes it read carry the old place in
+//! their check and the segment is not reused while it has readers.
+
+use super::{
+    Copy, Event, GetRequest, Pending, READS_IN_FLIGHT_MAX, SectionRef, Shard, Touch, verify_image,
+};
+use crate::dram::{Resident, State};
+use crate::index::Entry;
+use crate::layout::{ImagePlan, Section};
+use kvar_base::check::{Place, version};
+use kvar_base::{BlockId, MissReason, Moment, page_round_up};
+use kvar_io::{Buffer, DeviceError, Op, Shared};
+use std::ops::Range;
+use std::sync::Arc;
+
+pub(super) struct Waiter {
+    token: u64,
+    sections: Option<Range<u16>>,
+    touch: Touch,
+}
+
+/// Who waits for a device read, and for which one: a read that outlived a remove must not answer
+/// those who ask after the next put.
+pub(super) struct Reading {
+    number: u64,
+    waiters: Vec<Waiter>,
+}
+
+/// A device read under way for whoever waits in `reading`.
+#[derive(Clone, Copy)]
+pub(super) struct FlashRead {
+    id: BlockId,
+    number: u64,
+    entry: Entry,
+    place: Place,
+    segment: u32,
+}
+
+/// A device read of a block that reclaim keeps.
+#[derive(Clone, Copy)]
+pub(super) struct MoveRead {
+    pub(super) id: BlockId,
+    pub(super) entry: Entry,
+    pub(super) place: Place,
+    pub(super) segment: u32,
+    pub(super) depth: u32,
+}
+
+impl Shard {
+    pub(crate) fn get(&mut self, now: Moment, token: u64, request: GetRequest) {
+        if request.deadline <= now {
+            return self.miss(token, MissReason::Deadline);
+        }
+        let GetRequest {
+            id,
+            sections,
+            touch,
+            ..
+        } = request;
+        if self.touch(&id, touch)
+            && let Some(resident) = self.dram.get(&id)
+        {
+            let outcome = cut(
+                &resident.sections,
+                resident.version,
+                &resident.image,
+                sections,
+            );
+            self.counters.dram_hits += u64::from(outcome.is_ok());
+            return self.answer(token, outcome);
+        }
+        if let Some(reading) = self.reading.get_mut(&id) {
+            reading.waiters.push(Waiter {
+                token,
+                sections,
+                touch,
+            });
+            return;
+        }
+        let Some((_, entry)) = self.find(&id) else {
+            return self.miss(token, MissReason::Absent);
+        };
+        if self.reads_in_flight >= READS_IN_FLIGHT_MAX {
+            return self.miss(token, MissReason::Overloaded);
+        }
+        let Some(buffer) = self.reserve_buffer(entry.len as usize) else {
+            return self.miss(token, MissReason::Overloaded);
+        };
+        self.reads_in_flight += 1;
+        let number = self.next_put;
+        self.next_put += 1;
+        self.reading.insert(
+            id,
+            Reading {
+                number,
+                waiters: vec![Waiter {
+                    token,
+                    sections,
+                    touch,
+                }],
+            },
+        );
+        let place = self.place_of(&entry);
+        let (segment, _) = self.segments.locate(entry.position);
+        self.segments.get(segment).readers += 1;
+        self.counters.device_read_bytes += buffer.padded_len() as u64;
+        let read = FlashRead {
+            id,
+            number,
+            entry,
+            place,
+            segment,
+        };
+        self.submit(
+            Pending::Read(read),
+            Op::Read {
+                offset: place.offset,
+                buffer,
+            },
+        );
+    }
+
+    pub(super) fn read_done(&mut self, read: FlashRead, op: Op, result: &Result<(), DeviceError>) {
+        let Op::Read { buffer, .. } = op else {
+            unreachable!("a read ends as a read")
+        };
+        let FlashRead {
+            id,
+            number,
+            entry,
+            place,
+            segment,
+        } = read;
+        self.reads_in_flight -= 1;
+        self.segments.get(segment).readers -= 1;
+        let padded = page_round_up(u64::from(entry.len));
+        let plan = self.verified(&id, &entry, &place, &buffer, result);
+        // No waiters: a remove or purge ended them. The block must not come back through here.
+        if self
+            .reading
+            .get(&id)
+            .is_none_or(|reading| reading.number != number)
+        {
+            return self.dram.release(padded);
+        }
+        let waiters = self
+            .reading
+            .remove(&id)
+            .map_or_else(Vec::new, |reading| reading.waiters);
+        let Some(plan) = plan else {
+            self.dram.release(padded);
+            for waiter in waiters {
+                self.miss(waiter.token, MissReason::Corrupt);
+            }
+            return;
+        };
+        let version = version(plan.sections.iter().map(|section| section.check));
+        let sections: Arc<[Section]> = Arc::from(plan.sections.as_slice());
+        let image = buffer.freeze();
+        for waiter in &waiters {
+            let outcome = cut(&sections, version, &image, waiter.sections.clone());
+            self.counters.flash_hits += u64::from(outcome.is_ok());
+            self.answer(waiter.token, outcome);
+        }
+        // Only what the index still knows becomes resident: a block that was dropped by reclaim
+        // while it was read stays dropped.
+        if self.dram.get(&id).is_some() || self.find(&id).is_none() {
+            return self.dram.release(padded);
+        }
+        let touch = waiters
+            .last()
+            .map_or_else(Touch::default, |waiter| waiter.touch);
+        let arrival = self.arrival(touch.request);
+        self.dram.insert(
+            id,
+            Resident {
+                image,
+                sections,
+                version,
+                number,
+                state: State::Clean,
+                depth: touch.depth,
+                ephemeral: false,
+                arrival,
+                early_touches: 0,
+            },
+        );
+    }
+
+    /// Verifies what a device gave; counts and forgets what does not hold.
+    pub(super) fn verified(
+        &mut self,
+        id: &BlockId,
+        entry: &Entry,
+        place: &Place,
+        buffer: &Buffer,
+        result: &Result<(), DeviceError>,
+    ) -> Option<ImagePlan> {
+        let plan = match result {
+            Ok(()) => verify_image(id, buffer.as_slice(), entry.sectioned, entry.check64, place),
+            Err(_) => {
+                self.counters.device_read_errors += 1;
+                None
+            }
+        };
+        if plan.is_none() {
+            self.counters.corrupt += 1;
+            self.index.remove_at(id, entry.position);
+        }
+        plan
+    }
+
+    /// Ends reads under way of an id; what the device still delivers is dropped.
+    pub(super) fn end_reads(&mut self, id: &BlockId, reason: MissReason) {
+        for waiter in self
+            .reading
+            .remove(id)
+            .map_or_else(Vec::new, |reading| reading.waiters)
+        {
+            self.miss(waiter.token, reason);
+        }
+    }
+
+    fn miss(&mut self, token: u64, reason: MissReason) {
+        self.answer(token, Err(reason));
+    }
+
+    fn answer(&mut self, token: u64, outcome: Result<Copy, MissReason>) {
+        match &outcome {
+            Ok(copy) => {
+                self.counters.get_bytes += copy
+                    .sections
+                    .iter()
+                    .map(|section| u64::from(section.len))
+                    .sum::<u64>();
+            }
+            Err(reason) => self.counters.count_miss(*reason),
+        }
+        self.events.push(Event::Get { token, outcome });
+    }
+}
+
+/// The sections asked for.
+fn cut(
+    sections: &[Section],
+    version: u64,
+    image: &Shared,
+    wanted: Option<Range<u16>>,
+) -> Result<Copy, MissReason> {
+    let wanted = wanted.map_or(0..sections.len(), |range| {
+        usize::from(range.start)..usize::from(range.end)
+    });
+    let part = sections
+        .get(wanted.clone())
+        .ok_or(MissReason::WrongFormat)?;
+    if part.is_empty() {
+        return Err(MissReason::WrongFormat);
+    }
+    let sections = part
+        .iter()
+        .zip(wanted)
+        .map(|(section, index)| SectionRef {
+            index: index as u16,
+            len: section.len,
+            check: section.check,
+            offset: section.offset,
+        })
+        .collect();
+    Ok(Copy {
+        version,
+        sections,
+        bytes: image.clone(),
+    })
+}

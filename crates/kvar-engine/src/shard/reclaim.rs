@@ -1,0 +1,434 @@
+//! The oldest segment becomes free again.
+//!
+//! ```text
+//!  none prepared, none free
+//!      │ read the footer
+//!      ▼
+//!  Reading ──> Moving (kept blocks: from memory, or read and verified) ──> Settling ──> free
+//!                 each is written at the log's head like a put              their records flushed,
+//!                                                                           readers gone
+//! ```
+//!
+//! Which blocks are kept is the policy's word; this file asks it about every block whose index
+//! entry still leads here. Until the footer is read, the largest share that may be kept is held
+//! free in the open segment, so that keeping never waits for the segment it is to free.
+
+use super::read::MoveRead;
+use super::write::{Source, WriteItem, stored_bytes};
+use super::{Pending, Shard};
+use crate::index::Entry;
+use crate::layout::{PAGE, PageKind, RECORD_BLOCK, Record, decode_page};
+use crate::segments::SegmentPhase;
+use kvar_base::{BlockId, PAGE_BYTES};
+use kvar_io::{DeviceError, Op};
+use kvar_policy::{BlockFacts, KEPT_SHARE_MAX, SegmentFacts, Verdict};
+use std::collections::{HashSet, VecDeque};
+
+/// Bytes of kept blocks on their way from device to device at once; two of the largest fit.
+const MOVING_BYTES_MAX: u64 = 8 << 20;
+
+enum Stage {
+    Reading,
+    Moving,
+    Settling { sequence: u64 },
+}
+
+/// One reclaim.
+pub(super) struct Reclaim {
+    segment: u32,
+    stage: Stage,
+    /// Directory pages read so far where the footer was not whole.
+    areas: VecDeque<u64>,
+    records: Vec<Record>,
+    /// Whether these are all the records the segment ever had.
+    whole: bool,
+    kept: VecDeque<(BlockId, Entry, u32)>,
+    /// Bytes kept and not yet written.
+    left_bytes: u64,
+    /// Bytes being read or waiting to be written.
+    moving_bytes: u64,
+}
+
+impl Reclaim {
+    pub(super) fn waits_for_flush(&self) -> bool {
+        matches!(self.stage, Stage::Settling { .. })
+    }
+
+    /// Pages that puts must leave free in the open segment.
+    pub(super) fn spare_pages(&self) -> u32 {
+        // A seventh more for what is lost at the borders of directory areas.
+        ((self.left_bytes + self.left_bytes / 7) / PAGE_BYTES) as u32
+    }
+
+    pub(super) fn moved(&mut self, bytes: u64) {
+        self.left_bytes = self.left_bytes.saturating_sub(bytes);
+        self.moving_bytes = self.moving_bytes.saturating_sub(bytes);
+    }
+}
+
+impl Shard {
+    pub(super) fn start_reclaim(&mut self) {
+        let Some(segment) = self.segments.sealed.pop_front() else {
+            return;
+        };
+        self.segments.get(segment).phase = SegmentPhase::Reclaiming;
+        let most = (self.superblock.payload_bytes() as f64 * KEPT_SHARE_MAX) as u64;
+        self.reclaim = Some(Reclaim {
+            segment,
+            stage: Stage::Reading,
+            areas: VecDeque::new(),
+            records: Vec::new(),
+            whole: false,
+            kept: VecDeque::new(),
+            left_bytes: most,
+            moving_bytes: 0,
+        });
+        let footer = self
+            .superblock
+            .offset(self.number, segment, self.superblock.footer_page());
+        self.read_records(footer, self.superblock.footer_pages);
+    }
+
+    fn read_records(&mut self, offset: u64, pages: u32) {
+        match self.arena.allocate(pages as usize * PAGE) {
+            Some(buffer) => {
+                self.submit(
+                    Pending::ReclaimFooter { offset },
+                    Op::Read { offset, buffer },
+                );
+            }
+            None => self.records_complete(),
+        }
+    }
+
+    pub(super) fn reclaim_footer_done(
+        &mut self,
+        offset: u64,
+        op: Op,
+        result: &Result<(), DeviceError>,
+    ) {
+        let Op::Read { buffer, .. } = op else {
+            unreachable!("a read ends as a read")
+        };
+        let Some(reclaim) = &mut self.reclaim else {
+            return;
+        };
+        let segment = reclaim.segment;
+        let generation = self.segments.all[segment as usize].generation;
+        let wanted = (
+            self.superblock.device_segment(self.number, segment),
+            generation,
+        );
+        let footer = self
+            .superblock
+            .offset(self.number, segment, self.superblock.footer_page());
+        let pages = if result.is_ok() {
+            buffer.as_slice()
+        } else {
+            &[]
+        };
+        if offset == footer {
+            if let Some(records) = footer_records(pages, &self.superblock, offset, wanted) {
+                reclaim.records = records;
+                reclaim.whole = true;
+                return self.records_complete();
+            }
+            reclaim.areas = self
+                .superblock
+                .areas()
+                .map(|first| self.superblock.offset(self.number, segment, first))
+                .collect();
+        } else {
+            reclaim
+                .records
+                .extend(directory_records(pages, &self.superblock, offset, wanted));
+        }
+        match reclaim.areas.pop_front() {
+            Some(next) => self.read_records(next, self.superblock.area_pages),
+            None => self.records_complete(),
+        }
+    }
+
+    /// All records of the segment that can be had are here: decide.
+    fn records_complete(&mut self) {
+        let Some(mut reclaim) = self.reclaim.take() else {
+            return;
+        };
+        let segment = reclaim.segment;
+        let mut live = Vec::new();
+        let mut seen = HashSet::new();
+        for record in std::mem::take(&mut reclaim.records) {
+            if record.kind != RECORD_BLOCK {
+                continue;
+            }
+            let position = self.segments.position(segment, record.place.get());
+            if let Some((_, entry)) = self.find(&record.id())
+                && entry.position == position
+                && seen.insert(position)
+            {
+                live.push((record.id(), entry, record.depth.get()));
+            }
+        }
+        let age = self.age();
+        let live_bytes = live
+            .iter()
+            .map(|(_, entry, _)| stored_bytes(entry.len))
+            .sum();
+        let payload_bytes = self.superblock.payload_bytes();
+        self.policy.begin(SegmentFacts {
+            live_blocks: live.len() as u64,
+            live_bytes,
+            payload_bytes,
+        });
+        reclaim.left_bytes = 0;
+        for (id, entry, depth) in live {
+            let facts = BlockFacts {
+                touched: entry.touched,
+                frequency: entry.frequency,
+                age: age(entry.stamp),
+                bytes: stored_bytes(entry.len),
+                depth,
+            };
+            // With no segment open (right after a start on a full device) there is nowhere to go.
+            let room = self.segments.open.is_some() && self.shutdown.is_none();
+            let keep = self.policy.verdict(&facts) == Verdict::Keep && room;
+            if keep {
+                reclaim.left_bytes += facts.bytes;
+                reclaim.kept.push_back((id, entry, depth));
+            } else {
+                self.index.remove_at(&id, entry.position);
+                self.drop_flash_copy(&id);
+            }
+        }
+        reclaim.stage = Stage::Moving;
+        self.reclaim = Some(reclaim);
+    }
+
+    /// Reclaim gave up the copy on the device; one in memory is the last.
+    fn drop_flash_copy(&mut self, id: &BlockId) {
+        use crate::dram::State;
+        if self
+            .dram
+            .get(id)
+            .is_some_and(|resident| resident.state == State::Clean)
+        {
+            self.dram.set_state(id, State::Volatile);
+        } else {
+            self.counters.reclaim_dropped += 1;
+        }
+    }
+
+    pub(super) fn step_reclaim(&mut self) {
+        self.start_moves();
+        let Some(reclaim) = &mut self.reclaim else {
+            return;
+        };
+        let moving = reclaim.moving_bytes > 0 || !reclaim.kept.is_empty() || !self.moved.is_empty();
+        if matches!(reclaim.stage, Stage::Moving) && !moving {
+            reclaim.left_bytes = 0;
+            reclaim.stage = Stage::Settling {
+                sequence: self.next_sequence - 1,
+            };
+        }
+        let Stage::Settling { sequence } = reclaim.stage else {
+            return;
+        };
+        let (segment, whole) = (reclaim.segment, reclaim.whole);
+        if self.flushed_sequence < sequence && self.has_unflushed_records() {
+            return;
+        }
+        if self.segments.all[segment as usize].readers > 0 {
+            return;
+        }
+        if !whole {
+            // Entries that the records did not name still lead here.
+            let (first, last) = (
+                self.segments.position(segment, 0),
+                self.segments.position(segment + 1, 0),
+            );
+            let stray = self
+                .index
+                .retain(|entry| !(first..last).contains(&entry.position));
+            self.counters.reclaim_dropped += stray as u64;
+        }
+        self.reclaim = None;
+        let freed = self.segments.get(segment);
+        freed.phase = SegmentPhase::Free;
+        self.segments.free.push_back(segment);
+        self.counters.segments_reclaimed += 1;
+    }
+
+    fn has_unflushed_records(&self) -> bool {
+        self.sync.is_some()
+            || [&self.segments.open, &self.segments.sealing]
+                .into_iter()
+                .flatten()
+                .any(crate::segments::OpenSegment::has_unwritten)
+    }
+
+    /// Brings kept blocks to the write queue, a window at a time.
+    fn start_moves(&mut self) {
+        loop {
+            let Some(reclaim) = &mut self.reclaim else {
+                return;
+            };
+            if !matches!(reclaim.stage, Stage::Moving) || reclaim.moving_bytes >= MOVING_BYTES_MAX {
+                return;
+            }
+            let Some((id, entry, depth)) = reclaim.kept.pop_front() else {
+                return;
+            };
+            let bytes = stored_bytes(entry.len);
+            if self
+                .index
+                .find(&id)
+                .is_none_or(|(_, now)| now.position != entry.position)
+            {
+                reclaim.left_bytes = reclaim.left_bytes.saturating_sub(bytes);
+                continue;
+            }
+            reclaim.moving_bytes += bytes;
+            let resident = self
+                .dram
+                .get(&id)
+                .filter(|resident| resident.state == crate::dram::State::Clean);
+            if let Some(resident) = resident.cloned() {
+                let plan = crate::layout::ImagePlan::new(
+                    &resident
+                        .sections
+                        .iter()
+                        .map(|section| (section.len, section.check))
+                        .collect::<Vec<_>>(),
+                );
+                let crc = super::head_crc(&id, &plan, resident.image.as_slice());
+                self.moved.push_back(WriteItem {
+                    id,
+                    len: plan.bytes as u32,
+                    sectioned: plan.is_sectioned(),
+                    sections: plan.sections.len() as u16,
+                    crc,
+                    version: resident.version,
+                    depth,
+                    image: resident.image,
+                    source: Source::Moved {
+                        from: entry.position,
+                    },
+                });
+                continue;
+            }
+            let place = self.place_of(&entry);
+            let (segment, _) = self.segments.locate(entry.position);
+            match self.arena.allocate(entry.len as usize) {
+                Some(buffer) => {
+                    self.segments.get(segment).readers += 1;
+                    self.counters.device_read_bytes += bytes;
+                    let read = MoveRead {
+                        id,
+                        entry,
+                        place,
+                        segment,
+                        depth,
+                    };
+                    self.submit(
+                        Pending::MoveRead(read),
+                        Op::Read {
+                            offset: place.offset,
+                            buffer,
+                        },
+                    );
+                }
+                None => self.give_up_move(&id, entry.len, entry.position),
+            }
+        }
+    }
+
+    pub(super) fn give_up_move(&mut self, id: &BlockId, len: u32, position: u32) {
+        if let Some(reclaim) = &mut self.reclaim {
+            reclaim.moved(stored_bytes(len));
+        }
+        if self.index.remove_at(id, position) {
+            self.counters.reclaim_dropped += 1;
+        }
+    }
+
+    pub(super) fn move_read_done(
+        &mut self,
+        read: MoveRead,
+        op: Op,
+        result: &Result<(), DeviceError>,
+    ) {
+        let Op::Read { buffer, .. } = op else {
+            unreachable!("a read ends as a read")
+        };
+        let MoveRead {
+            id,
+            entry,
+            place,
+            segment,
+            depth,
+        } = read;
+        self.segments.get(segment).readers -= 1;
+        let Some(plan) = self.verified(&id, &entry, &place, &buffer, result) else {
+            return self.give_up_move(&id, entry.len, entry.position);
+        };
+        let crc = super::head_crc(&id, &plan, buffer.as_slice());
+        let version = kvar_base::check::version(plan.sections.iter().map(|section| section.check));
+        self.moved.push_back(WriteItem {
+            id,
+            len: entry.len,
+            sectioned: entry.sectioned,
+            sections: plan.sections.len() as u16,
+            crc,
+            version,
+            depth,
+            image: buffer.freeze(),
+            source: Source::Moved {
+                from: entry.position,
+            },
+        });
+    }
+}
+
+/// The records of a footer, if it is whole.
+pub(crate) fn footer_records(
+    pages: &[u8],
+    superblock: &crate::layout::Superblock,
+    offset: u64,
+    wanted: (u32, u32),
+) -> Option<Vec<Record>> {
+    let mut records = Vec::new();
+    let mut count = 1;
+    for (number, page) in pages.chunks_exact(PAGE).enumerate() {
+        if number >= count {
+            return Some(records);
+        }
+        let (head, found) = decode_page(page, superblock, offset + (number * PAGE) as u64)?;
+        let mine = head.kind == PageKind::Footer
+            && (head.segment, head.generation) == wanted
+            && usize::from(head.page_number) == number;
+        if !mine {
+            return None;
+        }
+        count = usize::from(head.page_count);
+        records.extend(found);
+    }
+    (!pages.is_empty() && pages.len() / PAGE >= count).then_some(records)
+}
+
+/// The records of whatever pages of a directory area are whole.
+pub(crate) fn directory_records(
+    pages: &[u8],
+    superblock: &crate::layout::Superblock,
+    offset: u64,
+    wanted: (u32, u32),
+) -> Vec<Record> {
+    pages
+        .chunks_exact(PAGE)
+        .enumerate()
+        .filter_map(|(number, page)| decode_page(page, superblock, offset + (number * PAGE) as u64))
+        .filter(|(head, _)| {
+            head.kind == PageKind::Directory && (head.segment, head.generation) == wanted
+        })
+        .flat_map(|(_, records)| records)
+        .collect()
+}

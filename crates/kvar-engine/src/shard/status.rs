@@ -1,0 +1,192 @@
+//! What a shard counts, and what it says of itself.
+
+use super::Shard;
+use crate::dram::State;
+use kvar_base::{MissReason, Moment, PutOutcome, Refusal};
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// Everything counted since the shard was opened. Bytes are bytes, the rest are numbers.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Counters {
+    /// Ids looked up.
+    pub lookups: u64,
+    /// Of these, visible.
+    pub lookup_hits: u64,
+    /// Reads answered from memory.
+    pub dram_hits: u64,
+    /// Reads answered from the device.
+    pub flash_hits: u64,
+    /// Payload bytes answered.
+    pub get_bytes: u64,
+    /// Reads that found nothing, by reason.
+    pub misses: BTreeMap<MissReason, u64>,
+    /// Puts stored.
+    pub puts_stored: u64,
+    /// Puts of something visible.
+    pub puts_exists: u64,
+    /// Puts of something another writer is at.
+    pub puts_in_progress: u64,
+    /// Puts turned away, by reason.
+    pub puts_refused: BTreeMap<Refusal, u64>,
+    /// Puts begun and aborted.
+    pub puts_aborted: u64,
+    /// Payload bytes stored.
+    pub put_bytes: u64,
+    /// Puts whose bytes did not match the writer's own check.
+    pub put_checks_failed: u64,
+    /// Puts of a visible id with other bytes.
+    pub id_divergence: u64,
+    /// Blocks removed.
+    pub removed: u64,
+    /// Blocks purged.
+    pub purged: u64,
+    /// Blocks that left memory and are on the device.
+    pub dram_evicted_clean: u64,
+    /// Blocks that left memory and were nowhere else.
+    pub dram_evicted_gone: u64,
+    /// Blocks that reclaim dropped.
+    pub reclaim_dropped: u64,
+    /// Blocks that reclaim wrote again.
+    pub reclaim_kept: u64,
+    /// Blocks that lost their index entry to another.
+    pub bucket_evicted: u64,
+    /// Copies that did not pass their check.
+    pub corrupt: u64,
+    /// Device reads that failed.
+    pub device_read_errors: u64,
+    /// Device writes or flushes that failed.
+    pub device_write_errors: u64,
+    /// Bytes read from the device for blocks.
+    pub device_read_bytes: u64,
+    /// Bytes of new blocks written, padding included.
+    pub block_write_bytes: u64,
+    /// Bytes of blocks written again by reclaim.
+    pub moved_write_bytes: u64,
+    /// Bytes of headers, directories, footers and checkpoints written.
+    pub meta_write_bytes: u64,
+    /// Payload bytes in the blocks written the first time.
+    pub payload_written_bytes: u64,
+    /// Device flushes.
+    pub device_flushes: u64,
+    /// Segments sealed.
+    pub segments_sealed: u64,
+    /// Segments reclaimed.
+    pub segments_reclaimed: u64,
+    /// Checkpoints completed.
+    pub checkpoints: u64,
+}
+
+impl Counters {
+    pub(super) fn count_miss(&mut self, reason: MissReason) {
+        *self.misses.entry(reason).or_default() += 1;
+    }
+
+    pub(super) fn count_put(&mut self, outcome: PutOutcome) {
+        match outcome {
+            PutOutcome::Stored => self.puts_stored += 1,
+            PutOutcome::Exists => self.puts_exists += 1,
+            PutOutcome::InProgress => self.puts_in_progress += 1,
+            PutOutcome::Refused(refusal) => *self.puts_refused.entry(refusal).or_default() += 1,
+        }
+    }
+
+    pub(super) fn count_dram_eviction(&mut self, state: State) {
+        if state == State::Clean {
+            self.dram_evicted_clean += 1;
+        } else {
+            self.dram_evicted_gone += 1;
+        }
+    }
+
+    /// Bytes written to the device for each byte of payload written the first time.
+    #[must_use]
+    pub fn write_amplification(&self) -> Option<f64> {
+        let written = self.block_write_bytes + self.moved_write_bytes + self.meta_write_bytes;
+        (self.payload_written_bytes > 0).then(|| written as f64 / self.payload_written_bytes as f64)
+    }
+}
+
+/// A shard at one moment.
+#[derive(Clone, Debug, Serialize)]
+pub struct ShardStatus {
+    /// Its number.
+    pub shard: u32,
+    /// Everything counted.
+    pub counters: Counters,
+    /// Blocks in memory.
+    pub dram_blocks: u64,
+    /// Bytes of blocks in memory.
+    pub dram_bytes: u64,
+    /// Bytes of blocks that memory may hold.
+    pub dram_bytes_max: u64,
+    /// Blocks on the device.
+    pub flash_blocks: u64,
+    /// Bytes of segments.
+    pub flash_bytes_max: u64,
+    /// Segments free, sealed, and in all.
+    pub segments_free: u64,
+    /// Segments sealed.
+    pub segments_sealed: u64,
+    /// Segments in all.
+    pub segments: u64,
+    /// Memory of the index in bytes.
+    pub index_bytes: u64,
+    /// Index entries it was sized for.
+    pub index_entries_max: u64,
+    /// Bytes waiting to be written.
+    pub dirty_bytes: u64,
+    /// Puts acknowledged and not flushed.
+    pub unflushed_puts: u64,
+    /// How long ago, in microseconds, the oldest of them was acknowledged; 0 = all is flushed.
+    pub unflushed_age_us: u64,
+    /// Bytes written a byte of payload; null before anything was written.
+    pub write_amplification: Option<f64>,
+    /// Why the device takes no writes at the moment, if so.
+    pub device_trouble: Option<String>,
+}
+
+/// What became of memory at shutdown.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct ShutdownReport {
+    /// Blocks in memory that are on the device.
+    pub kept_blocks: u64,
+    /// Blocks in memory that are not, and are lost.
+    pub dropped_blocks: u64,
+    /// Whether the checkpoint was written (the next start is quicker).
+    pub checkpointed: bool,
+}
+
+impl Shard {
+    pub(crate) fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    pub(crate) fn status(&self, now: Moment) -> ShardStatus {
+        let oldest = self
+            .unflushed
+            .values()
+            .next()
+            .map(|unflushed| now.since(unflushed.since));
+        ShardStatus {
+            shard: self.number,
+            counters: self.counters.clone(),
+            dram_blocks: self.dram.len() as u64,
+            dram_bytes: self.dram.used_bytes(),
+            dram_bytes_max: self.dram.limit_bytes(),
+            flash_blocks: self.index.len() as u64,
+            flash_bytes_max: u64::from(self.superblock.segments_per_shard)
+                * self.superblock.payload_bytes(),
+            segments_free: self.segments.free.len() as u64,
+            segments_sealed: self.segments.sealed.len() as u64,
+            segments: self.segments.all.len() as u64,
+            index_bytes: self.index.bytes() as u64,
+            index_entries_max: self.index.bucket_count() as u64 * crate::layout::SLOTS_PER_BUCKET,
+            dirty_bytes: self.dirty_bytes,
+            unflushed_puts: self.unflushed.len() as u64,
+            unflushed_age_us: oldest.map_or(0, |age| age.as_micros().max(1) as u64),
+            write_amplification: self.counters.write_amplification(),
+            device_trouble: self.trouble.reason(),
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! The machine, behind safe types: memory that devices can read and write, and devices.
+//!
+//! ```text
+//!   Arena ── allocate ──> Buffer (one owner, writable) ── freeze ──> Shared (many readers)
+//!                           │  ▲                                        │  ▲
+//!                     Op::Read │ Completion                      Op::Write │ Completion
+//!                           ▼  │                                        ▼  │
+//!                         Device: Ring (io_uring) | Threads | Sim
+//! ```
+//!
+//! What must always be true: memory under an operation belongs to that operation. An [`Op`] owns
+//! its buffers and gives them back in its [`Completion`], so no one can free or change bytes that
+//! a device still reads or writes. That is the whole safety story, and why `unsafe` can live here
+//! and nowhere above.
+//!
+//! What is absent: layout, checksums, policy. A device moves bytes and says how it went.
+
+mod check;
+mod device;
+mod lock;
+pub mod memory;
+mod open;
+mod registered;
+mod ring;
+pub mod sim;
+mod target;
+mod target_error;
+mod threads;
+
+pub use device::{Completion, Device, DeviceError, Op};
+pub use memory::{Arena, Buffer, Shared};
+pub use open::{DeviceOptions, IoEngine, open_device};
+pub use ring::{Ring, RingRefused};
+pub use target::{Target, Wanted};
+pub use target_error::TargetError;
+pub use threads::Threads;

@@ -1,0 +1,120 @@
+//! The arena as the ring knows it: registered piece by piece, each when it is first used.
+//!
+//! Registering a piece saves the kernel a walk over its pages in every operation, but takes all of
+//! them from the system at once: for the arena as a whole that is 0.1 to 3.5 s a GiB (a warm and a
+//! fresh virtual machine), too long for a start. By pieces it is a few milliseconds, once, on
+//! memory that is about to be used anyway.
+//!
+//! A buffer across two pieces goes by address: the same operation, a little more CPU.
+#![allow(unsafe_code)] // the kernel is told addresses; the block says why they hold
+
+use crate::{Arena, Buffer};
+use io_uring::IoUring;
+use rustix::process::{Resource, getrlimit};
+use rustix::thread::{CapabilitySet, capabilities};
+use std::io;
+
+/// Least size of a piece: large against a block (one of 64 KiB in 64 lies across a cut), small
+/// enough to be taken from the system in a few milliseconds.
+pub(crate) const PIECE_BYTES_MIN: usize = 4 << 20;
+
+/// Most pieces: the kernel's limit for a table of buffers. Beyond 64 GiB the pieces grow.
+const PIECES_MAX: usize = 1 << 14;
+
+pub(crate) struct Registered {
+    arena: Arena,
+    piece_bytes: usize,
+    pieces: Vec<bool>,
+    refused: bool,
+}
+
+impl Registered {
+    /// Gives the ring an empty table, or says in a sentence why it has none.
+    pub(crate) fn new(ring: &IoUring, arena: &Arena) -> (Self, Option<String>) {
+        let per_piece = arena.bytes().div_ceil(PIECES_MAX).next_power_of_two();
+        let piece_bytes = per_piece.max(PIECE_BYTES_MIN);
+        let count = arena.bytes().div_ceil(piece_bytes);
+        let refusal = over_limit(arena.bytes()).or_else(|| {
+            let refusal = ring
+                .submitter()
+                .register_buffers_sparse(count as u32)
+                .err()?;
+            Some(format!("{refusal}; it needs Linux 5.19"))
+        });
+        let note = refusal.map(|refusal| {
+            let bytes = arena.bytes();
+            format!(
+                "io_uring runs without registered memory ({bytes} bytes refused: {refusal}): reads \
+                 and writes cost a little more CPU"
+            )
+        });
+        let refused = note.is_some();
+        let arena = arena.clone();
+        (
+            Self {
+                arena,
+                piece_bytes,
+                pieces: vec![false; count],
+                refused,
+            },
+            note,
+        )
+    }
+
+    /// The number under which the ring knows the memory of `buffer`; registers it if need be.
+    pub(crate) fn number(&mut self, ring: &IoUring, buffer: &Buffer) -> Option<u16> {
+        if self.refused || !buffer.arena().is_same(&self.arena) {
+            return None;
+        }
+        let from = buffer.arena_offset();
+        let piece = from / self.piece_bytes;
+        if (from + buffer.padded_len() - 1) / self.piece_bytes != piece {
+            return None;
+        }
+        if !self.pieces[piece] {
+            if let Err(_limit_of_memory) = self.register(ring, piece) {
+                // Whatever it is, it is no reason to try again with every operation.
+                self.refused = true;
+                return None;
+            }
+            self.pieces[piece] = true;
+        }
+        u16::try_from(piece).ok()
+    }
+
+    fn register(&self, ring: &IoUring, piece: usize) -> io::Result<()> {
+        let from = piece * self.piece_bytes;
+        let memory = libc::iovec {
+            iov_base: self.arena.as_ptr().wrapping_add(from).cast(),
+            iov_len: self.piece_bytes.min(self.arena.bytes() - from),
+        };
+        // SAFETY: the piece lies inside the arena's mapping, and this handle keeps it mapped at
+        // least as long as the ring lives. Registering reads and writes nothing.
+        unsafe {
+            ring.submitter()
+                .register_buffers_update(piece as u32, &[memory], None)
+        }
+    }
+
+    /// Gives the memory back before the ring is closed, which the kernel does later.
+    pub(crate) fn release(&self, ring: &IoUring) {
+        if !self.pieces.is_empty() {
+            // Refused if there never was a table.
+            drop(ring.submitter().unregister_buffers());
+        }
+    }
+}
+
+/// Whether registering this much would meet RLIMIT_MEMLOCK, which privileged threads are free of.
+fn over_limit(bytes: usize) -> Option<String> {
+    let limit = getrlimit(Resource::Memlock)
+        .current
+        .filter(|limit| *limit < bytes as u64)?;
+    let free =
+        capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::IPC_LOCK));
+    (!free).then(|| {
+        format!(
+            "the limit of locked memory, RLIMIT_MEMLOCK, is {limit} bytes; raise it (ulimit -l)"
+        )
+    })
+}

@@ -1,0 +1,511 @@
+//! A device over io_uring: one system call moves many operations, and none sleeps in the kernel on
+//! our thread.
+//!
+//! ```text
+//!   submit ──> slot + queue ──kick──> submission ring ──> kernel
+//!                 ▲                                          │
+//!                 └── moved less than asked, or interrupted ─┤  (same slot, from where it stopped)
+//!   poll <── Completion <──────────── completion ring <──────┘
+//! ```
+//!
+//! What must always be true:
+//! * a slot owns its [`Op`], and with it the memory, until the kernel has answered; the device is
+//!   not dropped before the last answer;
+//! * no more operations are in the kernel than the submission ring has entries, so the completion
+//!   ring (twice as large) cannot overflow;
+//! * one thread: the ring belongs to the thread that opened it (the kernel then does its part of
+//!   the work when we ask, not by interrupting us), so the type is not `Send`;
+//! * everything that is submitted ends in the completion ring, refusals too: they travel as a
+//!   no-op, so that the descriptor of [`Device::readiness`] tells of them like of the rest;
+//! * that descriptor is an eventfd. A ring whose work is put off (DEFER_TASKRUN) is readable itself
+//!   but does not wake who sleeps on it in poll or epoll (seen on Linux 6.18: each sleep ran into
+//!   its timeout). The kernel rings an eventfd at once. It is made when first asked for, since it
+//!   costs a system call a poll.
+//!
+//! No memory is allocated per operation once slots and gather lists have grown to their size.
+//!
+//! Memory of the arena is registered with the kernel when it is first used (see `registered`);
+//! where that is refused, the same operations go by address and [`Ring::notes`] says so.
+#![allow(unsafe_code)] // the kernel reads and writes memory by address; each block says why it may
+
+use crate::check::{cannot_discard, check_op, failed_after, op_len, short};
+use crate::registered::Registered;
+use crate::target::is_preallocated_file;
+use crate::{Arena, Completion, Device, DeviceError, Op};
+use io_uring::squeue::Entry;
+use io_uring::types::{Fixed, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::{IoUring, opcode};
+use rustix::event::EventfdFlags;
+use std::cell::OnceCell;
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::time::{Duration, Instant};
+
+/// Bounds of the depth: one operation, and what a device queue of today holds several times over.
+pub(crate) const DEPTH_MIN: usize = 1;
+pub(crate) const DEPTH_MAX: usize = 4096;
+
+/// Most bytes one entry of the ring asks for; its length field has 32 bits. What is left follows.
+const STEP_BYTES_MAX: u64 = 1 << 30;
+
+/// How often one operation is tried again after EINTR or EAGAIN without progress: a busy moment
+/// passes in a few, a file that always says so must not hold its caller for ever.
+const RETRIES_MAX: u32 = 1000;
+
+/// Longest single sleep; also keeps the kernel's time fields far from their ends.
+const SLEEP_MAX: Duration = Duration::from_secs(3600);
+
+/// Failed waits in a row after which a dropped device gives its memory up for lost, since
+/// returning it while the kernel may still write there would be worse.
+const DROP_FAILURES_MAX: u32 = 100;
+
+/// The file's number in the ring's table of registered files.
+const FILE: Fixed = Fixed(0);
+
+/// Why there is no ring.
+#[derive(Debug, thiserror::Error)]
+#[error("io_uring refused ({step}: {source}{})", hint(.source))]
+pub struct RingRefused {
+    /// What was being done.
+    pub step: &'static str,
+    /// The system's words.
+    pub source: io::Error,
+}
+
+fn hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => {
+            "; EPERM: a container's seccomp profile or sysctl kernel.io_uring_disabled forbids it"
+        }
+        Some(libc::ENOSYS) => "; ENOSYS: the kernel, or a sandbox around it, does not have it",
+        Some(libc::ENOMEM) => "; ENOMEM: raise the limit of locked memory (ulimit -l)",
+        Some(libc::EMFILE | libc::ENFILE) => "; raise the limit of open files (ulimit -n)",
+        _ => "",
+    }
+}
+
+/// A [`Device`] over io_uring; see the top of this file.
+pub struct Ring {
+    ring: IoUring,
+    table: Table,
+    registered: Registered,
+    bytes: u64,
+    in_kernel: usize,
+    in_kernel_max: usize,
+    deferred: bool,
+    notes: Vec<String>,
+    event: OnceCell<OwnedFd>,
+    // The kernel knows the descriptor by its number in the ring; this keeps it (and its lock) open.
+    _file: File,
+    _one_thread: PhantomData<*const ()>,
+}
+
+/// The operations, apart from the ring so that both can be borrowed at once.
+struct Table {
+    slots: Vec<Slot>,
+    free: Vec<u32>,
+    /// Slots that wait for their next entry in the ring.
+    queue: VecDeque<u32>,
+    discards: bool,
+}
+
+#[derive(Default)]
+struct Slot {
+    op: Option<(u64, Op)>,
+    refused: Option<DeviceError>,
+    /// The number of its memory in the ring's table, if it has one.
+    registered: Option<u16>,
+    moved: u64,
+    len: u64,
+    retries: u32,
+    gather: Vec<libc::iovec>,
+}
+
+impl Ring {
+    /// Opens a ring of at least `depth` entries over the first `bytes` of `file`, for the thread
+    /// that calls.
+    ///
+    /// # Errors
+    /// When the kernel, or a policy around the process, refuses io_uring.
+    pub fn open(file: File, bytes: u64, arena: &Arena, depth: usize) -> Result<Self, RingRefused> {
+        let refused = |step| move |source| RingRefused { step, source };
+        let entries = depth.clamp(DEPTH_MIN, DEPTH_MAX) as u32;
+        let mut notes = Vec::new();
+        let mut modern = IoUring::builder();
+        modern
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_taskrun_flag()
+            .dontfork();
+        let (ring, deferred) = match modern.build(entries) {
+            Ok(ring) => (ring, true),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                let ring = IoUring::new(entries).map_err(refused("setup"))?;
+                notes.push("the kernel is older than 6.1: completions interrupt the shard".into());
+                (ring, false)
+            }
+            Err(error) => return Err(refused("setup")(error)),
+        };
+        if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_nodrop() {
+            let source = io::Error::other("the kernel is older than 5.11");
+            return Err(refused("features")(source));
+        }
+        ring.submitter()
+            .register_files(&[file.as_raw_fd()])
+            .map_err(refused("register file"))?;
+        let (registered, note) = Registered::new(&ring, arena);
+        notes.extend(note);
+        let in_kernel_max = ring.params().sq_entries() as usize;
+        let table = Table {
+            slots: Vec::with_capacity(in_kernel_max),
+            free: Vec::with_capacity(in_kernel_max),
+            queue: VecDeque::with_capacity(in_kernel_max),
+            discards: !is_preallocated_file(&file),
+        };
+        let mut ring = Self {
+            ring,
+            table,
+            registered,
+            bytes,
+            in_kernel: 0,
+            in_kernel_max,
+            deferred,
+            notes,
+            event: OnceCell::new(),
+            _file: file,
+            _one_thread: PhantomData,
+        };
+        ring.probe().map_err(refused("first use"))?;
+        Ok(ring)
+    }
+
+    /// What an operator should hear, one sentence each.
+    #[must_use]
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// One no-op there and back: some sandboxes allow a ring to be made and not to be used.
+    fn probe(&mut self) -> io::Result<()> {
+        // SAFETY: a no-op refers to no memory.
+        let pushed = unsafe { self.ring.submission().push(&opcode::Nop::new().build()) };
+        pushed.map_err(|full| io::Error::other(full.to_string()))?;
+        self.ring.submit_and_wait(1)?;
+        self.ring
+            .completion()
+            .next()
+            .map(|_| ())
+            .ok_or_else(|| io::Error::other("no answer"))
+    }
+
+    /// Moves waiting slots into the submission ring, as many as may be in the kernel.
+    fn fill(&mut self) {
+        if self.table.queue.is_empty() {
+            return;
+        }
+        let mut submission = self.ring.submission();
+        while self.in_kernel < self.in_kernel_max
+            && let Some(number) = self.table.queue.pop_front()
+        {
+            let entry = self.table.entry(number);
+            // SAFETY: the memory in the entry belongs to the slot's operation (or to its gather
+            // list, which only this function's next call for the same slot changes). The slot
+            // gives both up in `Table::answered` alone, after the kernel's answer; `Drop` waits
+            // for all answers. A frozen buffer is only read.
+            if unsafe { submission.push(&entry) }.is_err() {
+                self.table.queue.push_front(number);
+                break;
+            }
+            self.in_kernel += 1;
+        }
+    }
+
+    /// Hands the submission ring to the kernel, and lets it do work it has put off.
+    fn enter(&mut self) -> io::Result<()> {
+        loop {
+            match self.ring.submit() {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Short of memory, or the completion ring is full: passes when answers are
+                // collected. With nothing in the kernel there is nothing to wait for.
+                Err(error)
+                    if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY))
+                        && self.in_kernel > self.ring.submission().len() =>
+                {
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Collects what is over. True if more came while the eventfd was cleared, whose ring may have
+    /// been cleared with it.
+    fn collect(&mut self, out: &mut Vec<Completion>) -> bool {
+        if self.in_flight() > 0 {
+            if self.has_put_off() || (!self.deferred && self.ring.completion().is_empty()) {
+                // A refusal here leaves the queue as it was; the next `kick` reports it.
+                drop(self.enter());
+            }
+            for answer in self.ring.completion() {
+                self.in_kernel -= 1;
+                self.table
+                    .answered(answer.user_data() as u32, answer.result(), out);
+            }
+            // What went only part of the way, and what found the ring full before.
+            if !self.table.queue.is_empty() {
+                drop(self.kick());
+            }
+        }
+        let Some(event) = self.event.get() else {
+            return false;
+        };
+        // Nothing to clear is the common case of a busy shard.
+        rustix::io::read(event, &mut [0_u8; 8]).is_ok()
+            && self.in_flight() > 0
+            && (self.has_put_off() || !self.ring.completion().is_empty())
+    }
+
+    /// Whether the kernel has work for us to run, or has not taken all entries.
+    fn has_put_off(&mut self) -> bool {
+        let submission = self.ring.submission();
+        submission.taskrun() || !submission.is_empty()
+    }
+
+    /// Sleeps until an answer is there or the deadline; hands over what is queued first.
+    fn sleep(&mut self, deadline: Instant) -> io::Result<()> {
+        loop {
+            self.fill();
+            let timeout = deadline
+                .saturating_duration_since(Instant::now())
+                .min(SLEEP_MAX);
+            if timeout.is_zero() {
+                return self.enter();
+            }
+            let timespec = Timespec::from(timeout);
+            let args = SubmitArgs::new().timespec(&timespec);
+            match self.ring.submitter().submit_with_args(1, &args) {
+                Ok(_) => {}
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EINTR | libc::ETIME) => {}
+                    Some(libc::EAGAIN | libc::EBUSY) => return Ok(()),
+                    _ => return Err(error),
+                },
+            }
+            if !self.ring.completion().is_empty() || Instant::now() >= deadline {
+                return Ok(());
+            }
+        }
+    }
+}
+
+impl Device for Ring {
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn submit(&mut self, token: u64, op: Op) {
+        let registered = match &op {
+            Op::Read { buffer, .. } => self.registered.number(&self.ring, buffer),
+            Op::Write { buffers, .. } if buffers.len() == 1 => {
+                self.registered.number(&self.ring, &buffers[0])
+            }
+            _ => None,
+        };
+        self.table.add(token, op, registered, self.bytes);
+    }
+
+    fn kick(&mut self) -> Result<(), DeviceError> {
+        self.fill();
+        if !self.ring.submission().is_empty() {
+            self.enter()?;
+        }
+        Ok(())
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) {
+        while self.collect(out) {}
+    }
+
+    fn wait(&mut self, timeout: Duration) {
+        if self.in_flight() == 0 {
+            return;
+        }
+        let now = Instant::now();
+        drop(self.sleep(now.checked_add(timeout).unwrap_or(now + SLEEP_MAX)));
+    }
+
+    fn readiness(&self) -> Option<RawFd> {
+        if let Some(event) = self.event.get() {
+            return Some(event.as_raw_fd());
+        }
+        let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let event = event.ok().filter(|event| {
+            self.ring
+                .submitter()
+                .register_eventfd(event.as_raw_fd())
+                .is_ok()
+        });
+        let Some(event) = event else {
+            // Out of descriptors: a sleeper with a timeout still gets on.
+            return Some(self.ring.as_raw_fd());
+        };
+        let event = self.event.get_or_init(|| event);
+        // What completed before the eventfd was there rang nothing.
+        let _ = rustix::io::write(event, &1_u64.to_ne_bytes());
+        Some(event.as_raw_fd())
+    }
+
+    fn in_flight(&self) -> usize {
+        self.table.slots.len() - self.table.free.len()
+    }
+
+    fn engine(&self) -> &'static str {
+        "io_uring"
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        let mut over = Vec::new();
+        let mut failures = 0;
+        while self.in_flight() > 0 && failures < DROP_FAILURES_MAX {
+            match self.sleep(Instant::now() + Duration::from_secs(1)) {
+                Ok(()) => failures = 0,
+                Err(_) => failures += 1,
+            }
+            self.poll(&mut over);
+            over.clear();
+        }
+        if self.in_kernel > 0 {
+            // The kernel still owns this memory, and no longer answers.
+            std::mem::forget(std::mem::take(&mut self.table.slots));
+        }
+        // The kernel takes a closed ring apart later; the file, its lock and the memory go now.
+        drop(self.ring.submitter().unregister_files());
+        self.registered.release(&self.ring);
+    }
+}
+
+impl Table {
+    fn add(&mut self, token: u64, op: Op, registered: Option<u16>, device_bytes: u64) {
+        let number = self.free.pop().unwrap_or_else(|| {
+            self.slots.push(Slot::default());
+            (self.slots.len() - 1) as u32
+        });
+        let slot = &mut self.slots[number as usize];
+        slot.refused = check_op(&op, device_bytes).err();
+        slot.len = op_len(&op);
+        slot.registered = registered;
+        (slot.moved, slot.retries) = (0, 0);
+        slot.op = Some((token, op));
+        self.queue.push_back(number);
+    }
+
+    /// The next entry of a slot: its operation from where it stopped.
+    fn entry(&mut self, number: u32) -> Entry {
+        let Slot {
+            op,
+            refused,
+            registered,
+            moved,
+            len,
+            gather,
+            ..
+        } = &mut self.slots[number as usize];
+        let entry = match op {
+            _ if refused.is_some() => opcode::Nop::new().build(),
+            Some((_, Op::Read { offset, buffer })) => {
+                let step = (*len - *moved).min(STEP_BYTES_MAX) as u32;
+                let memory = buffer.padded_mut()[*moved as usize..].as_mut_ptr();
+                let from = *offset + *moved;
+                match *registered {
+                    Some(piece) => opcode::ReadFixed::new(FILE, memory, step, piece)
+                        .offset(from)
+                        .build(),
+                    None => opcode::Read::new(FILE, memory, step).offset(from).build(),
+                }
+            }
+            Some((_, Op::Write { offset, buffers })) if buffers.len() == 1 => {
+                let step = (*len - *moved).min(STEP_BYTES_MAX) as u32;
+                let memory = buffers[0].padded()[*moved as usize..].as_ptr();
+                let from = *offset + *moved;
+                match *registered {
+                    Some(piece) => opcode::WriteFixed::new(FILE, memory, step, piece)
+                        .offset(from)
+                        .build(),
+                    None => opcode::Write::new(FILE, memory, step).offset(from).build(),
+                }
+            }
+            Some((_, Op::Write { offset, buffers })) => {
+                gather.clear();
+                let mut skip = *moved as usize;
+                for buffer in buffers.iter() {
+                    let bytes = &buffer.padded()[skip.min(buffer.padded_len())..];
+                    skip -= buffer.padded_len() - bytes.len();
+                    if !bytes.is_empty() {
+                        let (iov_base, iov_len) = (bytes.as_ptr().cast_mut().cast(), bytes.len());
+                        gather.push(libc::iovec { iov_base, iov_len });
+                    }
+                }
+                opcode::Writev::new(FILE, gather.as_ptr(), gather.len() as u32)
+                    .offset(*offset + *moved)
+                    .build()
+            }
+            Some((_, Op::Flush)) => opcode::Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build(),
+            Some((_, Op::Discard { offset, .. })) if self.discards => {
+                let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+                opcode::Fallocate::new(FILE, *len)
+                    .offset(*offset)
+                    .mode(mode)
+                    .build()
+            }
+            // A preallocated file keeps its space: others could take it, and a later write would
+            // find the disk full.
+            Some((_, Op::Discard { .. })) | None => opcode::Nop::new().build(),
+        };
+        entry.user_data(u64::from(number))
+    }
+
+    /// Takes the kernel's answer for a slot: over, or once more from where it stopped.
+    fn answered(&mut self, number: u32, answer: i32, out: &mut Vec<Completion>) {
+        let Some(slot) = self.slots.get_mut(number as usize) else {
+            return;
+        };
+        let Some((_, op)) = &slot.op else { return };
+        let again = matches!(answer.saturating_neg(), libc::EINTR | libc::EAGAIN);
+        let result = if let Some(refused) = slot.refused.take() {
+            Err(refused)
+        } else if again && slot.retries < RETRIES_MAX {
+            slot.retries += 1;
+            self.queue.push_back(number);
+            return;
+        } else if answer < 0 {
+            let error = io::Error::from_raw_os_error(-answer);
+            if matches!(op, Op::Discard { .. }) && cannot_discard(&error) {
+                Ok(())
+            } else {
+                Err(failed_after(slot.moved, slot.len, error))
+            }
+        } else if matches!(op, Op::Flush | Op::Discard { .. }) {
+            Ok(())
+        } else if answer == 0 {
+            Err(short(slot.moved, slot.len))
+        } else {
+            slot.moved += answer as u64;
+            slot.retries = 0;
+            if slot.moved < slot.len {
+                self.queue.push_back(number);
+                return;
+            }
+            Ok(())
+        };
+        if let Some((token, op)) = slot.op.take() {
+            self.free.push(number);
+            out.push(Completion { token, op, result });
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! Planning: traces of real traffic, and what a store of a given capacity would hit on them.
+//!
+//! * [`trace`] reads the Mooncake and the Qwen-Bailian form, and folds small blocks into larger;
+//! * [`offline`] replays a trace against capacities: the pure policy with unit blocks, or a model
+//!   of the real engine (DRAM tier, segments, reserve, rewriting) around the production policy.
+//!
+//! What must always be true: a hit counts only while every earlier block of its request hit,
+//! since only a prefix saves computation; every rate is printed beside the ceiling, which is what
+//! a cache of unlimited size would reach on the same trace.
+//!
+//! What is absent: files, compression, clocks, chance. The caller opens and decompresses.
+
+mod engine_model;
+pub mod offline;
+pub mod trace;
+
+pub use engine_model::FlashShape;
+pub use offline::{
+    Capacity, CapacityError, Model, OfflineError, OfflineOptions, OfflineReport, OfflineRow,
+    replay_offline, replay_offline_with,
+};
+pub use trace::{Coverage, Request, Trace, TraceError, TraceOptions};

@@ -1,0 +1,414 @@
+//! Offline replay: hit rate against capacity, with the production policy and no node.
+//!
+//! ```text
+//!   for each request of the trace, in order
+//!     look up the ids its input covers, up to the first that is missing    -> hits
+//!     put the rest of its ids                                              -> writes
+//! ```
+//!
+//! [`Model::Blocks`] asks what the order of eviction is worth by itself: one
+//! [`TailFirstLru`] over blocks of equal size, all of a request's blocks going in at its arrival.
+//! [`Model::Engine`] asks what a node would do: see the engine model's own story.
+//!
+//! What must always be true: the same trace and options give the same report; hits and token
+//! hits never exceed the ceiling of the pure model with unlimited room.
+
+use crate::engine_model::{EngineModel, FlashShape};
+use crate::trace::Trace;
+use kvar_policy::{RecentlyUsed, ReclaimPolicy, TailFirstLru};
+use serde::Serialize;
+use std::collections::HashMap;
+use std::ops::Range;
+use std::str::FromStr;
+
+/// Which store is replayed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Model {
+    /// The pure policy over unit blocks: the anchor.
+    Blocks,
+    /// DRAM tier, segments, reserve and rewriting, as the engine does.
+    Engine,
+}
+
+/// A capacity to test: a number of blocks, or a share of the trace's distinct blocks.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Capacity {
+    /// So many blocks.
+    Blocks(u64),
+    /// So many per cent of the distinct blocks, rounded down, at least one block.
+    Percent(f64),
+}
+
+/// A text that is no capacity.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error(
+    "{0:?} is not a capacity: write a number of blocks of at least 1, such as 9139, or a share of \
+     the distinct blocks above 0%, such as 5%"
+)]
+pub struct CapacityError(String);
+
+impl FromStr for Capacity {
+    type Err = CapacityError;
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wrong = || CapacityError(text.to_owned());
+        let capacity = match text.trim().strip_suffix('%') {
+            Some(percent) => Self::Percent(percent.trim().parse().map_err(|_| wrong())?),
+            None => Self::Blocks(text.trim().replace('_', "").parse().map_err(|_| wrong())?),
+        };
+        if capacity.is_valid() {
+            Ok(capacity)
+        } else {
+            Err(wrong())
+        }
+    }
+}
+
+impl Capacity {
+    /// More than the whole is allowed (and is like the whole), but not without bound.
+    fn is_valid(self) -> bool {
+        match self {
+            Self::Blocks(blocks) => blocks > 0,
+            Self::Percent(percent) => percent > 0.0 && percent <= 1e6,
+        }
+    }
+
+    /// In blocks, of a trace with so many distinct ones.
+    #[must_use]
+    pub fn blocks(self, distinct_blocks: u64) -> u64 {
+        match self {
+            Self::Blocks(blocks) => blocks,
+            // The tiny addend keeps 29 % of 100 from becoming 28.
+            Self::Percent(percent) => {
+                ((percent * distinct_blocks as f64 / 100.0 + 1e-9) as u64).max(1)
+            }
+        }
+    }
+}
+
+/// What to replay.
+#[derive(Clone, Debug)]
+pub struct OfflineOptions {
+    /// Which store.
+    pub model: Model,
+    /// One row of the report each.
+    pub capacities: Vec<Capacity>,
+    /// Engine model: DRAM as a share (0..=1) of the distinct blocks; never more than half of
+    /// the capacity under test.
+    pub dram_share: f64,
+    /// Engine model: bytes of a block, padding included.
+    pub block_bytes: u64,
+}
+
+impl Default for OfflineOptions {
+    fn default() -> Self {
+        Self {
+            model: Model::Blocks,
+            capacities: [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0]
+                .map(Capacity::Percent)
+                .to_vec(),
+            // A node has some fifty times as much flash as DRAM.
+            dram_share: 0.02,
+            block_bytes: 64 << 10,
+        }
+    }
+}
+
+/// Options that cannot be replayed.
+#[derive(Debug, thiserror::Error, PartialEq)]
+pub enum OfflineError {
+    /// Zero, negative or not a number.
+    #[error("a capacity of {0:?} holds no block: give at least 1 block or more than 0%")]
+    Capacity(Capacity),
+    /// Not a share.
+    #[error("the DRAM share {0} must lie between 0 and 1")]
+    DramShare(f64),
+    /// Zero, or larger than the largest block.
+    #[error("a block of {0} bytes does not fit a segment: give 1 byte to {max} bytes", max = FlashShape::BLOCK_BYTES_MAX)]
+    BlockBytes(u64),
+    /// More blocks than the model numbers.
+    #[error("the trace names more than {max} blocks: replay a part of it", max = u32::MAX)]
+    TooManyBlocks,
+}
+
+/// What one capacity reaches.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct OfflineRow {
+    /// Blocks the store could hold.
+    pub capacity_blocks: u64,
+    /// The same as a share of the distinct blocks.
+    pub capacity_share: f64,
+    /// Hits per block looked up.
+    pub block_hit_rate: f64,
+    /// Tokens saved per input token.
+    pub token_hit_rate: f64,
+    /// Blocks written to flash, rewritten ones included (for unit blocks: blocks put in).
+    pub flash_write_blocks: u64,
+    /// Blocks written per block put in; 1 for unit blocks.
+    pub write_amplification: f64,
+}
+
+/// What a trace reaches at each capacity, and at best.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct OfflineReport {
+    /// In the order of the capacities asked for.
+    pub rows: Vec<OfflineRow>,
+    /// Different ids in the trace.
+    pub distinct_blocks: u64,
+    /// Requests in the trace.
+    pub requests: u64,
+    /// Hits per block looked up if nothing ever left.
+    pub ceiling_block_hit_rate: f64,
+    /// Tokens saved per input token if nothing ever left.
+    pub ceiling_token_hit_rate: f64,
+    /// Tokens of one block.
+    pub block_tokens: u64,
+}
+
+/// Replays `trace` with the production reclaim policy.
+///
+/// # Errors
+/// Options that mean nothing (see [`OfflineError`]).
+pub fn replay_offline(
+    trace: &Trace,
+    options: &OfflineOptions,
+) -> Result<OfflineReport, OfflineError> {
+    replay_offline_with(trace, options, RecentlyUsed::new)
+}
+
+/// As [`replay_offline`], with a reclaim policy of the caller's: a fresh one for each capacity.
+///
+/// # Errors
+/// Options that mean nothing (see [`OfflineError`]).
+pub fn replay_offline_with<P: ReclaimPolicy>(
+    trace: &Trace,
+    options: &OfflineOptions,
+    mut policy: impl FnMut() -> P,
+) -> Result<OfflineReport, OfflineError> {
+    if !(0.0..=1.0).contains(&options.dram_share) {
+        return Err(OfflineError::DramShare(options.dram_share));
+    }
+    if !(1..=FlashShape::BLOCK_BYTES_MAX).contains(&options.block_bytes) {
+        return Err(OfflineError::BlockBytes(options.block_bytes));
+    }
+    if let Some(wrong) = options
+        .capacities
+        .iter()
+        .find(|capacity| !capacity.is_valid())
+    {
+        return Err(OfflineError::Capacity(*wrong));
+    }
+    let numbered = Numbered::new(trace)?;
+    let distinct = numbered.distinct;
+    let rows = options.capacities.iter().map(|capacity| {
+        let capacity_blocks = capacity.blocks(distinct);
+        let tally = match options.model {
+            Model::Blocks => numbered.replay(&mut UnitBlocks::new(capacity_blocks)),
+            Model::Engine => {
+                let dram = (distinct as f64 * options.dram_share) as u64;
+                let dram_blocks = dram.min(capacity_blocks / 2);
+                let flash_blocks = capacity_blocks - dram_blocks;
+                let shape = FlashShape::new(flash_blocks, options.block_bytes);
+                numbered.replay(&mut EngineModel::new(
+                    distinct,
+                    dram_blocks,
+                    shape,
+                    policy(),
+                ))
+            }
+        };
+        OfflineRow {
+            capacity_blocks,
+            capacity_share: capacity_blocks as f64 / distinct.max(1) as f64,
+            block_hit_rate: tally.block_hit_rate(),
+            token_hit_rate: tally.token_hit_rate(),
+            flash_write_blocks: tally.writes.total(),
+            write_amplification: tally.writes.amplification(),
+        }
+    });
+    let rows = rows.collect();
+    let ceiling = numbered.replay(&mut Unlimited(vec![false; distinct as usize]));
+    Ok(OfflineReport {
+        rows,
+        distinct_blocks: distinct,
+        requests: trace.requests.len() as u64,
+        ceiling_block_hit_rate: ceiling.block_hit_rate(),
+        ceiling_token_hit_rate: ceiling.token_hit_rate(),
+        block_tokens: trace.block_tokens,
+    })
+}
+
+/// Writes to flash, counted in blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Writes {
+    /// Written because they were put.
+    pub(crate) put: u64,
+    /// Written again by reclaim.
+    pub(crate) again: u64,
+}
+
+impl Writes {
+    fn total(self) -> u64 {
+        self.put + self.again
+    }
+
+    fn amplification(self) -> f64 {
+        if self.put == 0 {
+            1.0
+        } else {
+            self.total() as f64 / self.put as f64
+        }
+    }
+}
+
+/// A store under replay. Blocks are numbered 0, 1, 2, ... in the order the trace names them.
+pub(crate) trait Store {
+    /// Looks `blocks` up from the first on, touches the hits, answers how many there are before
+    /// the first miss.
+    fn lookup(&mut self, blocks: &[u32], request: u64) -> usize;
+    /// Puts `blocks`, of which the first stands at `depth` in its prompt; those present are
+    /// touched.
+    fn put(&mut self, blocks: &[u32], depth: usize, request: u64);
+    /// What it wrote so far.
+    fn writes(&self) -> Writes;
+}
+
+/// The trace with its ids made dense.
+struct Numbered<'a> {
+    trace: &'a Trace,
+    blocks: Vec<u32>,
+    /// Where each request's blocks lie.
+    ranges: Vec<Range<usize>>,
+    distinct: u64,
+}
+
+#[derive(Default)]
+struct Tally {
+    hit_blocks: u64,
+    lookup_blocks: u64,
+    hit_tokens: u64,
+    input_tokens: u64,
+    writes: Writes,
+}
+
+impl<'a> Numbered<'a> {
+    fn new(trace: &'a Trace) -> Result<Self, OfflineError> {
+        let mut numbers = HashMap::new();
+        let (mut blocks, mut ranges) = (Vec::new(), Vec::with_capacity(trace.requests.len()));
+        for request in &trace.requests {
+            let start = blocks.len();
+            for id in &request.hash_ids {
+                // One number is kept free to stand for "none".
+                let next = u32::try_from(numbers.len())
+                    .ok()
+                    .filter(|next| *next < u32::MAX);
+                let next = next.ok_or(OfflineError::TooManyBlocks)?;
+                blocks.push(*numbers.entry(*id).or_insert(next));
+            }
+            ranges.push(start..blocks.len());
+        }
+        Ok(Self {
+            trace,
+            blocks,
+            ranges,
+            distinct: numbers.len() as u64,
+        })
+    }
+
+    fn replay(&self, store: &mut impl Store) -> Tally {
+        let mut tally = Tally::default();
+        for (number, (request, range)) in self
+            .trace
+            .requests
+            .iter()
+            .zip(self.ranges.clone())
+            .enumerate()
+        {
+            let blocks = &self.blocks[range];
+            let hits = store.lookup(&blocks[..request.lookup_blocks], number as u64);
+            store.put(&blocks[hits..], hits, number as u64);
+            tally.hit_blocks += hits as u64;
+            tally.lookup_blocks += request.lookup_blocks as u64;
+            tally.hit_tokens += request.hit_tokens(hits, self.trace.block_tokens);
+            tally.input_tokens = tally.input_tokens.saturating_add(request.input_length);
+        }
+        tally.writes = store.writes();
+        tally
+    }
+}
+
+impl Tally {
+    fn block_hit_rate(&self) -> f64 {
+        self.hit_blocks as f64 / self.lookup_blocks.max(1) as f64
+    }
+
+    fn token_hit_rate(&self) -> f64 {
+        self.hit_tokens as f64 / self.input_tokens.max(1) as f64
+    }
+}
+
+/// [`Model::Blocks`].
+struct UnitBlocks {
+    capacity_blocks: u64,
+    lru: TailFirstLru<u32>,
+    writes: Writes,
+}
+
+impl UnitBlocks {
+    fn new(capacity_blocks: u64) -> Self {
+        Self {
+            capacity_blocks,
+            lru: TailFirstLru::new(),
+            writes: Writes::default(),
+        }
+    }
+}
+
+impl Store for UnitBlocks {
+    fn lookup(&mut self, blocks: &[u32], request: u64) -> usize {
+        let hits = blocks
+            .iter()
+            .take_while(|block| self.lru.contains(block))
+            .count();
+        for (depth, block) in blocks[..hits].iter().enumerate() {
+            self.lru.touch(*block, request, depth as u32);
+        }
+        hits
+    }
+
+    fn put(&mut self, blocks: &[u32], depth: usize, request: u64) {
+        for (depth, block) in (depth..).zip(blocks) {
+            self.writes.put += u64::from(!self.lru.contains(block));
+            self.lru.touch(*block, request, depth as u32);
+        }
+        // Only now does anything leave: all of a request's blocks go in at its arrival.
+        while self.lru.len() as u64 > self.capacity_blocks {
+            self.lru.pop_coldest();
+        }
+    }
+
+    fn writes(&self) -> Writes {
+        self.writes
+    }
+}
+
+/// The ceiling: nothing ever leaves.
+struct Unlimited(Vec<bool>);
+
+impl Store for Unlimited {
+    fn lookup(&mut self, blocks: &[u32], _request: u64) -> usize {
+        blocks
+            .iter()
+            .take_while(|block| self.0[**block as usize])
+            .count()
+    }
+
+    fn put(&mut self, blocks: &[u32], _depth: usize, _request: u64) {
+        for block in blocks {
+            self.0[*block as usize] = true;
+        }
+    }
+
+    fn writes(&self) -> Writes {
+        Writes::default()
+    }
+}

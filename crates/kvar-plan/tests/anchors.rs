@@ -1,0 +1,85 @@
+//! The published figures of the shipped trace: if one of these moves, either the reading of
+//! traces or the policy has changed its meaning.
+
+use kvar_plan::{
+    Capacity, Model, OfflineOptions, Trace, TraceOptions, replay_offline, replay_offline_with,
+};
+use kvar_policy::DropAll;
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+use std::sync::LazyLock;
+
+static CONVERSATION: LazyLock<Trace> = LazyLock::new(|| {
+    let path =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../traces/mooncake-conversation.jsonl.zst");
+    let file = File::open(path).expect("the shipped trace is there");
+    let reader = zstd::Decoder::new(file).expect("it is zstd");
+    Trace::read(BufReader::new(reader), &TraceOptions::default()).expect("it is a trace")
+});
+
+fn percent(share: f64) -> String {
+    format!("{:.1}", share * 100.0)
+}
+
+#[test]
+fn unit_blocks_reach_the_published_hit_rates() {
+    let percents = [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0];
+    let options = OfflineOptions {
+        model: Model::Blocks,
+        capacities: percents.map(Capacity::Percent).to_vec(),
+        ..OfflineOptions::default()
+    };
+    let report = replay_offline(&CONVERSATION, &options).unwrap();
+    assert_eq!((report.requests, report.distinct_blocks), (12_031, 182_790));
+    assert_eq!(report.block_tokens, 512);
+    assert_eq!(percent(report.ceiling_block_hit_rate), "36.6");
+    let rates: Vec<_> = report
+        .rows
+        .iter()
+        .map(|row| percent(row.block_hit_rate))
+        .collect();
+    assert_eq!(
+        rates,
+        ["5.2", "7.9", "19.6", "27.9", "34.5", "36.3", "36.6"]
+    );
+    assert_eq!(report.rows[2].capacity_blocks, 9_139);
+    assert_eq!(report.rows[6].flash_write_blocks, 182_790);
+}
+
+#[test]
+fn the_engine_comes_close_to_exact_lru() {
+    let options = OfflineOptions {
+        model: Model::Engine,
+        capacities: [5.0, 10.0, 20.0, 50.0].map(Capacity::Percent).to_vec(),
+        dram_share: 0.0,
+        ..OfflineOptions::default()
+    };
+    let report = replay_offline(&CONVERSATION, &options).unwrap();
+    let exact = [0.196, 0.279, 0.345, 0.363];
+    for (row, exact) in report.rows.iter().zip(exact) {
+        assert!(
+            (row.block_hit_rate - exact).abs() < 0.01,
+            "{row:?} against {exact}"
+        );
+        assert!(row.write_amplification < 1.15, "{row:?}");
+    }
+}
+
+#[test]
+fn rewriting_earns_its_wear() {
+    let options = OfflineOptions {
+        model: Model::Engine,
+        capacities: [10.0, 20.0].map(Capacity::Percent).to_vec(),
+        ..OfflineOptions::default()
+    };
+    let kept = replay_offline(&CONVERSATION, &options).unwrap();
+    let ring = replay_offline_with(&CONVERSATION, &options, || DropAll).unwrap();
+    for (kept, ring) in kept.rows.iter().zip(&ring.rows) {
+        assert_eq!(ring.write_amplification, 1.0);
+        assert!(
+            kept.block_hit_rate > ring.block_hit_rate + 0.02,
+            "{kept:?} against {ring:?}"
+        );
+    }
+}

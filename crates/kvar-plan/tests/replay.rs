@@ -1,0 +1,146 @@
+//! Offline replay and the reading of traces, from outside: small traces in, reports out.
+
+use kvar_plan::{
+    Capacity, Model, OfflineError, OfflineOptions, Trace, TraceOptions, replay_offline,
+};
+use proptest::prelude::*;
+
+/// A trace of whole 16-token blocks, one request a list of ids.
+fn trace(requests: &[Vec<u64>]) -> Trace {
+    let lines: String = requests
+        .iter()
+        .map(|ids| {
+            format!(
+                "{{\"timestamp\":0,\"input_length\":{},\"output_length\":0,\"hash_ids\":{ids:?}}}\n",
+                ids.len() * 16
+            )
+        })
+        .collect();
+    let options = TraceOptions {
+        block_tokens: Some(16),
+        coarsen: 1,
+    };
+    Trace::read(lines.as_bytes(), &options).unwrap()
+}
+
+fn options_of(model: Model, capacities: &[Capacity]) -> OfflineOptions {
+    OfflineOptions {
+        model,
+        capacities: capacities.to_vec(),
+        ..OfflineOptions::default()
+    }
+}
+
+#[test]
+fn capacities_are_blocks_or_shares() {
+    let check = |text: &str, blocks: u64| {
+        assert_eq!(
+            text.parse::<Capacity>().unwrap().blocks(182_790),
+            blocks,
+            "{text}"
+        );
+    };
+    check("5%", 9_139);
+    check(" 1.5 %", 2_741);
+    check("0.00001%", 1);
+    check("9_139", 9_139);
+    check("300%", 548_370);
+    assert_eq!("29%".parse::<Capacity>().unwrap().blocks(100), 29);
+    for wrong in ["", "%", "0", "0%", "-5%", "nan%", "inf%", "5GB", "5.5"] {
+        let error = wrong.parse::<Capacity>().unwrap_err().to_string();
+        assert!(error.contains("is not a capacity"), "{wrong}: {error}");
+    }
+}
+
+#[test]
+fn a_hit_counts_only_behind_hits() {
+    // With room for three, the tail of the first prompt is gone when it comes again; its
+    // fourth block, put again since, does not count for the third request.
+    let trace = trace(&[vec![1, 2, 3, 4], vec![1, 2, 3, 4], vec![9, 4]]);
+    let report =
+        replay_offline(&trace, &options_of(Model::Blocks, &[Capacity::Blocks(3)])).unwrap();
+    let row = &report.rows[0];
+    assert_eq!((row.block_hit_rate, row.token_hit_rate), (0.3, 0.3));
+    assert_eq!(row.flash_write_blocks, 4 + 1 + 2);
+    assert_eq!(report.ceiling_block_hit_rate, 0.4);
+    assert_eq!((report.distinct_blocks, report.requests), (5, 3));
+}
+
+#[test]
+fn options_that_mean_nothing_are_refused() {
+    let trace = trace(&[vec![1]]);
+    let refuse = |options: &OfflineOptions| replay_offline(&trace, options).unwrap_err();
+    let good = options_of(Model::Engine, &[Capacity::Blocks(1)]);
+    assert!(replay_offline(&trace, &good).is_ok());
+    let wrong = OfflineOptions {
+        block_bytes: 0,
+        ..good.clone()
+    };
+    assert_eq!(refuse(&wrong), OfflineError::BlockBytes(0));
+    let wrong = OfflineOptions {
+        dram_share: -0.1,
+        ..good.clone()
+    };
+    assert_eq!(refuse(&wrong), OfflineError::DramShare(-0.1));
+    for capacity in [Capacity::Blocks(0), Capacity::Percent(-1.0)] {
+        let wrong = OfflineOptions {
+            capacities: vec![capacity],
+            ..good.clone()
+        };
+        assert_eq!(refuse(&wrong), OfflineError::Capacity(capacity));
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_bytes_make_the_reader_panic(
+        noise in prop::collection::vec(any::<u8>(), 0..200),
+        cut in 0..200_usize,
+        coarsen in 0..9_usize,
+        block_tokens in prop::option::of(any::<u64>()),
+    ) {
+        let options = TraceOptions { block_tokens, coarsen };
+        let _ = Trace::read(&noise[..], &options);
+        // A good line with a piece of it replaced by noise comes further than noise alone.
+        let good = b"{\"timestamp\":3,\"input_length\":99,\"output_length\":7,\"hash_ids\":[1,2]}";
+        let mut line = good[..cut.min(good.len())].to_vec();
+        line.extend(noise.iter().take(3));
+        line.extend(&good[(cut + 3).min(good.len())..]);
+        if let Ok(trace) = Trace::read(&line[..], &options) {
+            let options = options_of(Model::Engine, &[Capacity::Blocks(3)]);
+            prop_assert!(replay_offline(&trace, &options).is_ok());
+        }
+    }
+
+    #[test]
+    fn every_store_keeps_within_what_is_possible(
+        prompts in prop::collection::vec((0..12_u64, 1..30_u64), 1..120),
+        capacity in 1..400_u64,
+        dram_share in 0.0..1.0_f64,
+        block_kib in 16..700_u64,
+    ) {
+        // Prompts of a few conversations that grow and are asked again: chained ids.
+        let prompts: Vec<Vec<u64>> = prompts
+            .into_iter()
+            .map(|(chat, length)| (0..length).map(|depth| chat * 100 + depth).collect())
+            .collect();
+        let trace = trace(&prompts);
+        for model in [Model::Blocks, Model::Engine] {
+            let capacities = [Capacity::Blocks(capacity), Capacity::Blocks(1 << 20)];
+            let options = OfflineOptions {
+                dram_share,
+                block_bytes: block_kib << 10,
+                ..options_of(model, &capacities)
+            };
+            let report = replay_offline(&trace, &options).unwrap();
+            prop_assert_eq!(&report, &replay_offline(&trace, &options).unwrap());
+            let [row, roomy] = &report.rows[..] else { panic!("one row a capacity") };
+            prop_assert!(row.block_hit_rate <= report.ceiling_block_hit_rate);
+            prop_assert!(row.token_hit_rate <= report.ceiling_token_hit_rate);
+            prop_assert!((1.0..=4.0).contains(&row.write_amplification));
+            prop_assert!(row.flash_write_blocks >= report.distinct_blocks);
+            prop_assert_eq!(roomy.block_hit_rate, report.ceiling_block_hit_rate);
+            prop_assert_eq!(roomy.flash_write_blocks, report.distinct_blocks);
+        }
+    }
+}
