@@ -178,6 +178,12 @@ impl Engine {
         self.device.readiness()
     }
 
+    /// Blocks until a completion waits, nothing is under way, or `timeout` has passed; for callers
+    /// that have nothing else to wait for.
+    pub fn wait(&mut self, timeout: std::time::Duration) {
+        self.device.wait(timeout);
+    }
+
     /// Operations under way.
     #[must_use]
     pub fn in_flight(&self) -> usize {
