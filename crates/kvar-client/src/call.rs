@@ -1,0 +1,459 @@
+//! Calls under way: what each still waits for, and how the parts become one answer.
+//!
+//! A call is cut into parts that travel alone: up to 16,384 ids of a lookup or remove, one block of
+//! a get or put. It is complete when every part has ended; parts end by an answer, by the loss of
+//! the link, or by the call's deadline, whichever comes first, and never twice.
+
+use crate::config::ClientError;
+use crate::items::{Answer, Filled, GetItem, GetOutcome, GetResult, Lookup, PreparedPut, Request};
+use crate::session::{Completion, Ticket};
+use crate::stats::{Counters, add};
+use kvar_base::{BlockId, MissReason, Moment, PutOutcome, Refusal, SECTIONS_MAX};
+use kvar_wire::{Finished, IDS_MAX, LookupAnswer, Message};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+/// Why a part has no answer of the node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lost {
+    Unreachable,
+    Deadline,
+}
+
+impl Lost {
+    pub(crate) const fn miss(self) -> MissReason {
+        match self {
+            Self::Unreachable => MissReason::Unreachable,
+            Self::Deadline => MissReason::Deadline,
+        }
+    }
+
+    pub(crate) const fn refusal(self) -> Refusal {
+        match self {
+            Self::Unreachable => Refusal::Unreachable,
+            Self::Deadline => Refusal::Deadline,
+        }
+    }
+
+    fn error(self, why: &str) -> ClientError {
+        match self {
+            Self::Unreachable => ClientError::Unreachable(why.to_owned()),
+            Self::Deadline => ClientError::Deadline,
+        }
+    }
+}
+
+pub(crate) struct Call {
+    pub(crate) deadline: Moment,
+    /// When its first part left.
+    pub(crate) sent: Option<Moment>,
+    pub(crate) begun: Moment,
+    /// Parts that have not ended.
+    left: usize,
+    pub(crate) work: Work,
+}
+
+pub(crate) enum Work {
+    Small {
+        ask: Ask,
+        replies: Vec<Option<Reply>>,
+    },
+    Get {
+        slots: Vec<GetSlot>,
+        touch_request: u64,
+    },
+    Put {
+        slots: Vec<PutSlot>,
+    },
+}
+
+/// Requests without payload.
+pub(crate) enum Ask {
+    Lookup {
+        ids: Vec<BlockId>,
+        first_depth: u32,
+        touch_request: u64,
+    },
+    Present {
+        ids: Vec<BlockId>,
+    },
+    Remove {
+        ids: Vec<BlockId>,
+    },
+    Flush,
+    Purge,
+    Stat {
+        id: BlockId,
+    },
+    Status,
+}
+
+pub(crate) enum Reply {
+    Message(Message),
+    Lost(Lost),
+}
+
+pub(crate) struct GetSlot {
+    pub(crate) item: GetItem,
+    pub(crate) outcome: Option<GetOutcome>,
+    /// Bytes of the node's window that it takes while open.
+    pub(crate) cost: u64,
+}
+
+pub(crate) struct PutSlot {
+    pub(crate) put: PreparedPut,
+    pub(crate) outcome: Option<PutOutcome>,
+}
+
+impl Ask {
+    fn parts(&self) -> usize {
+        match self {
+            Self::Lookup { ids, .. } | Self::Present { ids } | Self::Remove { ids } => {
+                ids.len().div_ceil(IDS_MAX)
+            }
+            Self::Flush | Self::Purge | Self::Stat { .. } | Self::Status => 1,
+        }
+    }
+
+    /// Whether the node may take long over it without being ill: it waits for a device.
+    pub(crate) fn may_be_slow(&self) -> bool {
+        matches!(self, Self::Remove { .. } | Self::Flush | Self::Purge)
+    }
+}
+
+/// All calls under way and those that are complete.
+pub(crate) struct Board {
+    pub(crate) calls: HashMap<u64, Call>,
+    pub(crate) done: Vec<Completion>,
+    pub(crate) counters: Arc<Counters>,
+    /// What last kept the node from being reached, for answers that carry an error.
+    pub(crate) last_error: Option<ClientError>,
+}
+
+impl Board {
+    pub(crate) fn new(counters: Arc<Counters>) -> Self {
+        Self {
+            calls: HashMap::new(),
+            done: Vec::new(),
+            counters,
+            last_error: None,
+        }
+    }
+
+    /// Takes a request in; returns how many parts are to be sent (0: it is complete already).
+    pub(crate) fn add(
+        &mut self,
+        ticket: u64,
+        request: Request,
+        now: Moment,
+        deadline: Moment,
+    ) -> usize {
+        add(&self.counters.calls, 1);
+        let small = |ask: Ask| {
+            let replies = (0..ask.parts()).map(|_| None).collect();
+            Work::Small { ask, replies }
+        };
+        let work = match request {
+            Request::Lookup {
+                ids,
+                first_depth,
+                touch_request,
+            } => {
+                add(&self.counters.lookups, 1);
+                small(Ask::Lookup {
+                    ids,
+                    first_depth,
+                    touch_request,
+                })
+            }
+            Request::Present { ids } => {
+                add(&self.counters.lookups, 1);
+                small(Ask::Present { ids })
+            }
+            Request::Remove { ids } => small(Ask::Remove { ids }),
+            Request::Flush => small(Ask::Flush),
+            Request::Purge => small(Ask::Purge),
+            Request::Stat { id } => small(Ask::Stat { id }),
+            Request::Status => small(Ask::Status),
+            Request::Get {
+                items,
+                touch_request,
+            } => {
+                let slots = items.into_iter().map(|item| self.slot(item)).collect();
+                Work::Get {
+                    slots,
+                    touch_request,
+                }
+            }
+            Request::Put { items } => {
+                let slots = items
+                    .into_iter()
+                    .map(|put| {
+                        let wrong = PutOutcome::Refused(Refusal::WrongFormat);
+                        let outcome = (!put.sound).then_some(wrong);
+                        PutSlot { put, outcome }
+                    })
+                    .collect();
+                Work::Put { slots }
+            }
+        };
+        let (parts, left) = match &work {
+            Work::Small { replies, .. } => (replies.len(), replies.len()),
+            Work::Get { slots, .. } => (
+                slots.len(),
+                slots.iter().filter(|slot| slot.outcome.is_none()).count(),
+            ),
+            Work::Put { slots } => (
+                slots.len(),
+                slots.iter().filter(|slot| slot.outcome.is_none()).count(),
+            ),
+        };
+        self.calls.insert(
+            ticket,
+            Call {
+                deadline,
+                sent: None,
+                begun: now,
+                left,
+                work,
+            },
+        );
+        if left == 0 {
+            self.complete(ticket);
+            return 0;
+        }
+        parts
+    }
+
+    fn slot(&self, item: GetItem) -> GetSlot {
+        let empty = |range: &std::ops::Range<u16>| {
+            range.is_empty() || usize::from(range.end) > SECTIONS_MAX
+        };
+        let wrong = item.sections.as_ref().is_some_and(empty);
+        let outcome = wrong.then_some(GetOutcome::Miss(MissReason::WrongFormat));
+        GetSlot {
+            item,
+            outcome,
+            cost: 0,
+        }
+    }
+
+    /// A part of a call without payload has ended.
+    pub(crate) fn end_small(&mut self, ticket: u64, part: usize, reply: Reply) {
+        let Some(call) = self.calls.get_mut(&ticket) else {
+            return;
+        };
+        let Work::Small { replies, .. } = &mut call.work else {
+            return;
+        };
+        if replies[part].is_some() {
+            return;
+        }
+        replies[part] = Some(reply);
+        call.left -= 1;
+        if call.left == 0 {
+            self.complete(ticket);
+        }
+    }
+
+    /// A block of a get has ended; its destination is in its slot.
+    pub(crate) fn end_get(&mut self, ticket: u64, item: usize, outcome: GetOutcome) {
+        let Some(call) = self.calls.get_mut(&ticket) else {
+            return;
+        };
+        let Work::Get { slots, .. } = &mut call.work else {
+            return;
+        };
+        let slot = &mut slots[item];
+        if slot.outcome.is_some() {
+            return;
+        }
+        slot.outcome = Some(outcome);
+        call.left -= 1;
+        if call.left == 0 {
+            self.complete(ticket);
+        }
+    }
+
+    /// A block of a put has ended; nobody reads its source any more.
+    pub(crate) fn end_put(&mut self, ticket: u64, item: usize, outcome: PutOutcome) {
+        let Some(call) = self.calls.get_mut(&ticket) else {
+            return;
+        };
+        let Work::Put { slots } = &mut call.work else {
+            return;
+        };
+        let slot = &mut slots[item];
+        if slot.outcome.is_some() {
+            return;
+        }
+        slot.put.source = None;
+        slot.outcome = Some(outcome);
+        call.left -= 1;
+        if call.left == 0 {
+            self.complete(ticket);
+        }
+    }
+
+    pub(crate) fn get_slot(&mut self, ticket: u64, item: usize) -> Option<&mut GetSlot> {
+        match &mut self.calls.get_mut(&ticket)?.work {
+            Work::Get { slots, .. } => slots.get_mut(item),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn put_slot(&mut self, ticket: u64, item: usize) -> Option<&mut PutSlot> {
+        match &mut self.calls.get_mut(&ticket)?.work {
+            Work::Put { slots } => slots.get_mut(item),
+            _ => None,
+        }
+    }
+
+    /// Ends every part of a call that has not ended.
+    pub(crate) fn end_call(&mut self, ticket: u64, lost: Lost) {
+        let Some(call) = self.calls.get(&ticket) else {
+            return;
+        };
+        let parts = match &call.work {
+            Work::Small { replies, .. } => replies.len(),
+            Work::Get { slots, .. } => slots.len(),
+            Work::Put { slots } => slots.len(),
+        };
+        for part in 0..parts {
+            match self.calls.get(&ticket).map(|call| &call.work) {
+                Some(Work::Small { .. }) => self.end_small(ticket, part, Reply::Lost(lost)),
+                Some(Work::Get { .. }) => {
+                    self.end_get(ticket, part, GetOutcome::Miss(lost.miss()));
+                }
+                Some(Work::Put { .. }) => {
+                    self.end_put(ticket, part, PutOutcome::Refused(lost.refusal()));
+                }
+                None => return,
+            }
+        }
+    }
+
+    fn complete(&mut self, ticket: u64) {
+        let Some(call) = self.calls.remove(&ticket) else {
+            return;
+        };
+        let why = match &self.last_error {
+            Some(error) => error.to_string(),
+            None => "the link to the node broke before it answered".to_owned(),
+        };
+        let answer = match call.work {
+            Work::Small { ask, replies } => small_answer(&ask, replies, &why),
+            Work::Get { slots, .. } => {
+                let result = |slot: GetSlot| {
+                    let lost = GetOutcome::Miss(MissReason::Unreachable);
+                    let outcome = slot.outcome.unwrap_or(lost);
+                    self.counters.got(&outcome);
+                    GetResult {
+                        id: slot.item.id,
+                        outcome,
+                        into: slot.item.into,
+                    }
+                };
+                Answer::Get(slots.into_iter().map(result).collect())
+            }
+            Work::Put { slots } => {
+                let outcome = |slot: PutSlot| {
+                    let lost = PutOutcome::Refused(Refusal::Unreachable);
+                    let outcome = slot.outcome.unwrap_or(lost);
+                    self.counters.put(outcome, slot.put.bytes);
+                    outcome
+                };
+                Answer::Put(slots.into_iter().map(outcome).collect())
+            }
+        };
+        self.done.push(Completion {
+            ticket: Ticket(ticket),
+            answer,
+        });
+    }
+}
+
+/// An empty destination, in the place of one that a link owns for the moment.
+pub(crate) const NOWHERE: Filled = Filled::Bytes(Vec::new());
+
+fn small_answer(ask: &Ask, replies: Vec<Option<Reply>>, why: &str) -> Answer {
+    let replies = replies
+        .into_iter()
+        .map(|reply| reply.unwrap_or(Reply::Lost(Lost::Unreachable)));
+    match ask {
+        Ask::Lookup { ids, .. } => Answer::Lookup(leading(ids, replies)),
+        Ask::Present { ids } => {
+            let mut present = Vec::with_capacity(ids.len());
+            for (part, reply) in ids.chunks(IDS_MAX).zip(replies) {
+                match reply {
+                    Reply::Message(Message::LookupAnswer(LookupAnswer::Each(bitmap))) => {
+                        present.extend(bitmap.bits(part.len()));
+                    }
+                    _ => present.resize(present.len() + part.len(), false),
+                }
+            }
+            Answer::Present(present)
+        }
+        Ask::Remove { .. } | Ask::Flush | Ask::Purge => {
+            let each = replies.map(|reply| match reply {
+                Reply::Message(
+                    Message::RemoveAnswer(kvar_wire::RemoveAnswer { finished })
+                    | Message::FlushAnswer(kvar_wire::FlushAnswer { finished })
+                    | Message::PurgeAnswer(kvar_wire::PurgeAnswer { finished }),
+                ) => finished_result(finished),
+                Reply::Message(_) => Err(Lost::Unreachable.error(why)),
+                Reply::Lost(lost) => Err(lost.error(why)),
+            });
+            Answer::Finished(each.sum())
+        }
+        Ask::Stat { .. } => Answer::Stat(match { replies }.next() {
+            Some(Reply::Message(Message::StatAnswer(answer))) => answer.stat,
+            Some(Reply::Lost(lost)) => Err(lost.miss()),
+            _ => Err(MissReason::Unreachable),
+        }),
+        Ask::Status => Answer::Status(match { replies }.next() {
+            Some(Reply::Message(Message::StatusAnswer(answer))) => Ok(answer.json),
+            Some(Reply::Lost(lost)) => Err(lost.error(why)),
+            _ => Err(Lost::Unreachable.error(why)),
+        }),
+    }
+}
+
+fn finished_result(finished: Finished) -> Result<u64, ClientError> {
+    match finished {
+        Finished::Done(count) => Ok(count),
+        Finished::Deadline => Err(ClientError::Deadline),
+        Finished::Overloaded => Err(ClientError::Busy(
+            "the node has too much to do; try again later".to_owned(),
+        )),
+        Finished::Failed(why) => Err(ClientError::Failed(why)),
+    }
+}
+
+/// The chain is there as far as each part is there whole.
+fn leading(ids: &[BlockId], replies: impl Iterator<Item = Reply>) -> Lookup {
+    let mut leading = 0;
+    for (part, reply) in ids.chunks(IDS_MAX).zip(replies) {
+        let reason = match reply {
+            Reply::Message(Message::LookupAnswer(LookupAnswer::Leading(count, reason))) => {
+                let count = (count as usize).min(part.len());
+                leading += count;
+                if count == part.len() {
+                    continue;
+                }
+                reason.unwrap_or(MissReason::Absent)
+            }
+            Reply::Message(Message::LookupAnswer(LookupAnswer::Miss(reason))) => reason,
+            Reply::Lost(lost) => lost.miss(),
+            Reply::Message(_) => MissReason::Unreachable,
+        };
+        return Lookup {
+            leading,
+            reason: Some(reason),
+        };
+    }
+    Lookup {
+        leading,
+        reason: None,
+    }
+}

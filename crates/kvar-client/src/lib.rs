@@ -1,0 +1,63 @@
+//! The client: batches of lookups, gets and puts against a node, with deadlines that hold.
+//!
+//! ```text
+//!   any thread            the client's own thread
+//!   ──────────            ───────────────────────
+//!   Client ── call ──────> Session ── units of work ──> links ──> node
+//!     │   (checks of put     │  window: the node's limits
+//!     │    made here)        │  deadlines, breaker, reconnect
+//!   Pending <── answer ──────┘  (checks of get verified here)
+//! ```
+//!
+//! [`Client`] is for engines and tools: cheap to clone, safe from any thread, blocking calls and
+//! calls that return a [`Pending`]. [`Session`] is what it drives; benchmarks drive one directly on
+//! their own thread.
+//!
+//! What must always be true:
+//! * every call ends by its deadline with an outcome for each item, whatever the node does;
+//! * when a call has ended, its buffers are free: nothing reads or writes them any more;
+//! * no byte is called a hit that did not pass the writer's content check;
+//! * a node that cannot be reached costs nothing after the first failure (the breaker).
+//!
+//! What is absent: which node owns a block (one node for now), retries of reads and writes (a miss
+//! is a normal answer), leases, and `unsafe`.
+//!
+//! ```no_run
+//! use kvar_client::{Client, ClientConfig, GetItem, PutItem};
+//! use kvar_base::{BlockId, NamespaceKey};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let key: NamespaceKey = std::fs::read_to_string("namespace-key")?.parse()?;
+//! let client = Client::connect(ClientConfig::new("127.0.0.1:7411", key.clone()))?;
+//! let id = BlockId::from_name(&key, "greeting");
+//! client.put(vec![PutItem::of_bytes(id, b"hello".to_vec())]);
+//! let results = client.get(vec![GetItem::to_vec(id)]);
+//! assert_eq!(results[0].bytes(), Some(&b"hello"[..]));
+//! # Ok(())
+//! # }
+//! ```
+#![forbid(unsafe_code)]
+
+mod breaker;
+mod call;
+mod check;
+mod client;
+mod config;
+mod connection;
+mod items;
+mod pending;
+mod session;
+mod stats;
+
+pub use breaker::BreakerState;
+pub use client::{CallOptions, Client};
+pub use config::{ClientConfig, ClientError, LINKS_MAX};
+pub use items::{
+    Answer, Destination, Filled, GetItem, GetOutcome, GetResult, Lookup, PreparedPut, PutItem,
+    PutSource, Request,
+};
+pub use kvar_transport::{Sink, Source};
+pub use kvar_wire::{BlockStat, Lengths, Limits, PutHints};
+pub use pending::Pending;
+pub use session::{Completion, Session, Ticket};
+pub use stats::ClientStats;

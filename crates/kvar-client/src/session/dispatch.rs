@@ -1,0 +1,329 @@
+//! Sending what waits, as far as the node's window allows.
+
+use super::{Session, Unit};
+use crate::call::{Ask, Board, Call, Work};
+use crate::connection::{Connection, Open, Phase};
+use crate::session::links::Slot;
+use kvar_base::{Moment, PutOutcome, Refusal};
+use kvar_transport::{SendRefused, Sink};
+use kvar_wire::{
+    Flush, Get, GetItem, IDS_MAX, ITEMS_MAX, Lengths, Limits, Lookup, MESSAGE_BYTES_MAX, Purge,
+    Put, Remove, Stat, Status,
+};
+use std::collections::VecDeque;
+
+/// Bytes of one get item on the wire without its list of lengths, and of one length, at most.
+const ITEM_BYTES_MAX: usize = 80;
+const LENGTH_BYTES_MAX: usize = 5;
+
+/// What became of an attempt to send.
+enum Sent {
+    /// All of the unit.
+    All,
+    /// Some of it, or nothing: the window is full.
+    Full,
+}
+
+impl Session {
+    /// Sends what waits; whether anything left.
+    pub(super) fn dispatch(&mut self, now: Moment) -> bool {
+        let mut small = std::mem::take(&mut self.queues.small);
+        let mut gets = std::mem::take(&mut self.queues.gets);
+        let mut puts = std::mem::take(&mut self.queues.puts);
+        let mut any = false;
+        for queue in [&mut small, &mut gets, &mut puts] {
+            any |= self.send_queue(queue, now);
+        }
+        self.queues = super::Queues { small, gets, puts };
+        any
+    }
+
+    fn send_queue(&mut self, queue: &mut VecDeque<Unit>, now: Moment) -> bool {
+        let mut any = false;
+        while let Some(unit) = queue.front_mut() {
+            let Some(call) = self.board.calls.get_mut(&unit.call) else {
+                queue.pop_front();
+                continue;
+            };
+            let Some(connection) = widest(&mut self.slots) else {
+                break;
+            };
+            let Some(limits) = connection.limits().copied() else {
+                break;
+            };
+            call.sent.get_or_insert(now);
+            any = true;
+            let deadline_us =
+                u64::try_from(call.deadline.since(now).as_micros()).unwrap_or(u64::MAX);
+            let mut number = || {
+                self.next_number += 1;
+                self.next_number - 1
+            };
+            let sent = match &call.work {
+                Work::Small { .. } => send_small(connection, unit, call, deadline_us, number()),
+                Work::Get { .. } => {
+                    send_gets(connection, &limits, unit, call, deadline_us, &mut number)
+                }
+                Work::Put { .. } => {
+                    let board = &mut self.board;
+                    send_puts(connection, &limits, unit, board, deadline_us, &mut number)
+                }
+            };
+            match sent {
+                Sent::All => drop(queue.pop_front()),
+                Sent::Full => break,
+            }
+        }
+        any
+    }
+}
+
+/// The open connection with the least under way, if its window is not full.
+fn widest(slots: &mut [Slot]) -> Option<&mut Connection> {
+    slots
+        .iter_mut()
+        .filter_map(|slot| match slot {
+            Slot::Linked(connection) => match &connection.phase {
+                Phase::Open(limits) if connection.fault.is_none() => {
+                    let room = connection.requests_open < u64::from(limits.requests_max);
+                    room.then_some(connection)
+                }
+                _ => None,
+            },
+            _ => None,
+        })
+        .min_by_key(|connection| (connection.bytes_open, connection.requests_open))
+}
+
+fn send_small(
+    connection: &mut Connection,
+    unit: &Unit,
+    call: &Call,
+    deadline_us: u64,
+    request: u64,
+) -> Sent {
+    let Work::Small { ask, .. } = &call.work else {
+        return Sent::All;
+    };
+    let part = unit.next;
+    let first = part * IDS_MAX;
+    let chunk = |ids: &[_]| ids[first..ids.len().min(first + IDS_MAX)].to_vec();
+    let result: Result<(), SendRefused> = match ask {
+        Ask::Lookup {
+            ids,
+            first_depth,
+            touch_request,
+        } => {
+            let first_depth = first_depth.saturating_add(u32::try_from(first).unwrap_or(u32::MAX));
+            let (ids, touch_request) = (chunk(ids), *touch_request);
+            let body = Lookup {
+                ids,
+                leading_only: true,
+                first_depth,
+                touch_request,
+                deadline_us,
+            };
+            connection.send(request, &body)
+        }
+        Ask::Present { ids } => {
+            let (ids, leading_only) = (chunk(ids), false);
+            let (first_depth, touch_request) = (0, 0);
+            let body = Lookup {
+                ids,
+                leading_only,
+                first_depth,
+                touch_request,
+                deadline_us,
+            };
+            connection.send(request, &body)
+        }
+        Ask::Remove { ids } => connection.send(
+            request,
+            &Remove {
+                ids: chunk(ids),
+                deadline_us,
+            },
+        ),
+        Ask::Flush => connection.send(request, &Flush { deadline_us }),
+        Ask::Purge => connection.send(request, &Purge { deadline_us }),
+        Ask::Stat { id } => connection.send(
+            request,
+            &Stat {
+                id: *id,
+                deadline_us,
+            },
+        ),
+        Ask::Status => connection.send(request, &Status {}),
+    };
+    if result.is_err() {
+        return Sent::Full;
+    }
+    connection.requests_open += 1;
+    connection.open.insert(
+        request,
+        Open::Small {
+            call: unit.call,
+            part,
+        },
+    );
+    Sent::All
+}
+
+fn send_gets(
+    connection: &mut Connection,
+    limits: &Limits,
+    unit: &mut Unit,
+    call: &mut Call,
+    deadline_us: u64,
+    number: &mut dyn FnMut() -> u64,
+) -> Sent {
+    let Work::Get {
+        slots,
+        touch_request,
+    } = &mut call.work
+    else {
+        return Sent::All;
+    };
+    while unit.next < unit.end {
+        // Items that ended before they were sent (not sound) are stepped over.
+        if slots[unit.next].outcome.is_some() {
+            unit.next += 1;
+            continue;
+        }
+        let (first, mut message_bytes, mut bytes) = (unit.next, 0, 0);
+        let mut items = Vec::new();
+        while unit.next < unit.end && items.len() < ITEMS_MAX {
+            let slot = &mut slots[unit.next];
+            if slot.outcome.is_some() {
+                break;
+            }
+            slot.cost = cost(&slot.item, limits);
+            let listed = match &slot.item.expected {
+                Lengths::Each(lengths) => lengths.len(),
+                Lengths::Any | Lengths::Equal(..) => 0,
+            };
+            message_bytes += ITEM_BYTES_MAX + listed * LENGTH_BYTES_MAX;
+            let requests = connection.requests_open + items.len() as u64;
+            let window_bytes = connection.bytes_open + bytes;
+            let fits = requests < u64::from(limits.requests_max)
+                && (window_bytes == 0 || window_bytes + slot.cost <= limits.bytes_max)
+                && (items.is_empty() || message_bytes < MESSAGE_BYTES_MAX);
+            if !fits {
+                break;
+            }
+            bytes += slot.cost;
+            items.push(GetItem {
+                id: slot.item.id,
+                sections: slot.item.sections.clone(),
+                expected: slot.item.expected.clone(),
+                version: slot.item.version,
+                depth: slot.item.depth,
+            });
+            unit.next += 1;
+        }
+        if items.is_empty() {
+            return Sent::Full;
+        }
+        let (request, count) = (number(), items.len());
+        let body = Get {
+            items,
+            touch_request: *touch_request,
+            deadline_us,
+        };
+        if connection.send(request, &body).is_err() {
+            unit.next = first;
+            return Sent::Full;
+        }
+        connection.requests_open += count as u64;
+        connection.bytes_open += bytes;
+        connection.open.insert(
+            request,
+            Open::Get {
+                call: unit.call,
+                first,
+                count,
+                left: count,
+            },
+        );
+    }
+    Sent::All
+}
+
+/// What an item takes of the node's window: its length, or where nobody knows it yet the length
+/// of an eager block, by agreement.
+fn cost(item: &crate::items::GetItem, limits: &Limits) -> u64 {
+    let place = Sink::len(&item.into) as u64;
+    let bytes = match &item.expected {
+        Lengths::Any if place == 0 => u64::from(limits.eager_bytes_max),
+        Lengths::Any => place,
+        Lengths::Equal(count, len) => u64::from(*count) * u64::from(*len),
+        Lengths::Each(lengths) => lengths.iter().map(|len| u64::from(*len)).sum(),
+    };
+    bytes.min(limits.bytes_max)
+}
+
+fn send_puts(
+    connection: &mut Connection,
+    limits: &Limits,
+    unit: &mut Unit,
+    board: &mut Board,
+    deadline_us: u64,
+    number: &mut dyn FnMut() -> u64,
+) -> Sent {
+    while unit.next < unit.end {
+        let item = unit.next;
+        // The last item to end takes the call off the board.
+        let Some(slot) = board.put_slot(unit.call, item) else {
+            return Sent::All;
+        };
+        if slot.outcome.is_some() {
+            unit.next += 1;
+            continue;
+        }
+        let bytes = slot.put.bytes;
+        if bytes > u64::from(limits.block_bytes_max) {
+            unit.next += 1;
+            board.end_put(unit.call, item, PutOutcome::Refused(Refusal::TooBig));
+            continue;
+        }
+        let fits = connection.requests_open < u64::from(limits.requests_max)
+            && (connection.bytes_open == 0 || connection.bytes_open + bytes <= limits.bytes_max);
+        if !fits {
+            return Sent::Full;
+        }
+        let put = &mut slot.put;
+        let body = Put {
+            id: put.id,
+            sections: std::mem::take(&mut put.sections),
+            hints: put.hints,
+            durable: put.durable,
+            deadline_us,
+        };
+        let request = number();
+        let eager = bytes <= u64::from(limits.eager_bytes_max);
+        let sent = match put.source.take() {
+            Some(source) if eager => connection
+                .push(request, &body, source)
+                .map_err(|source| put.source = Some(source)),
+            source => {
+                put.source = source;
+                connection.send(request, &body).map_err(drop)
+            }
+        };
+        if sent.is_err() {
+            put.sections = body.sections;
+            return Sent::Full;
+        }
+        unit.next += 1;
+        connection.requests_open += 1;
+        connection.bytes_open += bytes;
+        connection.open.insert(
+            request,
+            Open::Put {
+                call: unit.call,
+                item,
+            },
+        );
+    }
+    Sent::All
+}

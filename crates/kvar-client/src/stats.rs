@@ -1,0 +1,141 @@
+//! What a client counts; written by its thread, read by anyone.
+
+use crate::breaker::BreakerState;
+use crate::items::GetOutcome;
+use kvar_base::{MissReason, PutOutcome, Refusal};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
+
+#[derive(Default)]
+pub(crate) struct Counters {
+    pub(crate) calls: AtomicU64,
+    pub(crate) lookups: AtomicU64,
+    pub(crate) hits: AtomicU64,
+    misses: [AtomicU64; MissReason::ALL.len()],
+    pub(crate) stored: AtomicU64,
+    pub(crate) exists: AtomicU64,
+    pub(crate) in_progress: AtomicU64,
+    refused: [AtomicU64; Refusal::ALL.len()],
+    pub(crate) read_bytes: AtomicU64,
+    pub(crate) written_bytes: AtomicU64,
+    pub(crate) checks_failed: AtomicU64,
+    pub(crate) late_answers: AtomicU64,
+    pub(crate) connects: AtomicU64,
+    pub(crate) connect_failures: AtomicU64,
+    pub(crate) links_lost: AtomicU64,
+    pub(crate) breaker_opened: AtomicU64,
+    breaker: AtomicU8,
+}
+
+impl Counters {
+    pub(crate) fn got(&self, outcome: &GetOutcome) {
+        match outcome {
+            GetOutcome::Hit { lengths, .. } => {
+                add(&self.hits, 1);
+                add(
+                    &self.read_bytes,
+                    lengths.iter().map(|len| u64::from(*len)).sum(),
+                );
+            }
+            GetOutcome::Miss(reason) => add(&self.misses[*reason as usize], 1),
+        }
+    }
+
+    pub(crate) fn put(&self, outcome: PutOutcome, bytes: u64) {
+        match outcome {
+            PutOutcome::Stored => {
+                add(&self.stored, 1);
+                add(&self.written_bytes, bytes);
+            }
+            PutOutcome::Exists => add(&self.exists, 1),
+            PutOutcome::InProgress => add(&self.in_progress, 1),
+            PutOutcome::Refused(refusal) => add(&self.refused[refusal as usize], 1),
+        }
+    }
+
+    pub(crate) fn set_breaker(&self, state: BreakerState) {
+        self.breaker.store(state as u8, Relaxed);
+    }
+
+    pub(crate) fn breaker(&self) -> BreakerState {
+        match self.breaker.load(Relaxed) {
+            0 => BreakerState::Closed,
+            1 => BreakerState::Open,
+            _ => BreakerState::Probing,
+        }
+    }
+
+    pub(crate) fn snapshot(&self) -> ClientStats {
+        let get = |counter: &AtomicU64| counter.load(Relaxed);
+        ClientStats {
+            calls: get(&self.calls),
+            lookups: get(&self.lookups),
+            hits: get(&self.hits),
+            misses: MissReason::ALL
+                .iter()
+                .map(|reason| (reason.word(), get(&self.misses[*reason as usize])))
+                .filter(|(_, count)| *count > 0)
+                .collect(),
+            stored: get(&self.stored),
+            exists: get(&self.exists),
+            in_progress: get(&self.in_progress),
+            refused: Refusal::ALL
+                .iter()
+                .map(|refusal| (refusal.word(), get(&self.refused[*refusal as usize])))
+                .filter(|(_, count)| *count > 0)
+                .collect(),
+            read_bytes: get(&self.read_bytes),
+            written_bytes: get(&self.written_bytes),
+            checks_failed: get(&self.checks_failed),
+            late_answers: get(&self.late_answers),
+            connects: get(&self.connects),
+            connect_failures: get(&self.connect_failures),
+            links_lost: get(&self.links_lost),
+            breaker_opened: get(&self.breaker_opened),
+            breaker: self.breaker(),
+        }
+    }
+}
+
+pub(crate) fn add(counter: &AtomicU64, count: u64) {
+    counter.fetch_add(count, Relaxed);
+}
+
+/// A client's counters since it was made.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct ClientStats {
+    /// Calls of any kind.
+    pub calls: u64,
+    /// Lookups and presence questions.
+    pub lookups: u64,
+    /// Blocks read and verified.
+    pub hits: u64,
+    /// Blocks not read, by reason; reasons that did not occur are left out.
+    pub misses: BTreeMap<&'static str, u64>,
+    /// Blocks stored.
+    pub stored: u64,
+    /// Blocks that were there already.
+    pub exists: u64,
+    /// Blocks that another writer was at.
+    pub in_progress: u64,
+    /// Blocks turned away, by reason.
+    pub refused: BTreeMap<&'static str, u64>,
+    /// Payload bytes of hits.
+    pub read_bytes: u64,
+    /// Payload bytes of stored blocks.
+    pub written_bytes: u64,
+    /// Blocks whose bytes came and did not pass the writer's content check.
+    pub checks_failed: u64,
+    /// Answers that came after their call had ended; drained.
+    pub late_answers: u64,
+    /// Links that were opened.
+    pub connects: u64,
+    /// Links that did not come about.
+    pub connect_failures: u64,
+    /// Open links that broke.
+    pub links_lost: u64,
+    /// Times the breaker opened.
+    pub breaker_opened: u64,
+    /// The breaker now.
+    pub breaker: BreakerState,
+}

@@ -1,0 +1,403 @@
+//! A node for tests: a map behind blocking sockets, one thread a connection, and able to misbehave
+//! in every way that the client must survive.
+#![allow(dead_code)] // each test file uses its part
+
+use kvar_base::{BlockId, MapEpoch, MissReason, NamespaceKey, PutOutcome, check};
+use kvar_wire::*;
+use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+/// How the node answers from now on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mood {
+    Well,
+    /// Takes nothing, says nothing: SIGSTOP.
+    Stopped,
+    /// Reads everything, answers nothing.
+    Mute,
+    /// Answers with bytes that are no frame.
+    Rubbish,
+    /// Sends half of a block and closes.
+    Cut,
+    /// Flips a bit in every block.
+    Corrupt,
+    /// Says that sections are longer than the payload.
+    WrongSum,
+    /// Answers with a message that fits nothing.
+    WrongKind,
+    /// Answers a request that never was.
+    WrongNumber,
+    /// Sends a byte, waits, sends a byte.
+    Trickle,
+    /// Closes as soon as anything is asked.
+    Close,
+}
+
+#[derive(Clone)]
+struct Stored {
+    sections: Vec<Section>,
+    bytes: Vec<u8>,
+}
+
+struct Shared {
+    key: NamespaceKey,
+    limits: Limits,
+    mood: Mutex<Mood>,
+    changed: Condvar,
+    blocks: Mutex<HashMap<BlockId, Stored>>,
+    closing: AtomicBool,
+    /// Get items and puts that were asked for.
+    pub asked: AtomicUsize,
+    sockets: Mutex<Vec<TcpStream>>,
+}
+
+pub(crate) struct Peer {
+    shared: Arc<Shared>,
+    pub(crate) address: SocketAddr,
+}
+
+pub(crate) const LIMITS: Limits = Limits {
+    block_bytes_max: 16 << 20,
+    eager_bytes_max: EAGER_BYTES_MAX,
+    requests_max: 256,
+    bytes_max: 64 << 20,
+};
+
+pub(crate) fn key() -> NamespaceKey {
+    NamespaceKey::new([7; 32])
+}
+
+impl Peer {
+    pub(crate) fn start() -> Self {
+        Self::start_with("127.0.0.1:0".parse().unwrap(), LIMITS)
+    }
+
+    pub(crate) fn start_with(address: SocketAddr, limits: Limits) -> Self {
+        let listener = TcpListener::bind(address).unwrap();
+        let address = listener.local_addr().unwrap();
+        let shared = Arc::new(Shared {
+            key: key(),
+            limits,
+            mood: Mutex::new(Mood::Well),
+            changed: Condvar::new(),
+            blocks: Mutex::default(),
+            closing: AtomicBool::new(false),
+            asked: AtomicUsize::new(0),
+            sockets: Mutex::default(),
+        });
+        let of_thread = Arc::clone(&shared);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                if of_thread.closing.load(Ordering::SeqCst) {
+                    return;
+                }
+                let stream = stream.unwrap();
+                stream.set_nodelay(true).unwrap();
+                of_thread
+                    .sockets
+                    .lock()
+                    .unwrap()
+                    .push(stream.try_clone().unwrap());
+                let shared = Arc::clone(&of_thread);
+                // A connection that ends, however it ends, is no error of the node's.
+                std::thread::spawn(move || Serving { shared, stream }.serve());
+            }
+        });
+        Self { shared, address }
+    }
+
+    pub(crate) fn set(&self, mood: Mood) {
+        *self.shared.mood.lock().unwrap() = mood;
+        self.shared.changed.notify_all();
+    }
+
+    pub(crate) fn asked(&self) -> usize {
+        self.shared.asked.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn blocks(&self) -> usize {
+        self.shared.blocks.lock().unwrap().len()
+    }
+
+    /// Dies: all connections break, nobody listens any more.
+    pub(crate) fn kill(self) -> SocketAddr {
+        self.address
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        self.shared.closing.store(true, Ordering::SeqCst);
+        let _ = TcpStream::connect(self.address);
+        for socket in self.shared.sockets.lock().unwrap().drain(..) {
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+        self.set(Mood::Well);
+    }
+}
+
+struct Serving {
+    shared: Arc<Shared>,
+    stream: TcpStream,
+}
+
+impl Serving {
+    fn serve(mut self) -> Option<()> {
+        let mut handshake = NodeHandshake::new([9; 32]);
+        loop {
+            let (_, message, _) = self.read()?;
+            let key = self.shared.key.clone();
+            let key_of = |name: &str| (name == "default").then_some(key);
+            match handshake.on_message(message, key_of, "test node", self.shared.limits) {
+                NodeStep::Send(challenge) => self.say(LINK_REQUEST, &challenge.into(), &[])?,
+                NodeStep::Open(welcome, _) => {
+                    self.say(LINK_REQUEST, &welcome.into(), &[])?;
+                    break;
+                }
+                NodeStep::Fail(failure) => {
+                    self.say(LINK_REQUEST, &failure.into(), &[])?;
+                    return None;
+                }
+            }
+        }
+        let mut announced: HashMap<u64, Put> = HashMap::new();
+        loop {
+            let (header, message, payload) = self.read()?;
+            let request = header.request;
+            match message {
+                Message::Get(get) => {
+                    self.shared
+                        .asked
+                        .fetch_add(get.items.len(), Ordering::SeqCst);
+                    for (number, item) in get.items.iter().enumerate() {
+                        self.answer_get(request, number as u16, item)?;
+                    }
+                }
+                Message::Put(put) => {
+                    self.shared.asked.fetch_add(1, Ordering::SeqCst);
+                    if self.shared.blocks.lock().unwrap().contains_key(&put.id) {
+                        let answer = PutAnswer {
+                            outcome: PutOutcome::Exists,
+                        };
+                        self.say(request, &answer.into(), &[])?;
+                    } else if payload.is_empty() {
+                        announced.insert(request, put);
+                        self.say(request, &Pull {}.into(), &[])?;
+                    } else {
+                        self.store(request, put, payload)?;
+                    }
+                }
+                Message::Payload(_) => {
+                    if let Some(put) = announced.remove(&request) {
+                        self.store(request, put, payload)?;
+                    }
+                }
+                Message::Cancel(_) => drop(announced.remove(&request)),
+                message => {
+                    let answer = self.answer(message)?;
+                    self.say(request, &answer, &[])?;
+                }
+            }
+        }
+    }
+
+    fn answer(&self, message: Message) -> Option<Message> {
+        let mut blocks = self.shared.blocks.lock().unwrap();
+        Some(match message {
+            Message::Lookup(lookup) => {
+                let bits: Vec<bool> = lookup
+                    .ids
+                    .iter()
+                    .map(|id| blocks.contains_key(id))
+                    .collect();
+                let leading = bits.iter().take_while(|there| **there).count();
+                let reason = (leading < bits.len()).then_some(MissReason::Absent);
+                if lookup.leading_only {
+                    LookupAnswer::Leading(leading as u32, reason).into()
+                } else {
+                    LookupAnswer::Each(Bitmap::of(&bits)).into()
+                }
+            }
+            Message::Remove(remove) => {
+                let count = remove
+                    .ids
+                    .iter()
+                    .filter(|id| blocks.remove(id).is_some())
+                    .count();
+                RemoveAnswer {
+                    finished: Finished::Done(count as u64),
+                }
+                .into()
+            }
+            Message::Flush(_) => FlushAnswer {
+                finished: Finished::Done(0),
+            }
+            .into(),
+            Message::Purge(_) => {
+                let count = blocks.len() as u64;
+                blocks.clear();
+                PurgeAnswer {
+                    finished: Finished::Done(count),
+                }
+                .into()
+            }
+            Message::Stat(stat) => {
+                let stat = blocks
+                    .get(&stat.id)
+                    .ok_or(MissReason::Absent)
+                    .map(|block| BlockStat {
+                        bytes: block.bytes.len() as u64,
+                        sections: None,
+                        version: None,
+                        in_dram: true,
+                        on_flash: false,
+                        flushed: false,
+                        age_s: None,
+                        expires_unix_s: None,
+                    });
+                StatAnswer { stat }.into()
+            }
+            Message::Status(_) => StatusAnswer {
+                json: "{\"node\":\"test\"}".into(),
+            }
+            .into(),
+            Message::Ping(_) => Pong {}.into(),
+            _ => return None,
+        })
+    }
+
+    fn answer_get(&mut self, request: u64, item: u16, wanted: &GetItem) -> Option<()> {
+        let found = self.shared.blocks.lock().unwrap().get(&wanted.id).cloned();
+        let miss = |reason| GetAnswer {
+            item,
+            outcome: kvar_wire::GetOutcome::Miss(reason),
+        };
+        let Some(Stored { sections, bytes }) = found else {
+            return self.say(request, &miss(MissReason::Absent).into(), &[]);
+        };
+        let all = 0..sections.len() as u16;
+        let range = wanted.sections.clone().unwrap_or(all);
+        let (start, end) = (usize::from(range.start), usize::from(range.end));
+        if end > sections.len()
+            || !wanted
+                .expected
+                .fit(sections[start..end].iter().map(|s| s.len))
+        {
+            return self.say(request, &miss(MissReason::WrongFormat).into(), &[]);
+        }
+        let at = |n: usize| sections[..n].iter().map(|s| s.len as usize).sum::<usize>();
+        let mut payload = bytes[at(start)..at(end)].to_vec();
+        let version = check::version(sections.iter().map(|s| s.check));
+        let mut sent = sections[start..end].to_vec();
+        match *self.shared.mood.lock().unwrap() {
+            Mood::Corrupt => {
+                let middle = payload.len() / 2;
+                payload[middle] ^= 4;
+            }
+            Mood::WrongSum => sent[0].len += 1,
+            _ => {}
+        }
+        let outcome = kvar_wire::GetOutcome::Hit {
+            version,
+            first_section: range.start,
+            sections: sent,
+        };
+        self.say(request, &GetAnswer { item, outcome }.into(), &payload)
+    }
+
+    fn store(&mut self, request: u64, put: Put, payload: Vec<u8>) -> Option<()> {
+        let mut at = 0;
+        for (number, section) in put.sections.iter().enumerate() {
+            let bytes = &payload[at..at + section.len as usize];
+            let check = kvar_base::ContentCheck::of(bytes, &put.id, number as u16);
+            assert_eq!(
+                check, section.check,
+                "the client's check of section {number}"
+            );
+            at += bytes.len();
+        }
+        assert_eq!(at, payload.len());
+        let stored = Stored {
+            sections: put.sections,
+            bytes: payload,
+        };
+        self.shared.blocks.lock().unwrap().insert(put.id, stored);
+        self.say(
+            request,
+            &PutAnswer {
+                outcome: PutOutcome::Stored,
+            }
+            .into(),
+            &[],
+        )
+    }
+
+    fn read(&mut self) -> Option<(Header, Message, Vec<u8>)> {
+        self.wait_while_stopped();
+        let mut head = [0; HEADER_BYTES];
+        self.stream.read_exact(&mut head).ok()?;
+        self.wait_while_stopped();
+        let header = Header::decode(&head).expect("a sound header of the client");
+        let mut message = vec![0; header.message_len as usize];
+        self.stream.read_exact(&mut message).ok()?;
+        let mut payload = vec![0; header.payload_len as usize];
+        self.stream.read_exact(&mut payload).ok()?;
+        Some((
+            header,
+            decode(&header, &message).expect("a sound message"),
+            payload,
+        ))
+    }
+
+    fn wait_while_stopped(&self) {
+        let mut mood = self.shared.mood.lock().unwrap();
+        while *mood == Mood::Stopped {
+            mood = self.shared.changed.wait(mood).unwrap();
+        }
+    }
+
+    fn say(&mut self, request: u64, message: &Message, payload: &[u8]) -> Option<()> {
+        self.wait_while_stopped();
+        let mood = *self.shared.mood.lock().unwrap();
+        let handshake = matches!(message, Message::Challenge(_) | Message::Welcome(_));
+        let mut bytes = Vec::new();
+        let number = if mood == Mood::WrongNumber && !handshake {
+            1 << 60
+        } else {
+            request
+        };
+        let wrong: Message = Pull {}.into();
+        match mood {
+            Mood::WrongKind if !handshake => wrong.encode(&mut bytes, number, MapEpoch(1), 0),
+            _ => message.encode(&mut bytes, number, MapEpoch(1), payload.len()),
+        }
+        .unwrap();
+        bytes.extend_from_slice(payload);
+        match mood {
+            Mood::Mute => return Some(()),
+            Mood::Close if !handshake => return None,
+            Mood::Rubbish if !handshake => bytes = vec![0x42; 1000],
+            Mood::Cut if !handshake => bytes.truncate(bytes.len() / 2),
+            Mood::Trickle => {
+                for byte in bytes {
+                    std::thread::sleep(Duration::from_millis(20));
+                    self.stream.write_all(&[byte]).ok()?;
+                }
+                return Some(());
+            }
+            _ => {}
+        }
+        self.stream.write_all(&bytes).ok()?;
+        (mood != Mood::Cut || handshake).then_some(())
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+    }
+}

@@ -1,0 +1,134 @@
+//! What all links of a shard share: operations under way, timers, counters, limits.
+//!
+//! A link never calls an engine. It leaves an ask here, under an operation number; the shard's
+//! loop takes asks to their owners and brings the answers back under the same number.
+
+use crate::counters::LinkCounters;
+use crate::mail::Ask;
+use crate::report::ShardReport;
+use kvar_base::{Clock as _, Moment, NamespaceKey, SystemClock};
+use kvar_wire::Limits;
+use slab::Slab;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Names a link: its place, and a number that is never used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct LinkKey {
+    pub(crate) index: usize,
+    pub(crate) serial: u64,
+}
+
+/// The request number under which a link's own timers run; no request has it.
+pub(crate) const LINK_TIMER: u64 = kvar_wire::LINK_REQUEST;
+
+/// Something asked of an owner, and whose it is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Operation {
+    pub(crate) link: LinkKey,
+    pub(crate) request: u64,
+    /// Which opening of that request number, since a client may use a number again.
+    pub(crate) opening: u64,
+    /// Which part of the request: an item, or a shard.
+    pub(crate) part: u32,
+}
+
+/// An ask on its way to its owner.
+pub(crate) struct Outgoing {
+    pub(crate) shard: u32,
+    pub(crate) operation: u64,
+    pub(crate) ask: Ask,
+}
+
+/// What links are served under.
+#[derive(Clone)]
+pub(crate) struct LinkSettings {
+    /// What Welcome says.
+    pub(crate) limits: Limits,
+    /// The node's name towards clients.
+    pub(crate) node: String,
+    /// The only namespace there is.
+    pub(crate) namespace: String,
+    pub(crate) key: NamespaceKey,
+    /// Bytes a read is assumed to bring until its link has seen a block.
+    pub(crate) block_bytes_guess: u64,
+    /// Makes the node's status.
+    pub(crate) describe: Arc<dyn Describe>,
+}
+
+/// Makes the node's status out of its shards' reports.
+pub(crate) trait Describe: Send + Sync {
+    /// As a JSON document.
+    fn json(&self, reports: &[ShardReport]) -> String;
+}
+
+/// See the module.
+pub(crate) struct Desk {
+    pub(crate) shards: u32,
+    pub(crate) operations: Slab<Operation>,
+    pub(crate) outgoing: Vec<Outgoing>,
+    pub(crate) timers: BTreeSet<(Moment, LinkKey, u64)>,
+    pub(crate) counters: LinkCounters,
+    pub(crate) settings: LinkSettings,
+    /// Heads are encoded here, one at a time.
+    pub(crate) scratch: Vec<u8>,
+    pub(crate) now: Moment,
+    clock: SystemClock,
+    next_number: u64,
+}
+
+impl Desk {
+    pub(crate) fn new(shards: u32, settings: LinkSettings, clock: SystemClock) -> Self {
+        Self {
+            shards,
+            operations: Slab::new(),
+            outgoing: Vec::new(),
+            timers: BTreeSet::new(),
+            counters: LinkCounters::default(),
+            settings,
+            scratch: Vec::new(),
+            now: clock.now(),
+            clock,
+            next_number: 1,
+        }
+    }
+
+    /// Notes the time; everything in one turn happens at one moment.
+    pub(crate) fn tick(&mut self) -> Moment {
+        self.now = self.clock.now();
+        self.now
+    }
+
+    /// A number not given before.
+    pub(crate) fn number(&mut self) -> u64 {
+        self.next_number += 1;
+        self.next_number
+    }
+
+    /// Leaves an ask for the owner of a block, to be answered to `operation`.
+    pub(crate) fn ask(&mut self, shard: u32, operation: Operation, ask: Ask) {
+        let operation = self.operations.insert(operation) as u64;
+        self.outgoing.push(Outgoing {
+            shard,
+            operation,
+            ask,
+        });
+    }
+
+    /// Leaves an ask that has no answer.
+    pub(crate) fn tell(&mut self, shard: u32, ask: Ask) {
+        debug_assert!(!ask.wants_answer());
+        self.outgoing.push(Outgoing {
+            shard,
+            operation: u64::MAX,
+            ask,
+        });
+    }
+
+    /// When a request that has so much time left must be over. Far enough is for ever, so that no
+    /// client makes the sum wrap.
+    pub(crate) fn deadline(&self, left_us: u64) -> Moment {
+        self.now.after(Duration::from_micros(left_us))
+    }
+}

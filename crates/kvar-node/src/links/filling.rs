@@ -1,0 +1,34 @@
+//! A put's destination as a sink: payload is received straight into the owner's memory, each
+//! section where it will be stored.
+
+use kvar_engine::PutTicket;
+use kvar_transport::Sink;
+
+/// A ticket that a link is receiving into.
+#[derive(Debug)]
+pub(crate) struct Filling(pub(crate) PutTicket);
+
+impl Sink for Filling {
+    fn visit_mut<'a>(&'a mut self, visit: &mut dyn FnMut(&'a mut [u8])) {
+        let ticket = &mut self.0;
+        // One section is by far the usual case; it needs no list.
+        let ranges: smallvec::SmallVec<[_; 4]> = (0..ticket.sections())
+            .map(|section| ticket.section_range(section))
+            .collect();
+        let (mut rest, mut at) = (ticket.buffer_mut(), 0);
+        for range in ranges {
+            let (piece, after) = rest
+                .split_at_mut(range.start - at)
+                .1
+                .split_at_mut(range.len());
+            visit(piece);
+            (rest, at) = (after, range.end);
+        }
+    }
+
+    fn len(&self) -> usize {
+        (0..self.0.sections())
+            .map(|section| self.0.section_range(section).len())
+            .sum()
+    }
+}

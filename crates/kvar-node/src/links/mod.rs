@@ -1,0 +1,323 @@
+//! The links of one shard: who is connected, who has something to do, whose time is up.
+//!
+//! | file | question |
+//! |---|---|
+//! | `conversation` | how does one link go from Hello to its end? |
+//! | `serve` | what does each request ask, and each answer say? |
+//! | `request` | what is open on a link? |
+//! | `desk` | what do all links of the shard share? |
+//! | `filling` | how is a payload received straight to where it is stored? |
+//!
+//! What must always be true: a link is polled while it can move something and sleeps otherwise;
+//! one turn moves a bounded number of bytes a link, so that no link starves the others.
+
+mod conversation;
+mod desk;
+mod filling;
+mod request;
+mod serve;
+
+pub(crate) use desk::{Describe, LinkSettings, Outgoing};
+
+use crate::mail::Answer;
+use conversation::{Conversation, Incoming, NodeLink, Phase, abort};
+use desk::{Desk, LINK_TIMER, LinkKey};
+use kvar_base::{Moment, SystemClock};
+use kvar_engine::PutTicket;
+use kvar_transport::{
+    Armed, DownReason, Event, FrameLengths, HEADER_BYTES, Link as _, LinkOptions, Owned,
+    TURN_BYTES, TcpStream,
+};
+use kvar_wire::{Failure, FailureCode, Header, Message, WireError};
+use mio::{Registry, Token};
+use slab::Slab;
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::ops::ControlFlow;
+
+/// Room for answers without payload. What a link has queued is bounded before this: no frame is
+/// taken while more than its budget is queued, and what is open then is bounded in number. A link
+/// that comes beyond all that has a defect and is given up.
+const OUTGOING_HEADS_BYTES: usize = 8 << 20;
+
+/// See the module.
+pub(crate) struct Links {
+    slots: Slab<Conversation>,
+    desk: Desk,
+    listed: VecDeque<LinkKey>,
+    registry: Registry,
+    token_base: usize,
+}
+
+/// What a poll of a link said, free of its borrow.
+enum Happened {
+    Frame(Result<(Header, Message), WireError>, usize),
+    Received(PutTicket),
+    Returned(Option<PutTicket>),
+    Nothing,
+    Down(DownReason),
+    Rest,
+}
+
+fn framing(header: &[u8; HEADER_BYTES]) -> Result<FrameLengths, String> {
+    let (message, payload) = kvar_wire::frame_lengths(header).map_err(|error| error.to_string())?;
+    Ok(FrameLengths {
+        message: message as usize,
+        payload: payload as usize,
+    })
+}
+
+impl Links {
+    /// No links yet; their events will carry tokens from `token_base` on.
+    pub(crate) fn new(
+        shards: u32,
+        settings: LinkSettings,
+        clock: SystemClock,
+        registry: Registry,
+        token_base: usize,
+    ) -> Self {
+        let desk = Desk::new(shards, settings, clock);
+        Self {
+            slots: Slab::new(),
+            desk,
+            listed: VecDeque::new(),
+            registry,
+            token_base,
+        }
+    }
+
+    /// Notes the time.
+    pub(crate) fn tick(&mut self) -> Moment {
+        self.desk.tick()
+    }
+
+    /// Links open.
+    pub(crate) fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// What they did.
+    pub(crate) fn counters(&self) -> crate::counters::LinkCounters {
+        crate::counters::LinkCounters {
+            links_open: self.slots.len() as u64,
+            ..self.desk.counters
+        }
+    }
+
+    /// Takes a connection; with `refusal` only to say why not.
+    pub(crate) fn accept(
+        &mut self,
+        stream: TcpStream,
+        peer: SocketAddr,
+        refusal: Option<&Failure>,
+    ) -> std::io::Result<()> {
+        let limits = &self.desk.settings.limits;
+        let open_bytes_max = u64::from(limits.requests_max) * u64::from(limits.block_bytes_max);
+        let options = LinkOptions {
+            message_bytes_max: kvar_wire::HANDSHAKE_MESSAGE_BYTES_MAX,
+            payload_bytes_max: 0,
+            outgoing_bytes_max: usize::try_from(limits.bytes_max.saturating_add(open_bytes_max))
+                .unwrap_or(usize::MAX)
+                .saturating_add(OUTGOING_HEADS_BYTES),
+        };
+        let mut link = NodeLink::accepted(stream, framing, options);
+        let entry = self.slots.vacant_entry();
+        let key = LinkKey {
+            index: entry.key(),
+            serial: self.desk.number(),
+        };
+        link.register(&self.registry, Token(self.token_base + key.index))?;
+        entry.insert(Conversation::new(link, key, peer, &mut self.desk));
+        match refusal {
+            None => self.desk.counters.links_accepted += 1,
+            Some(failure) => {
+                self.desk.counters.links_refused += 1;
+                self.slots[key.index].fail(&mut self.desk, failure);
+            }
+        }
+        self.list(key.index);
+        Ok(())
+    }
+
+    /// The operating system says something about a link.
+    pub(crate) fn on_event(&mut self, event: &mio::event::Event) {
+        let index = event.token().0 - self.token_base;
+        if let Some(link) = self.slots.get_mut(index) {
+            link.link.on_event(event);
+            self.list(index);
+        }
+    }
+
+    fn list(&mut self, index: usize) {
+        let link = &mut self.slots[index];
+        if !link.is_listed {
+            link.is_listed = true;
+            self.listed.push_back(link.key);
+        }
+    }
+
+    /// Whether some link can move something without waiting.
+    pub(crate) fn is_busy(&self) -> bool {
+        !self.listed.is_empty()
+    }
+
+    /// What was asked since the last call.
+    pub(crate) fn take_outgoing(&mut self) -> Vec<Outgoing> {
+        std::mem::take(&mut self.desk.outgoing)
+    }
+
+    /// When the next timer is due.
+    pub(crate) fn next_timer(&self) -> Option<Moment> {
+        self.desk.timers.first().map(|(at, _, _)| *at)
+    }
+
+    /// Gives every listed link one turn.
+    pub(crate) fn pump(&mut self) {
+        for _ in 0..self.listed.len() {
+            let Some(key) = self.listed.pop_front() else {
+                return;
+            };
+            let Some(link) = self.slots.get_mut(key.index) else {
+                continue;
+            };
+            if link.key != key {
+                continue;
+            }
+            link.is_listed = false;
+            if pump_one(link, &mut self.desk).is_break() {
+                self.drop_link(key);
+            } else if self.slots[key.index].link.arm() == Armed::Ready {
+                self.list(key.index);
+            }
+        }
+    }
+
+    fn drop_link(&mut self, key: LinkKey) {
+        let mut link = self.slots.remove(key.index);
+        link.end_requests(&mut self.desk);
+        // Its descriptor leaves the poll with the link in any case.
+        let _ = link.link.deregister(&self.registry);
+    }
+
+    /// An owner answers.
+    pub(crate) fn on_answer(&mut self, operation: u64, answer: Answer) {
+        let Some(operation) = self.desk.operations.try_remove(operation as usize) else {
+            debug_assert!(false, "an answer to an operation");
+            return serve::orphan(&mut self.desk, answer);
+        };
+        match self.slots.get_mut(operation.link.index) {
+            Some(link) if link.key == operation.link => {
+                link.on_answer(&mut self.desk, operation, answer);
+                link.start_gets(&mut self.desk);
+                self.list(operation.link.index);
+            }
+            _ => serve::orphan(&mut self.desk, answer),
+        }
+    }
+
+    /// Ends what is overdue.
+    pub(crate) fn run_timers(&mut self) {
+        while let Some((at, key, request)) = self.desk.timers.first().copied() {
+            if at > self.desk.now {
+                return;
+            }
+            self.desk.timers.pop_first();
+            let Some(link) = self.slots.get_mut(key.index).filter(|link| link.key == key) else {
+                continue;
+            };
+            if request != LINK_TIMER {
+                link.cut_short(&mut self.desk, request, true);
+                link.start_gets(&mut self.desk);
+                self.list(key.index);
+                continue;
+            }
+            match link.phase {
+                Phase::Serving => {}
+                Phase::Handshake(_) => {
+                    self.desk.counters.handshakes_failed += 1;
+                    let text = "the handshake took too long; connect again";
+                    link.fail(&mut self.desk, &Failure::new(FailureCode::Protocol, text));
+                    self.list(key.index);
+                }
+                Phase::Closing => {
+                    link.link.close();
+                    self.list(key.index);
+                }
+            }
+        }
+    }
+
+    /// Tells every peer that the node goes, and lets them go.
+    pub(crate) fn close_all(&mut self) {
+        let failure = Failure::new(
+            FailureCode::ShuttingDown,
+            "the node is shutting down; connect again later",
+        );
+        let indexes: Vec<usize> = self.slots.iter().map(|(index, _)| index).collect();
+        for index in indexes {
+            self.slots[index].fail(&mut self.desk, &failure);
+            self.list(index);
+        }
+    }
+}
+
+/// Moves what one link can move; `Break` when it is down.
+fn pump_one(link: &mut Conversation, desk: &mut Desk) -> ControlFlow<()> {
+    let mut budget = TURN_BYTES;
+    loop {
+        let happened = match link.link.poll(&mut budget) {
+            Event::Frame {
+                header,
+                message,
+                payload_bytes,
+            } => {
+                let parsed = Header::decode(header).and_then(|header| {
+                    let message = kvar_wire::decode(&header, message)?;
+                    Ok((header, message))
+                });
+                Happened::Frame(parsed, payload_bytes)
+            }
+            Event::Received { sink, .. } => Happened::Received(sink.0),
+            Event::Returned(Owned::Sink { sink, .. }) => Happened::Returned(Some(sink.0)),
+            Event::Returned(Owned::Source { .. }) => Happened::Returned(None),
+            Event::Sent { .. } | Event::Up => Happened::Nothing,
+            Event::Down(reason) => Happened::Down(reason),
+            Event::Yield | Event::Idle => Happened::Rest,
+        };
+        match happened {
+            Happened::Frame(Ok((header, message)), payload_bytes) => {
+                link.on_frame(desk, &header, message, payload_bytes);
+                // Whatever did not say where its payload goes does not want it.
+                if payload_bytes > 0 && link.incoming == Incoming::Nothing {
+                    link.link.discard();
+                }
+            }
+            Happened::Frame(Err(error), _) => {
+                if !matches!(link.phase, Phase::Closing) {
+                    link.protocol(desk, &error.to_string());
+                }
+                link.link.discard();
+            }
+            Happened::Received(ticket) => link.on_received(desk, ticket),
+            Happened::Returned(ticket) => {
+                link.incoming = Incoming::Nothing;
+                abort(desk, ticket);
+            }
+            Happened::Nothing => {}
+            Happened::Rest => {
+                link.start_gets(desk);
+                return ControlFlow::Continue(());
+            }
+            Happened::Down(reason) => {
+                match reason {
+                    DownReason::Garbage(text) => {
+                        desk.counters.protocol_errors += 1;
+                        tracing::warn!(peer = %link.peer, "garbage on a link: {text}");
+                    }
+                    reason => tracing::debug!(peer = %link.peer, %reason, "link down"),
+                }
+                return ControlFlow::Break(());
+            }
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! The requests a link has open.
+//!
+//! ```text
+//!   Lookup   asked of every shard concerned ............ answered when all have
+//!   Get      each item: waiting for budget -> asked -> answered
+//!   Put      Beginning -> (Pulling, announced) -> Receiving -> Committing -> answered
+//!   Finish   remove, flush, purge: asked of shards ...... answered when all have
+//!   Stat, Status
+//! ```
+//!
+//! A request ends once: by its answer, its deadline, a cancel, or with its link.
+
+use crate::report::ShardReport;
+use kvar_base::Moment;
+use kvar_engine::PutTicket;
+use kvar_wire::GetItem;
+
+/// One open request.
+pub(crate) struct Open {
+    /// Which opening of its number.
+    pub(crate) opening: u64,
+    pub(crate) deadline: Moment,
+    pub(crate) kind: Kind,
+}
+
+/// What it is, and how far.
+pub(crate) enum Kind {
+    Lookup(Lookup),
+    Get(Get),
+    Put(Put),
+    Finish(Finish),
+    Stat,
+    Status {
+        left: u32,
+        reports: Vec<ShardReport>,
+    },
+}
+
+/// A lookup that is being gathered.
+pub(crate) struct Lookup {
+    pub(crate) leading_only: bool,
+    pub(crate) left: u32,
+    pub(crate) present: Vec<bool>,
+    /// For each shard where its ids stand in the request; empty when one shard has them all.
+    pub(crate) positions: Vec<Vec<u32>>,
+}
+
+/// A get, item by item.
+pub(crate) struct Get {
+    pub(crate) items: Vec<Item>,
+    pub(crate) left: u32,
+    pub(crate) touch_request: u64,
+}
+
+/// One block of a get.
+pub(crate) struct Item {
+    pub(crate) wanted: GetItem,
+    pub(crate) state: ItemState,
+}
+
+/// How far it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ItemState {
+    /// For room in the link's budget.
+    Waiting,
+    /// Its owner reads it; so many bytes of the budget are set aside.
+    Asked(u64),
+    Answered,
+}
+
+/// A put.
+pub(crate) struct Put {
+    pub(crate) payload_bytes: u64,
+    pub(crate) state: PutState,
+}
+
+/// How far it is.
+pub(crate) enum PutState {
+    /// The owner has not said yet whether it takes the block. `eager`: the payload stands at the
+    /// door already.
+    Beginning { eager: bool },
+    /// The client was told to send.
+    Pulling(PutTicket),
+    /// Payload comes in; the link has the ticket under this token.
+    Receiving(u64),
+    /// The owner verifies it (and flushes it, if durable).
+    Committing,
+}
+
+/// A remove, flush or purge.
+pub(crate) struct Finish {
+    pub(crate) which: Which,
+    pub(crate) left: u32,
+    pub(crate) count: u64,
+    pub(crate) failure: Option<String>,
+}
+
+/// Which of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Which {
+    Remove,
+    Flush,
+    Purge,
+}
+
+impl Open {
+    /// How much of the link's requests it counts as.
+    pub(crate) fn weight(&self) -> u32 {
+        match &self.kind {
+            Kind::Get(get) => get.left,
+            _ => 1,
+        }
+    }
+}

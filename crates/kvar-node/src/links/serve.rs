@@ -1,0 +1,558 @@
+//! What each request makes a link ask, and each answer makes it say.
+
+use super::conversation::{Conversation, Incoming, abort};
+use super::desk::{Desk, LINK_TIMER, Operation};
+use super::filling::Filling;
+use super::request::{Finish, Get, Item, ItemState, Kind, Lookup, Open, Put, PutState, Which};
+use crate::mail::{Answer, Ask};
+use crate::report::ShardReport;
+use kvar_base::{BlockId, MissReason, PutOutcome, Refusal};
+use kvar_engine::{BlockStat, PutHints, PutRequest, Tier};
+use kvar_transport::Link as _;
+use kvar_wire::{
+    Bitmap, Finished, FlushAnswer, GetAnswer, GetOutcome, LookupAnswer, Message, Pong, PurgeAnswer,
+    RemoveAnswer, StatAnswer,
+};
+
+impl Conversation {
+    /// Takes a request of a client that has proved itself.
+    pub(super) fn on_request(
+        &mut self,
+        desk: &mut Desk,
+        request: u64,
+        message: Message,
+        payload_bytes: usize,
+    ) {
+        let begins = matches!(
+            message,
+            Message::Lookup(_)
+                | Message::Get(_)
+                | Message::Put(_)
+                | Message::Remove(_)
+                | Message::Flush(_)
+                | Message::Purge(_)
+                | Message::Stat(_)
+                | Message::Status(_)
+        );
+        if begins && (request == LINK_TIMER || self.open.contains_key(&request)) {
+            let text = format!(
+                "request number {request} is the link's own or open already; numbers are unique \
+                 while open"
+            );
+            return self.protocol(desk, &text);
+        }
+        match message {
+            Message::Lookup(lookup) => self.on_lookup(desk, request, &lookup),
+            Message::Get(get) => self.on_get(desk, request, get),
+            Message::Put(put) => self.on_put(desk, request, &put, payload_bytes),
+            Message::Payload(_) => self.on_payload(desk, request, payload_bytes),
+            Message::Remove(remove) => {
+                desk.counters.removes += 1;
+                self.on_finish(
+                    desk,
+                    request,
+                    Which::Remove,
+                    remove.deadline_us,
+                    &remove.ids,
+                );
+            }
+            Message::Flush(flush) => {
+                desk.counters.flushes += 1;
+                self.on_finish(desk, request, Which::Flush, flush.deadline_us, &[]);
+            }
+            Message::Purge(purge) => {
+                desk.counters.purges += 1;
+                self.on_finish(desk, request, Which::Purge, purge.deadline_us, &[]);
+            }
+            Message::Stat(stat) => self.on_stat(desk, request, stat),
+            Message::Status(_) => self.on_status(desk, request),
+            Message::Cancel(_) => {
+                desk.counters.cancels += 1;
+                self.cut_short(desk, request, false);
+            }
+            Message::Ping(_) => self.send(desk, request, &Pong {}),
+            Message::Failure(failure) => {
+                tracing::warn!(peer = %self.peer, "the client ends its link: {}", failure.text);
+                self.end_requests(desk);
+                self.link.close();
+            }
+            other => {
+                let text = format!("a node takes no {:?} from a client", other.kind());
+                self.protocol(desk, &text);
+            }
+        }
+    }
+
+    fn is_full(&self, desk: &Desk, more: usize) -> bool {
+        let more = u32::try_from(more).unwrap_or(u32::MAX);
+        self.open_weight.saturating_add(more) > desk.settings.limits.requests_max
+    }
+
+    // ---- lookup -----------------------------------------------------------------------------
+
+    fn on_lookup(&mut self, desk: &mut Desk, request: u64, lookup: &kvar_wire::Lookup) {
+        desk.counters.lookups += 1;
+        desk.counters.lookup_ids += lookup.ids.len() as u64;
+        let miss = match () {
+            () if lookup.deadline_us == 0 => Some(MissReason::Deadline),
+            () if self.is_full(desk, 1) => Some(MissReason::Overloaded),
+            () => None,
+        };
+        if let Some(reason) = miss {
+            return self.send(desk, request, &LookupAnswer::Miss(reason));
+        }
+        let touch_request = touch_request(desk, lookup.touch_request);
+        let (parts, positions) = split(&lookup.ids, desk.shards);
+        let kind = Kind::Lookup(Lookup {
+            leading_only: lookup.leading_only,
+            left: parts.len() as u32,
+            present: vec![false; lookup.ids.len()],
+            positions,
+        });
+        if parts.is_empty() {
+            let answer = leading_or_each(lookup.leading_only, &[]);
+            return self.send(desk, request, &answer);
+        }
+        let Some(operation) = self.open(desk, request, Some(lookup.deadline_us), kind) else {
+            return;
+        };
+        for (shard, ids) in parts {
+            let ask = Ask::Lookup { ids, touch_request };
+            desk.ask(
+                shard,
+                Operation {
+                    part: shard,
+                    ..operation
+                },
+                ask,
+            );
+        }
+    }
+
+    fn on_looked_up(&mut self, desk: &mut Desk, request: u64, shard: u32, found: Vec<bool>) {
+        let Some(Open {
+            kind: Kind::Lookup(lookup),
+            ..
+        }) = self.open.get_mut(&request)
+        else {
+            return;
+        };
+        match lookup.positions.get(shard as usize) {
+            None => lookup.present = found,
+            Some(positions) => {
+                for (position, present) in positions.iter().zip(found) {
+                    lookup.present[*position as usize] = present;
+                }
+            }
+        }
+        lookup.left -= 1;
+        if lookup.left == 0 {
+            let answer = leading_or_each(lookup.leading_only, &lookup.present);
+            self.close(desk, request);
+            self.send(desk, request, &answer);
+        }
+    }
+
+    // ---- get --------------------------------------------------------------------------------
+
+    fn on_get(&mut self, desk: &mut Desk, request: u64, get: kvar_wire::Get) {
+        let miss = match () {
+            () if get.deadline_us == 0 => Some(MissReason::Deadline),
+            () if self.is_full(desk, get.items.len()) => Some(MissReason::Overloaded),
+            () => None,
+        };
+        if let Some(reason) = miss {
+            for item in 0..get.items.len() {
+                desk.counters.get_misses.add(reason);
+                let outcome = GetOutcome::Miss(reason);
+                self.send(
+                    desk,
+                    request,
+                    &GetAnswer {
+                        item: item as u16,
+                        outcome,
+                    },
+                );
+            }
+            return;
+        }
+        let count = get.items.len();
+        if count == 0 {
+            return self.protocol(
+                desk,
+                "a get of nothing has no answer; name at least one block",
+            );
+        }
+        let items = get.items.into_iter();
+        let kind = Kind::Get(Get {
+            items: items
+                .map(|wanted| Item {
+                    wanted,
+                    state: ItemState::Waiting,
+                })
+                .collect(),
+            left: count as u32,
+            touch_request: touch_request(desk, get.touch_request),
+        });
+        if let Some(operation) = self.open(desk, request, Some(get.deadline_us), kind) {
+            self.line_up(request, operation.opening, count);
+            self.start_gets(desk);
+        }
+    }
+
+    // ---- put --------------------------------------------------------------------------------
+
+    fn on_put(&mut self, desk: &mut Desk, request: u64, put: &kvar_wire::Put, at_the_door: usize) {
+        let (payload_bytes, limits) = (put.payload_bytes(), desk.settings.limits);
+        let eager = at_the_door > 0;
+        if at_the_door > limits.eager_bytes_max as usize {
+            let text = format!(
+                "a put of {at_the_door} bytes came unannounced; more than {} are announced first",
+                limits.eager_bytes_max
+            );
+            return self.protocol(desk, &text);
+        }
+        let refusal = match () {
+            () if put.deadline_us == 0 => Some(Refusal::Deadline),
+            () if payload_bytes > u64::from(limits.block_bytes_max) => Some(Refusal::TooBig),
+            () if eager && at_the_door as u64 != payload_bytes => Some(Refusal::WrongFormat),
+            // An expiry that cannot be kept must not be promised.
+            () if payload_bytes == 0 || put.hints.ttl_s.is_some() => Some(Refusal::WrongFormat),
+            () if self.is_full(desk, 1) => Some(Refusal::Busy),
+            () if self.announced_bytes + payload_bytes > limits.bytes_max => Some(Refusal::Busy),
+            () => None,
+        };
+        if let Some(refusal) = refusal {
+            if eager {
+                self.link.discard();
+            }
+            let outcome = PutOutcome::Refused(refusal);
+            desk.counters.puts.add(outcome);
+            return self.send(desk, request, &kvar_wire::PutAnswer { outcome });
+        }
+        let kind = Kind::Put(Put {
+            payload_bytes,
+            state: PutState::Beginning { eager },
+        });
+        self.announced_bytes += payload_bytes;
+        let Some(operation) = self.open(desk, request, Some(put.deadline_us), kind) else {
+            return;
+        };
+        if eager {
+            self.incoming = Incoming::AtTheDoor { request };
+        }
+        let hints = PutHints {
+            request: touch_request(desk, put.hints.request),
+            depth: put.hints.depth,
+            ephemeral: put.hints.ephemeral,
+        };
+        let sections = put
+            .sections
+            .iter()
+            .map(|section| (section.len, section.check))
+            .collect();
+        let (id, durable) = (put.id, put.durable);
+        let deadline = desk.deadline(put.deadline_us);
+        let ask = Ask::PutBegin(PutRequest {
+            id,
+            sections,
+            hints,
+            durable,
+            deadline,
+        });
+        desk.ask(id.shard(desk.shards), operation, ask);
+    }
+
+    /// The payload of an announced put.
+    fn on_payload(&mut self, desk: &mut Desk, request: u64, payload_bytes: usize) {
+        if payload_bytes == 0 {
+            return self.protocol(desk, "a payload frame without payload");
+        }
+        let put = match self.open.get_mut(&request) {
+            Some(Open {
+                kind: Kind::Put(put),
+                ..
+            }) => put,
+            Some(_) => return self.protocol(desk, "a payload for a request that is no put"),
+            // Its put has ended meanwhile (deadline, cancel): drained.
+            None => return self.link.discard(),
+        };
+        if put.payload_bytes != payload_bytes as u64 {
+            let text = format!(
+                "a put announced {} bytes and sent {payload_bytes}",
+                put.payload_bytes
+            );
+            return self.protocol(desk, &text);
+        }
+        match std::mem::replace(&mut put.state, PutState::Committing) {
+            PutState::Pulling(ticket) => {
+                let token = desk.number();
+                match self.link.pull(token, Filling(ticket)) {
+                    Ok(()) => {
+                        put.state = PutState::Receiving(token);
+                        self.incoming = Incoming::Filling { request, token };
+                    }
+                    // The link went down meanwhile; it ends its requests by itself.
+                    Err(refused) => abort(desk, Some(refused.sink.0)),
+                }
+            }
+            state => {
+                put.state = state;
+                self.protocol(desk, "a payload that nobody asked for; wait for Pull");
+            }
+        }
+    }
+
+    // ---- remove, flush, purge ---------------------------------------------------------------
+
+    fn on_finish(
+        &mut self,
+        desk: &mut Desk,
+        request: u64,
+        which: Which,
+        left_us: u64,
+        ids: &[BlockId],
+    ) {
+        let (parts, _) = split(ids, desk.shards);
+        let finished = match () {
+            () if left_us == 0 => Some(Finished::Deadline),
+            () if self.is_full(desk, 1) => Some(Finished::Overloaded),
+            () if which == Which::Remove && parts.is_empty() => Some(Finished::Done(0)),
+            () => None,
+        };
+        if let Some(finished) = finished {
+            return self.send_finished(desk, request, which, finished);
+        }
+        let asks: Vec<(u32, Ask)> = match which {
+            Which::Remove => parts
+                .into_iter()
+                .map(|(shard, ids)| (shard, Ask::Remove(ids)))
+                .collect(),
+            Which::Flush => (0..desk.shards).map(|shard| (shard, Ask::Flush)).collect(),
+            Which::Purge => (0..desk.shards).map(|shard| (shard, Ask::Purge)).collect(),
+        };
+        let left = asks.len() as u32;
+        let kind = Kind::Finish(Finish {
+            which,
+            left,
+            count: 0,
+            failure: None,
+        });
+        if let Some(operation) = self.open(desk, request, Some(left_us), kind) {
+            asks.into_iter()
+                .for_each(|(shard, ask)| desk.ask(shard, operation, ask));
+        }
+    }
+
+    fn on_done(&mut self, desk: &mut Desk, request: u64, result: Result<u64, String>) {
+        let Some(Open {
+            kind: Kind::Finish(finish),
+            ..
+        }) = self.open.get_mut(&request)
+        else {
+            return;
+        };
+        match result {
+            Ok(count) => finish.count += count,
+            Err(failure) => finish.failure = Some(failure),
+        }
+        finish.left -= 1;
+        if finish.left > 0 {
+            return;
+        }
+        let which = finish.which;
+        let finished = match finish.failure.take() {
+            None => Finished::Done(finish.count),
+            Some(text) => Finished::Failed(cut(text, kvar_wire::TEXT_BYTES_MAX)),
+        };
+        self.close(desk, request);
+        self.send_finished(desk, request, which, finished);
+    }
+
+    fn send_finished(&mut self, desk: &mut Desk, request: u64, which: Which, finished: Finished) {
+        match which {
+            Which::Remove => self.send(desk, request, &RemoveAnswer { finished }),
+            Which::Flush => self.send(desk, request, &FlushAnswer { finished }),
+            Which::Purge => self.send(desk, request, &PurgeAnswer { finished }),
+        }
+    }
+
+    // ---- stat and status --------------------------------------------------------------------
+
+    fn on_stat(&mut self, desk: &mut Desk, request: u64, stat: kvar_wire::Stat) {
+        let reason = match () {
+            () if stat.deadline_us == 0 => Some(MissReason::Deadline),
+            () if self.is_full(desk, 1) => Some(MissReason::Overloaded),
+            () => None,
+        };
+        if let Some(reason) = reason {
+            return self.send(desk, request, &StatAnswer { stat: Err(reason) });
+        }
+        if let Some(operation) = self.open(desk, request, Some(stat.deadline_us), Kind::Stat) {
+            desk.ask(stat.id.shard(desk.shards), operation, Ask::Stat(stat.id));
+        }
+    }
+
+    fn on_status(&mut self, desk: &mut Desk, request: u64) {
+        let kind = Kind::Status {
+            left: desk.shards,
+            reports: Vec::new(),
+        };
+        if let Some(operation) = self.open(desk, request, None, kind) {
+            for shard in 0..desk.shards {
+                desk.ask(shard, operation, Ask::Report);
+            }
+        }
+    }
+
+    fn on_report(&mut self, desk: &mut Desk, request: u64, report: ShardReport) {
+        let Some(Open {
+            kind: Kind::Status { left, reports },
+            ..
+        }) = self.open.get_mut(&request)
+        else {
+            return;
+        };
+        reports.push(report);
+        *left -= 1;
+        if *left > 0 {
+            return;
+        }
+        let mut reports = std::mem::take(reports);
+        self.close(desk, request);
+        reports.sort_by_key(|report| report.engine.shard);
+        let json = cut(
+            desk.settings.describe.json(&reports),
+            kvar_wire::STATUS_BYTES_MAX,
+        );
+        self.send(desk, request, &kvar_wire::StatusAnswer { json });
+    }
+
+    // ---- answers ----------------------------------------------------------------------------
+
+    /// Takes an owner's answer to an operation of this link.
+    pub(super) fn on_answer(&mut self, desk: &mut Desk, operation: Operation, answer: Answer) {
+        let Operation {
+            request,
+            opening,
+            part,
+            ..
+        } = operation;
+        if self
+            .open
+            .get(&request)
+            .is_none_or(|open| open.opening != opening)
+        {
+            return orphan(desk, answer);
+        }
+        match answer {
+            Answer::Lookup(found) => self.on_looked_up(desk, request, part, found),
+            Answer::Get(outcome) => self.on_got(desk, request, part, outcome),
+            Answer::PutBegun(begun) => self.on_put_begun(desk, request, begun),
+            Answer::Put(outcome) => self.answer_put(desk, request, outcome),
+            Answer::Done(result) => self.on_done(desk, request, result),
+            Answer::Stat(stat) => {
+                self.close(desk, request);
+                let stat = stat.map(describe).ok_or(MissReason::Absent);
+                self.send(desk, request, &StatAnswer { stat });
+            }
+            Answer::Report(report) => self.on_report(desk, request, *report),
+        }
+    }
+
+    /// Says that a request's deadline has passed, for those that answer once.
+    pub(super) fn answer_deadline(&mut self, desk: &mut Desk, request: u64, kind: &Kind) {
+        match kind {
+            Kind::Lookup(_) => {
+                self.send(desk, request, &LookupAnswer::Miss(MissReason::Deadline));
+            }
+            Kind::Finish(finish) => {
+                self.send_finished(desk, request, finish.which, Finished::Deadline);
+            }
+            Kind::Stat => {
+                self.send(
+                    desk,
+                    request,
+                    &StatAnswer {
+                        stat: Err(MissReason::Deadline),
+                    },
+                );
+            }
+            Kind::Status { .. } | Kind::Get(_) | Kind::Put(_) => {}
+        }
+    }
+}
+
+/// An answer that nobody waits for any more; a ticket in it goes back to its owner.
+pub(super) fn orphan(desk: &mut Desk, answer: Answer) {
+    if let Answer::PutBegun(Ok(ticket)) = answer {
+        abort(desk, Some(ticket));
+    }
+}
+
+/// Zero means that the client leaves recency to the node: every call is a prompt of its own, under a
+/// number that no client of ours chooses.
+fn touch_request(desk: &Desk, given: u64) -> u64 {
+    if given == 0 {
+        1 << 63 | desk.now.0
+    } else {
+        given
+    }
+}
+
+/// Ids by owner, and where each stood; with one owner in all, no positions.
+type Parts = (Vec<(u32, Vec<BlockId>)>, Vec<Vec<u32>>);
+
+fn split(ids: &[BlockId], shards: u32) -> Parts {
+    if ids.is_empty() {
+        return (Vec::new(), Vec::new());
+    }
+    if shards == 1 {
+        return (vec![(0, ids.to_vec())], Vec::new());
+    }
+    let mut parts: Vec<Vec<BlockId>> = vec![Vec::new(); shards as usize];
+    let mut positions: Vec<Vec<u32>> = vec![Vec::new(); shards as usize];
+    for (position, id) in ids.iter().enumerate() {
+        let shard = id.shard(shards) as usize;
+        parts[shard].push(*id);
+        positions[shard].push(position as u32);
+    }
+    let parts = (0..)
+        .zip(parts)
+        .filter(|(_, ids)| !ids.is_empty())
+        .collect();
+    (parts, positions)
+}
+
+fn leading_or_each(leading_only: bool, present: &[bool]) -> LookupAnswer {
+    if !leading_only {
+        return LookupAnswer::Each(Bitmap::of(present));
+    }
+    let leading = present.iter().take_while(|present| **present).count();
+    let reason = (leading < present.len()).then_some(MissReason::Absent);
+    LookupAnswer::Leading(leading as u32, reason)
+}
+
+fn describe(stat: BlockStat) -> kvar_wire::BlockStat {
+    kvar_wire::BlockStat {
+        bytes: stat.stored_bytes,
+        sections: None,
+        version: stat.version,
+        in_dram: stat.tier != Tier::Flash,
+        on_flash: stat.tier != Tier::Dram,
+        // The engine does not tell written from flushed a block at a time; `kvar flush` makes all.
+        flushed: stat.tier == Tier::Flash,
+        age_s: None,
+        expires_unix_s: None,
+    }
+}
+
+/// A text of at most so many bytes.
+fn cut(mut text: String, bytes_max: usize) -> String {
+    let mut end = text.len().min(bytes_max);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    text.truncate(end);
+    text
+}

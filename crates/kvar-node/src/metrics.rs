@@ -1,0 +1,397 @@
+//! `/metrics`: the node's report in OpenMetrics text.
+//!
+//! Every number comes from one report taken at the scrape, so that the lines of one page belong
+//! together. Names begin with `kvar_`; a unit ends the name; counters get `_total`.
+
+use crate::report::NodeReport;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeMetric, text};
+use prometheus_client::metrics::counter::ConstCounter;
+use prometheus_client::metrics::gauge::ConstGauge;
+use prometheus_client::registry::{Registry, Unit};
+use std::fmt;
+
+/// What the page is.
+pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Everything of one page.
+#[derive(Debug)]
+struct Page {
+    gauges: Vec<(&'static str, &'static str, Option<Unit>, f64)>,
+    counters: Vec<(&'static str, &'static str, Option<Unit>, u64)>,
+    labelled: Vec<Labelled>,
+    /// Each shard: number, engine, links open.
+    info: Vec<(&'static str, String)>,
+}
+
+/// A counter by a word.
+#[derive(Debug)]
+struct Labelled {
+    name: &'static str,
+    help: &'static str,
+    label: &'static str,
+    counts: Vec<(String, u64)>,
+}
+
+impl Collector for Page {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        for (name, help, unit, value) in &self.gauges {
+            let gauge = ConstGauge::new(*value);
+            let line = encoder.encode_descriptor(name, help, unit.as_ref(), gauge.metric_type())?;
+            gauge.encode(line)?;
+        }
+        for (name, help, unit, value) in &self.counters {
+            let counter = ConstCounter::new(*value);
+            let line =
+                encoder.encode_descriptor(name, help, unit.as_ref(), counter.metric_type())?;
+            counter.encode(line)?;
+        }
+        for Labelled {
+            name,
+            help,
+            label,
+            counts,
+        } in &self.labelled
+        {
+            let kind = ConstCounter::new(0_u64).metric_type();
+            let mut lines = encoder.encode_descriptor(name, help, None, kind)?;
+            for (word, count) in counts {
+                let labels = [(*label, word.as_str())];
+                ConstCounter::new(*count).encode(lines.encode_family(&labels)?)?;
+            }
+        }
+        let one = ConstGauge::new(1_i64);
+        let mut info = encoder.encode_descriptor(
+            "kvar_build_info",
+            "Always 1; version, device and mode of this node as labels",
+            None,
+            one.metric_type(),
+        )?;
+        one.encode(info.encode_family(&self.info)?)
+    }
+}
+
+/// The page of a report. `shards` is how many there are, answering or not.
+pub(crate) fn page(report: &NodeReport<'_>, shards: u32) -> Result<String, fmt::Error> {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(collect(report, shards)));
+    let mut out = String::new();
+    text::encode(&mut out, &registry)?;
+    Ok(out)
+}
+
+fn collect(report: &NodeReport<'_>, shards: u32) -> Page {
+    let bytes = || Some(Unit::Bytes);
+    let seconds = || Some(Unit::Seconds);
+    let links = &report.links;
+    let sum = |field: fn(&kvar_engine::Counters) -> u64| {
+        report
+            .shards
+            .iter()
+            .map(|shard| field(&shard.engine.counters))
+            .sum::<u64>()
+    };
+    let total = |field: fn(&kvar_engine::ShardStatus) -> u64| {
+        report
+            .shards
+            .iter()
+            .map(|shard| field(&shard.engine))
+            .sum::<u64>() as f64
+    };
+    let silent = f64::from(shards) - report.shards.len() as f64;
+    let in_trouble = report
+        .shards
+        .iter()
+        .filter(|shard| shard.engine.device_trouble.is_some())
+        .count();
+    let io_uring = report
+        .shards
+        .iter()
+        .all(|shard| shard.io_engine == "io_uring");
+    Page {
+        gauges: vec![
+            (
+                "kvar_ready",
+                "1 while the node serves",
+                None,
+                f64::from(u8::from(report.ready)),
+            ),
+            (
+                "kvar_insecure",
+                "1 if the node may listen beyond loopback without encryption",
+                None,
+                f64::from(u8::from(report.facts.insecure)),
+            ),
+            (
+                "kvar_uptime",
+                "Seconds since start",
+                seconds(),
+                report.uptime_s as f64,
+            ),
+            (
+                "kvar_map_epoch",
+                "Epoch of the cluster map",
+                None,
+                report.facts.epoch as f64,
+            ),
+            (
+                "kvar_flushed_through",
+                "All acknowledged before this time (seconds since 1970) survives power loss",
+                seconds(),
+                report.flushed_through,
+            ),
+            (
+                "kvar_unflushed_puts",
+                "Puts acknowledged that power loss would take",
+                None,
+                report.unflushed_puts as f64,
+            ),
+            (
+                "kvar_write_amplification",
+                "Bytes written to the device for each payload byte written the first time; 0 \
+                 before anything was written",
+                None,
+                report.write_amplification.unwrap_or(0.0),
+            ),
+            (
+                "kvar_dram_blocks",
+                "Blocks in memory",
+                None,
+                report.dram_blocks as f64,
+            ),
+            (
+                "kvar_dram_used",
+                "Bytes of blocks in memory",
+                bytes(),
+                report.dram_used_bytes as f64,
+            ),
+            (
+                "kvar_dram_max",
+                "Bytes of blocks that memory may hold",
+                bytes(),
+                report.facts.dram_bytes as f64,
+            ),
+            (
+                "kvar_flash_blocks",
+                "Blocks on the device",
+                None,
+                report.flash_blocks as f64,
+            ),
+            (
+                "kvar_flash_max",
+                "Payload bytes the device's segments hold when full",
+                bytes(),
+                report.flash_bytes_max as f64,
+            ),
+            (
+                "kvar_flash_segments_free",
+                "Segments with nothing in them",
+                None,
+                total(|engine| engine.segments_free),
+            ),
+            (
+                "kvar_dirty",
+                "Bytes in memory that wait to be written",
+                bytes(),
+                total(|engine| engine.dirty_bytes),
+            ),
+            (
+                "kvar_index",
+                "Memory of the index",
+                bytes(),
+                total(|engine| engine.index_bytes),
+            ),
+            (
+                "kvar_memory_bound",
+                "What resident memory stays under with the links open now",
+                bytes(),
+                report.memory_bytes_bound as f64,
+            ),
+            (
+                "kvar_device_trouble",
+                "Shards whose device takes no writes at the moment",
+                None,
+                in_trouble as f64,
+            ),
+            (
+                "kvar_io_uring",
+                "1 if every shard moves bytes by io_uring, 0 if some fell back to threads",
+                None,
+                f64::from(u8::from(io_uring)),
+            ),
+            (
+                "kvar_shards_silent",
+                "Shards that did not answer this scrape",
+                None,
+                silent,
+            ),
+            (
+                "kvar_links_open",
+                "Links open now",
+                None,
+                links.links_open as f64,
+            ),
+        ],
+        counters: vec![
+            (
+                "kvar_links_accepted",
+                "Links accepted",
+                None,
+                links.links_accepted,
+            ),
+            (
+                "kvar_links_refused",
+                "Links turned away because connections_max were open",
+                None,
+                links.links_refused,
+            ),
+            (
+                "kvar_handshakes_failed",
+                "Handshakes with a wrong key, version or namespace, or too slow",
+                None,
+                links.handshakes_failed,
+            ),
+            (
+                "kvar_protocol_errors",
+                "Links closed because the peer broke the protocol",
+                None,
+                links.protocol_errors,
+            ),
+            ("kvar_lookups", "Lookup requests", None, links.lookups),
+            (
+                "kvar_lookup_ids",
+                "Block ids looked up",
+                None,
+                links.lookup_ids,
+            ),
+            (
+                "kvar_lookup_hits",
+                "Ids looked up that were there",
+                None,
+                sum(|c| c.lookup_hits),
+            ),
+            ("kvar_get_hits", "Blocks served", None, links.get_hits),
+            (
+                "kvar_get_hits_dram",
+                "Blocks read from memory",
+                None,
+                sum(|c| c.dram_hits),
+            ),
+            (
+                "kvar_get_hits_flash",
+                "Blocks read from the device",
+                None,
+                sum(|c| c.flash_hits),
+            ),
+            ("kvar_removes", "Remove requests", None, links.removes),
+            ("kvar_flushes", "Flush requests", None, links.flushes),
+            ("kvar_purges", "Purge requests", None, links.purges),
+            (
+                "kvar_cancels",
+                "Requests that their client cancelled",
+                None,
+                links.cancels,
+            ),
+            (
+                "kvar_received",
+                "Payload bytes received",
+                bytes(),
+                links.payload_bytes_in,
+            ),
+            (
+                "kvar_sent",
+                "Payload bytes handed to links",
+                bytes(),
+                links.payload_bytes_out,
+            ),
+            (
+                "kvar_device_read",
+                "Bytes read from the device",
+                bytes(),
+                sum(|c| c.device_read_bytes),
+            ),
+            (
+                "kvar_device_written",
+                "Bytes written to the device, all kinds",
+                bytes(),
+                sum(|c| c.block_write_bytes + c.moved_write_bytes + c.meta_write_bytes),
+            ),
+            (
+                "kvar_device_flushes",
+                "Device flushes",
+                None,
+                sum(|c| c.device_flushes),
+            ),
+            (
+                "kvar_device_read_errors",
+                "Device reads that failed",
+                None,
+                sum(|c| c.device_read_errors),
+            ),
+            (
+                "kvar_device_write_errors",
+                "Device writes or flushes that failed",
+                None,
+                sum(|c| c.device_write_errors),
+            ),
+            (
+                "kvar_corrupt",
+                "Copies that did not pass their check and were dropped",
+                None,
+                sum(|c| c.corrupt),
+            ),
+            (
+                "kvar_id_divergence",
+                "Puts of an id that is there with other bytes",
+                None,
+                sum(|c| c.id_divergence),
+            ),
+            (
+                "kvar_checkpoints",
+                "Checkpoints completed",
+                None,
+                sum(|c| c.checkpoints),
+            ),
+        ],
+        labelled: vec![
+            Labelled {
+                name: "kvar_get_misses",
+                help: "Blocks asked for and not served, by reason",
+                label: "reason",
+                counts: links
+                    .get_misses
+                    .iter()
+                    .map(|(reason, count)| (reason.word().to_owned(), count))
+                    .collect(),
+            },
+            Labelled {
+                name: "kvar_puts",
+                help: "Puts by outcome",
+                label: "outcome",
+                counts: links
+                    .puts
+                    .iter()
+                    .map(|(outcome, count)| (outcome.word().to_owned(), count))
+                    .collect(),
+            },
+            Labelled {
+                name: "kvar_evictions",
+                help: "Blocks that left a tier, by cause; dram_clean ones are still on the device",
+                label: "cause",
+                counts: vec![
+                    ("dram_clean".to_owned(), sum(|c| c.dram_evicted_clean)),
+                    ("dram_gone".to_owned(), sum(|c| c.dram_evicted_gone)),
+                    ("reclaim".to_owned(), sum(|c| c.reclaim_dropped)),
+                    ("bucket".to_owned(), sum(|c| c.bucket_evicted)),
+                    ("removed".to_owned(), sum(|c| c.removed)),
+                    ("purged".to_owned(), sum(|c| c.purged)),
+                ],
+            },
+        ],
+        info: vec![
+            ("version", report.facts.version.to_owned()),
+            ("uuid", report.facts.uuid.clone()),
+            ("insecure", report.facts.insecure.to_string()),
+        ],
+    }
+}

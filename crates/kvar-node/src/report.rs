@@ -1,0 +1,148 @@
+//! What a shard and a node say of themselves: `/v1/status`, `kvar status`, metrics.
+//!
+//! A shard makes its report on its own thread when asked; whoever asks waits, the data plane never
+//! does. Sums over shards are made by whoever prints.
+
+use crate::counters::LinkCounters;
+use kvar_base::MapEpoch;
+use kvar_engine::ShardStatus;
+use serde::Serialize;
+
+/// One shard at one moment.
+#[derive(Clone, Debug, Serialize)]
+pub struct ShardReport {
+    /// What its links did.
+    pub links: LinkCounters,
+    /// What its engine did and holds.
+    pub engine: ShardStatus,
+    /// What moves its bytes: `io_uring` or `threads`.
+    pub io_engine: &'static str,
+    /// What an operator should know about that.
+    pub io_notes: Vec<String>,
+    /// Size of its arena in bytes: memory tier and buffers.
+    pub arena_bytes: u64,
+}
+
+/// What does not change while a node runs.
+#[derive(Clone, Debug, Serialize)]
+pub struct NodeFacts {
+    /// Version of this build.
+    pub version: &'static str,
+    /// The device's uuid; also the node's name towards clients.
+    pub uuid: String,
+    /// The cluster map's epoch; constant on a single node.
+    pub epoch: u64,
+    /// Where clients connect.
+    pub listen: String,
+    /// Where the admin HTTP answers.
+    pub admin: String,
+    /// Whether it listens beyond loopback without encryption.
+    pub insecure: bool,
+    /// The data file or block device.
+    pub data: String,
+    /// Its size in bytes.
+    pub device_bytes: u64,
+    /// Size of a segment in bytes.
+    pub segment_bytes: u64,
+    /// Largest block in bytes of payload.
+    pub block_bytes_max: u64,
+    /// Format of the device.
+    pub format_version: u32,
+    /// Payload bytes in memory that were asked for.
+    pub dram_bytes: u64,
+    /// What resident memory stays under with no link: arenas, index, and the stated constant.
+    pub memory_bytes_max: u64,
+    /// What each open link may add to that.
+    pub link_bytes_max: u64,
+    /// What an operator should know about the data file.
+    pub notes: Vec<String>,
+    /// What recovery found, one entry a shard.
+    pub recovery: Vec<serde_json::Value>,
+}
+
+impl NodeFacts {
+    /// The epoch every answer carries.
+    pub const EPOCH: MapEpoch = MapEpoch::SINGLE_NODE;
+}
+
+/// A node at one moment: what `/v1/status` prints.
+#[derive(Clone, Debug, Serialize)]
+pub struct NodeReport<'a> {
+    /// What does not change.
+    #[serde(flatten)]
+    pub facts: &'a NodeFacts,
+    /// Whether it serves.
+    pub ready: bool,
+    /// Seconds since start.
+    pub uptime_s: u64,
+    /// What memory is bounded by with the links open now, in bytes.
+    pub memory_bytes_bound: u64,
+    /// All acknowledged before this time is safe against power loss, in seconds since 1970.
+    pub flushed_through: f64,
+    /// Puts acknowledged and not flushed.
+    pub unflushed_puts: u64,
+    /// Bytes written to the device for each byte of payload written the first time.
+    pub write_amplification: Option<f64>,
+    /// Blocks in memory.
+    pub dram_blocks: u64,
+    /// Bytes of blocks in memory.
+    pub dram_used_bytes: u64,
+    /// Blocks on the device.
+    pub flash_blocks: u64,
+    /// Payload bytes the device's segments hold when full.
+    pub flash_bytes_max: u64,
+    /// What the links of all shards did.
+    pub links: LinkCounters,
+    /// Each shard.
+    pub shards: &'a [ShardReport],
+}
+
+impl<'a> NodeReport<'a> {
+    /// Sums up. `now_unix` is the time of the reports in seconds since 1970.
+    #[must_use]
+    pub fn new(
+        facts: &'a NodeFacts,
+        shards: &'a [ShardReport],
+        ready: bool,
+        uptime_s: u64,
+        now_unix: f64,
+    ) -> Self {
+        let mut links = LinkCounters::default();
+        shards.iter().for_each(|shard| links += shard.links);
+        let engines = || shards.iter().map(|shard| &shard.engine);
+        let oldest_us = engines()
+            .map(|engine| engine.unflushed_age_us)
+            .max()
+            .unwrap_or(0);
+        let (mut written, mut payload) = (0, 0);
+        for counters in engines().map(|engine| &engine.counters) {
+            written +=
+                counters.block_write_bytes + counters.moved_write_bytes + counters.meta_write_bytes;
+            payload += counters.payload_written_bytes;
+        }
+        Self {
+            facts,
+            ready,
+            uptime_s,
+            memory_bytes_bound: facts.memory_bytes_max + links.links_open * facts.link_bytes_max,
+            flushed_through: now_unix - oldest_us as f64 / 1e6,
+            unflushed_puts: engines().map(|engine| engine.unflushed_puts).sum(),
+            write_amplification: (payload > 0).then(|| written as f64 / payload as f64),
+            dram_blocks: engines().map(|engine| engine.dram_blocks).sum(),
+            dram_used_bytes: engines().map(|engine| engine.dram_bytes).sum(),
+            flash_blocks: engines().map(|engine| engine.flash_blocks).sum(),
+            flash_bytes_max: engines().map(|engine| engine.flash_bytes_max).sum(),
+            links,
+            shards,
+        }
+    }
+
+    /// As JSON.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(self).unwrap_or_else(|error| {
+            // Only a map with keys that are no text could fail, and there is none.
+            format!("{{\"error\":\"the status cannot be written as JSON: {error}\"}}")
+        })
+    }
+}

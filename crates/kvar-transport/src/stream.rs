@@ -1,0 +1,414 @@
+//! A link over an ordered stream of bytes: TCP, or a simulated one.
+//!
+//! One `poll` turns the crank until something happened that the caller must know. What can be
+//! answered from bytes already here is answered before the next read; what is queued is sent when
+//! nothing more can be received, when [`SEND_EARLY_BYTES`] are queued, or at the end of the turn:
+//! answers to a batch leave together, and a large answer does not wait for the small ones behind.
+
+use crate::inbox::{Inbox, Next};
+use crate::link::{
+    Armed, DownReason, Event, FencedPush, FrameLengths, Framing, Link, LinkOptions, Owned,
+    PullRefused, PushRefused, Readiness, SendRefused,
+};
+use crate::outbox::Outbox;
+use crate::pieces::{Sink, Source};
+use std::collections::VecDeque;
+use std::io::{self, IoSlice, IoSliceMut};
+
+/// With this much queued, sending does not wait for the end of the batch: the peer can begin to
+/// copy while we look at the next request.
+const SEND_EARLY_BYTES: usize = 128 << 10;
+
+/// A connection of bytes that never blocks.
+pub trait Stream {
+    /// Whether an outgoing connection stands by now.
+    ///
+    /// # Errors
+    /// It never will.
+    fn connected(&mut self) -> io::Result<bool>;
+
+    /// Reads what is there; 0 is the end.
+    ///
+    /// # Errors
+    /// `WouldBlock`, or the connection is broken.
+    fn read(&mut self, pieces: &mut [IoSliceMut<'_>]) -> io::Result<usize>;
+
+    /// Writes what there is room for.
+    ///
+    /// # Errors
+    /// `WouldBlock`, or the connection is broken.
+    fn write(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize>;
+
+    /// Tells the peer that nothing more will come.
+    fn finish(&mut self);
+}
+
+/// [`Link`] over a [`Stream`].
+pub struct StreamLink<T, S, D> {
+    stream: T,
+    framing: Framing,
+    bounds: FrameLengths,
+    outgoing_bytes_max: usize,
+    outbox: Outbox<S>,
+    inbox: Inbox<D>,
+    readiness: Readiness,
+    phase: Phase,
+    paused: bool,
+    /// Nothing to do until something is said to this link.
+    idle: bool,
+    /// What left or came back and has not been told yet.
+    back: VecDeque<Back<S, D>>,
+}
+
+enum Phase {
+    Connecting,
+    Open,
+    /// Sending is over by this error, but the peer's last words may still be there to read.
+    Mute(DownReason),
+    /// Sends what is queued, then waits for the peer to close.
+    Finishing {
+        said: bool,
+    },
+    Down(Option<DownReason>),
+}
+
+enum Back<S, D> {
+    Sent(u64, S),
+    Returned(Owned<S, D>),
+}
+
+/// What one turn of the crank came to; an `Event` without its borrows.
+enum Step<S, D> {
+    Up,
+    Frame(usize),
+    Received(u64, D),
+    Back(Back<S, D>),
+    Down(DownReason),
+    Yield,
+    Idle,
+}
+
+impl<T: Stream, S: Source, D: Sink> StreamLink<T, S, D> {
+    /// A link over a stream that stands (`connecting` false) or is about to.
+    pub fn new(stream: T, framing: Framing, options: LinkOptions, connecting: bool) -> Self {
+        Self {
+            stream,
+            framing,
+            bounds: FrameLengths {
+                message: options.message_bytes_max,
+                payload: options.payload_bytes_max,
+            },
+            outgoing_bytes_max: options.outgoing_bytes_max,
+            outbox: Outbox::new(),
+            inbox: Inbox::new(),
+            readiness: Readiness {
+                readable: !connecting,
+                writable: !connecting,
+                closed: false,
+            },
+            phase: if connecting {
+                Phase::Connecting
+            } else {
+                Phase::Open
+            },
+            paused: false,
+            idle: false,
+            back: VecDeque::new(),
+        }
+    }
+
+    /// The stream, to register it or ask its address.
+    pub fn stream_mut(&mut self) -> &mut T {
+        &mut self.stream
+    }
+
+    fn may_send(&self) -> Result<(), SendRefused> {
+        match self.phase {
+            Phase::Connecting | Phase::Open if self.outbox.bytes() < self.outgoing_bytes_max => {
+                Ok(())
+            }
+            Phase::Connecting | Phase::Open => Err(SendRefused::Full),
+            _ => Err(SendRefused::Down),
+        }
+    }
+
+    fn step(&mut self, budget: &mut usize) -> Step<S, D> {
+        loop {
+            if let Some(back) = self.back.pop_front() {
+                return Step::Back(back);
+            }
+            match &mut self.phase {
+                Phase::Down(reason) => return reason.take().map_or(Step::Idle, Step::Down),
+                // Asking takes the socket's error away, so not before there is something to say.
+                Phase::Connecting if !self.readiness.writable => return Step::Idle,
+                Phase::Connecting => match self.stream.connected() {
+                    Ok(true) => {
+                        self.phase = Phase::Open;
+                        self.readiness.readable = true;
+                        return Step::Up;
+                    }
+                    Ok(false) => {
+                        self.readiness.writable = false;
+                        return Step::Idle;
+                    }
+                    Err(error) => {
+                        self.go_down(DownReason::Connect(error.to_string()));
+                        continue;
+                    }
+                },
+                Phase::Finishing { said } => {
+                    if self.outbox.is_empty() && !*said {
+                        *said = true;
+                        self.stream.finish();
+                    }
+                    self.inbox.discard();
+                }
+                Phase::Open | Phase::Mute(_) => {}
+            }
+            if self.outbox.bytes() >= SEND_EARLY_BYTES && self.write(budget) {
+                continue;
+            }
+            if *budget == 0 {
+                // Small answers leave even when the turn was used up by receiving.
+                let mut grace = SEND_EARLY_BYTES;
+                if self.write(&mut grace) {
+                    continue;
+                }
+                return Step::Yield;
+            }
+            match self.inbox.next(self.framing, self.bounds, self.paused) {
+                Next::Frame(_) if matches!(self.phase, Phase::Finishing { .. }) => {}
+                Next::Frame(payload_bytes) => return Step::Frame(payload_bytes),
+                Next::Received(token, sink) => return Step::Received(token, sink),
+                Next::Bad(why) => self.go_down(DownReason::Garbage(why)),
+                Next::Need if self.readiness.readable => self.read(budget),
+                Next::Need | Next::Wait => {
+                    if self.write(budget) {
+                        continue;
+                    }
+                    if let Phase::Mute(reason) = &self.phase {
+                        let reason = reason.clone();
+                        self.go_down(reason);
+                        continue;
+                    }
+                    return Step::Idle;
+                }
+            }
+        }
+    }
+
+    fn read(&mut self, budget: &mut usize) {
+        match self.inbox.read(&mut self.stream) {
+            Ok((0, _)) => {
+                let reason = match &self.phase {
+                    Phase::Mute(reason) => reason.clone(),
+                    _ if self.inbox.at_frame_border() => DownReason::Closed,
+                    _ => DownReason::Cut,
+                };
+                self.go_down(reason);
+            }
+            Ok((read, room)) => {
+                *budget = budget.saturating_sub(read);
+                // A short read has emptied the socket; the next edge will tell. (Not after the
+                // peer has closed: that edge has passed, and the end must still be read.)
+                self.readiness.readable = read == room || self.readiness.closed;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.readiness.readable = false;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => self.go_down(DownReason::Broken(error.to_string())),
+        }
+    }
+
+    /// Sends once; whether the crank should turn again.
+    fn write(&mut self, budget: &mut usize) -> bool {
+        let can = matches!(self.phase, Phase::Open | Phase::Finishing { .. });
+        if !can || !self.readiness.writable || self.outbox.is_empty() || *budget == 0 {
+            return false;
+        }
+        let gather = self.outbox.gather();
+        let wanted = gather.bytes;
+        let result = self.stream.write(&gather.list);
+        drop(gather);
+        match result {
+            Ok(written) => {
+                *budget = budget.saturating_sub(written);
+                self.readiness.writable = written == wanted;
+                let back = &mut self.back;
+                self.outbox.sent(written, |token, source| {
+                    back.push_back(Back::Sent(token, source));
+                });
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.readiness.writable = false;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => {
+                self.give_sources_back();
+                // The peer may have said why before it closed: read that first.
+                self.readiness.readable = true;
+                self.phase = Phase::Mute(DownReason::Broken(error.to_string()));
+            }
+        }
+        true
+    }
+
+    fn give_sources_back(&mut self) {
+        let back = &mut self.back;
+        self.outbox.clear(|token, source| {
+            back.push_back(Back::Returned(Owned::Source { token, source }));
+        });
+    }
+
+    fn go_down(&mut self, reason: DownReason) {
+        if matches!(self.phase, Phase::Down(_)) {
+            return;
+        }
+        self.give_sources_back();
+        if let Some((token, sink)) = self.inbox.clear() {
+            self.back
+                .push_back(Back::Returned(Owned::Sink { token, sink }));
+        }
+        self.stream.finish();
+        self.phase = Phase::Down(Some(reason));
+        self.idle = false;
+    }
+}
+
+impl<T: Stream, S: Source, D: Sink> Link for StreamLink<T, S, D> {
+    type Source = S;
+    type Sink = D;
+
+    fn send(&mut self, head: &[u8]) -> Result<(), SendRefused> {
+        self.may_send()?;
+        self.outbox.add(head, None);
+        self.idle = false;
+        Ok(())
+    }
+
+    fn push(&mut self, head: &[u8], token: u64, source: S) -> Result<(), PushRefused<S>> {
+        if let Err(why) = self.may_send() {
+            return Err(PushRefused { source, why });
+        }
+        debug_assert!(
+            head.first_chunk().is_some_and(|header| {
+                (self.framing)(header).is_ok_and(|lengths| lengths.payload == source.len())
+            }),
+            "a frame's header must announce its payload's length",
+        );
+        self.outbox.add(head, Some((token, source)));
+        self.idle = false;
+        Ok(())
+    }
+
+    fn pull(&mut self, token: u64, sink: D) -> Result<(), PullRefused<D>> {
+        self.idle = false;
+        self.inbox
+            .pull(token, sink)
+            .map_err(|(sink, payload_bytes)| PullRefused {
+                sink,
+                payload_bytes,
+            })
+    }
+
+    fn discard(&mut self) {
+        self.idle = false;
+        self.inbox.discard();
+    }
+
+    fn fence_push(&mut self, token: u64) -> Option<FencedPush<S>> {
+        if let Some(fenced) = self.outbox.fence(token) {
+            self.idle = false;
+            return Some(fenced);
+        }
+        // Sent or returned already, and not told yet: tell it now instead.
+        let is_it = |back: &Back<S, D>| match back {
+            Back::Sent(its, _) | Back::Returned(Owned::Source { token: its, .. }) => *its == token,
+            Back::Returned(Owned::Sink { .. }) => false,
+        };
+        let index = self.back.iter().position(is_it)?;
+        match self.back.remove(index)? {
+            Back::Sent(_, source) | Back::Returned(Owned::Source { source, .. }) => {
+                Some(FencedPush {
+                    source,
+                    unsent: false,
+                })
+            }
+            Back::Returned(Owned::Sink { .. }) => None,
+        }
+    }
+
+    fn fence_pull(&mut self, token: u64) -> Option<D> {
+        if let Some(sink) = self.inbox.fence(token) {
+            self.idle = false;
+            return Some(sink);
+        }
+        let is_it = |back: &Back<S, D>| matches!(back, Back::Returned(Owned::Sink { token: its, .. }) if *its == token);
+        let index = self.back.iter().position(is_it)?;
+        match self.back.remove(index)? {
+            Back::Returned(Owned::Sink { sink, .. }) => Some(sink),
+            _ => None,
+        }
+    }
+
+    fn poll(&mut self, budget: &mut usize) -> Event<'_, S, D> {
+        let step = self.step(budget);
+        self.idle = matches!(step, Step::Idle);
+        match step {
+            Step::Up => Event::Up,
+            Step::Frame(payload_bytes) => Event::Frame {
+                header: &self.inbox.header,
+                message: self.inbox.message(),
+                payload_bytes,
+            },
+            Step::Received(token, sink) => Event::Received { token, sink },
+            Step::Back(Back::Sent(token, source)) => Event::Sent { token, source },
+            Step::Back(Back::Returned(owned)) => Event::Returned(owned),
+            Step::Down(reason) => Event::Down(reason),
+            Step::Yield => Event::Yield,
+            Step::Idle => Event::Idle,
+        }
+    }
+
+    fn arm(&self) -> Armed {
+        if self.idle { Armed::Wait } else { Armed::Ready }
+    }
+
+    fn notify(&mut self, readiness: Readiness) {
+        self.readiness.readable |= readiness.readable | readiness.closed;
+        self.readiness.writable |= readiness.writable;
+        self.readiness.closed |= readiness.closed;
+        self.idle = false;
+    }
+
+    fn outgoing_bytes(&self) -> usize {
+        self.outbox.bytes()
+    }
+
+    fn pause(&mut self, paused: bool) {
+        self.paused = paused;
+        self.idle = false;
+    }
+
+    fn set_bounds(&mut self, message_bytes_max: usize, payload_bytes_max: usize) {
+        self.bounds = FrameLengths {
+            message: message_bytes_max,
+            payload: payload_bytes_max,
+        };
+    }
+
+    fn finish(&mut self) {
+        if matches!(self.phase, Phase::Open) {
+            self.phase = Phase::Finishing { said: false };
+            self.paused = false;
+            self.idle = false;
+        } else {
+            self.close();
+        }
+    }
+
+    fn close(&mut self) {
+        self.go_down(DownReason::Local);
+    }
+}

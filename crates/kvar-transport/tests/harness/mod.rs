@@ -1,0 +1,351 @@
+//! Two ends of a link of some kind, a framing of its own, and what they got.
+
+use kvar_transport::sim::{self, SimControl, SimOptions, SimStream};
+use kvar_transport::{
+    DownReason, Event, FrameLengths, HEADER_BYTES, Link, LinkOptions, Listener, Owned, Readiness,
+    Sink, Source, StreamLink, TcpLink, TcpOptions, TcpStream,
+};
+use mio::{Events, Poll, Token};
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+/// Small, so that back-pressure is soon felt.
+pub(crate) const OUTGOING_BYTES_MAX: usize = 20 << 20;
+
+/// Longer than any test needs; a hang is a failure with a name.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The kinds of link that the contract is checked over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Tcp,
+    /// Chopped and stalled by this seed.
+    Sim(u64),
+    /// One byte a call.
+    Bytewise,
+}
+
+impl Kind {
+    /// Too slow for the largest lengths.
+    pub(crate) fn is_slow(self) -> bool {
+        self == Self::Bytewise
+    }
+}
+
+pub(crate) fn check_all(check: impl Fn(Kind)) {
+    for kind in [Kind::Tcp, Kind::Sim(1), Kind::Sim(0xfeed), Kind::Bytewise] {
+        println!("over {kind:?}");
+        check(kind);
+    }
+}
+
+/// Header of the tests: a mark, then the two lengths.
+pub(crate) fn frame(message: &[u8], payload: usize) -> Vec<u8> {
+    let mut head = vec![0; HEADER_BYTES];
+    head[..4].copy_from_slice(b"TEST");
+    head[4..8].copy_from_slice(&(message.len() as u32).to_le_bytes());
+    head[8..12].copy_from_slice(&(payload as u32).to_le_bytes());
+    head.extend_from_slice(message);
+    head
+}
+
+fn framing(header: &[u8; HEADER_BYTES]) -> Result<FrameLengths, String> {
+    let number = |at: usize| u32::from_le_bytes(std::array::from_fn(|n| header[at + n])) as usize;
+    if header[..4] != *b"TEST" {
+        return Err("no frame of this test".into());
+    }
+    Ok(FrameLengths {
+        message: number(4),
+        payload: number(8),
+    })
+}
+
+/// Bytes that differ everywhere and by seed.
+pub(crate) fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    let mut word = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut next = || {
+        word ^= word << 13;
+        word ^= word >> 7;
+        word ^= word << 17;
+        word as u8
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+/// A source and sink in pieces.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Bytes(Vec<Vec<u8>>);
+
+impl Bytes {
+    pub(crate) fn whole(bytes: Vec<u8>) -> Self {
+        Self(vec![bytes])
+    }
+
+    /// `bytes` cut into pieces of these lengths, and the rest.
+    pub(crate) fn cut(bytes: &[u8], lengths: &[usize]) -> Self {
+        let mut pieces = Vec::new();
+        let mut left = bytes;
+        for len in lengths {
+            let (piece, rest) = left.split_at((*len).min(left.len()));
+            pieces.push(piece.to_vec());
+            left = rest;
+        }
+        pieces.push(left.to_vec());
+        Self(pieces)
+    }
+
+    pub(crate) fn room(lengths: &[usize]) -> Self {
+        Self(lengths.iter().map(|len| vec![0xee; *len]).collect())
+    }
+
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        self.0.concat()
+    }
+
+    pub(crate) fn total(&self) -> usize {
+        self.0.iter().map(Vec::len).sum()
+    }
+
+    pub(crate) fn fill(&mut self, byte: u8) {
+        self.0.iter_mut().for_each(|piece| piece.fill(byte));
+    }
+}
+
+impl Source for Bytes {
+    fn visit<'a>(&'a self, visit: &mut dyn FnMut(&'a [u8])) {
+        self.0.iter().for_each(|piece| visit(piece));
+    }
+}
+
+impl Sink for Bytes {
+    fn visit_mut<'a>(&'a mut self, visit: &mut dyn FnMut(&'a mut [u8])) {
+        self.0.iter_mut().for_each(|piece| visit(piece));
+    }
+    fn len(&self) -> usize {
+        self.total()
+    }
+}
+
+type AnyLink = Box<dyn Link<Source = Bytes, Sink = Bytes>>;
+
+/// An event, owned.
+#[derive(Debug)]
+pub(crate) enum Got {
+    Frame(Vec<u8>, usize),
+    Received(u64, Vec<u8>),
+    Sent(u64, Vec<u8>),
+    ReturnedSink(u64),
+    ReturnedSource(u64),
+    Down(DownReason),
+    Yield,
+}
+
+enum Net {
+    Tcp { poll: Poll, events: Events },
+    Sim { control: SimControl },
+}
+
+pub(crate) struct Pair {
+    pub(crate) a: AnyLink,
+    pub(crate) b: AnyLink,
+    pub(crate) got_a: VecDeque<Got>,
+    pub(crate) got_b: VecDeque<Got>,
+    net: Net,
+    begun: Instant,
+}
+
+impl Pair {
+    pub(crate) fn new(kind: Kind) -> Self {
+        let options = LinkOptions {
+            outgoing_bytes_max: OUTGOING_BYTES_MAX,
+            ..Default::default()
+        };
+        let (a, b, net): (AnyLink, AnyLink, Net) = match kind {
+            Kind::Tcp => {
+                let poll = Poll::new().unwrap();
+                let mut listener = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+                let client = std::net::TcpStream::connect(listener.local_addr()).unwrap();
+                let client = TcpStream::from_std(client, TcpOptions::default()).unwrap();
+                let (server, _) = loop {
+                    if let Some(accepted) = listener.accept().unwrap() {
+                        break accepted;
+                    }
+                };
+                let mut a = TcpLink::accepted(client, framing, options);
+                let mut b = TcpLink::accepted(server, framing, options);
+                a.register(poll.registry(), Token(0)).unwrap();
+                b.register(poll.registry(), Token(1)).unwrap();
+                (
+                    Box::new(a),
+                    Box::new(b),
+                    Net::Tcp {
+                        poll,
+                        events: Events::with_capacity(8),
+                    },
+                )
+            }
+            Kind::Sim(seed) => {
+                let chosen = SimOptions {
+                    chunk_bytes_max: 300_000,
+                    ..SimOptions::default()
+                };
+                Self::simulated(seed, chosen, options)
+            }
+            Kind::Bytewise => {
+                let chosen = SimOptions {
+                    chunk_bytes_max: 1,
+                    stall_one_in: 0,
+                    capacity_bytes: 64,
+                };
+                Self::simulated(7, chosen, options)
+            }
+        };
+        let (got_a, got_b) = (VecDeque::new(), VecDeque::new());
+        Self {
+            a,
+            b,
+            got_a,
+            got_b,
+            net,
+            begun: Instant::now(),
+        }
+    }
+
+    fn simulated(seed: u64, sim: SimOptions, options: LinkOptions) -> (AnyLink, AnyLink, Net) {
+        let (a, b, control) = sim::pair(seed, sim);
+        let link = |stream: SimStream| Box::new(StreamLink::new(stream, framing, options, false));
+        (link(a), link(b), Net::Sim { control })
+    }
+
+    /// Any side may move again; over TCP the operating system says which (these tests try all: that
+    /// edges are enough is shown where a real loop runs).
+    fn ready(&mut self) {
+        assert!(self.begun.elapsed() < PATIENCE, "nothing happens any more");
+        if let Net::Tcp { poll, events } = &mut self.net {
+            poll.poll(events, Some(Duration::ZERO)).unwrap();
+        }
+    }
+
+    pub(crate) fn ready_b(&mut self) {
+        self.ready();
+        self.b.notify(Readiness::TRY_ALL);
+    }
+
+    pub(crate) fn turn_a(&mut self) {
+        self.ready();
+        self.a.notify(Readiness::TRY_ALL);
+        while let Some(got) = poll_one(&mut self.a, &mut (1 << 20)) {
+            self.got_a.push_back(got);
+        }
+    }
+
+    pub(crate) fn turn_b(&mut self) {
+        self.ready_b();
+        while let Some(got) = poll_one(&mut self.b, &mut (1 << 20)) {
+            self.got_b.push_back(got);
+        }
+    }
+
+    pub(crate) fn turn(&mut self) {
+        self.turn_a();
+        self.turn_b();
+    }
+
+    pub(crate) fn poll_b(&mut self, budget: &mut usize) -> Option<Got> {
+        poll_one(&mut self.b, budget)
+    }
+
+    pub(crate) fn b_frame(&mut self) -> (Vec<u8>, usize) {
+        loop {
+            match self.got_b.pop_front() {
+                Some(Got::Frame(message, payload)) => return (message, payload),
+                Some(Got::Sent(..) | Got::Yield) => {}
+                Some(other) => panic!("a frame was to come, not {other:?}"),
+                None => self.turn(),
+            }
+        }
+    }
+
+    pub(crate) fn b_received(&mut self) -> (u64, Vec<u8>) {
+        loop {
+            match self.got_b.pop_front() {
+                Some(Got::Received(token, bytes)) => return (token, bytes),
+                Some(Got::Yield) => {}
+                Some(other) => panic!("a payload was to come, not {other:?}"),
+                None => self.turn(),
+            }
+        }
+    }
+
+    pub(crate) fn a_sent(&mut self) -> (u64, Vec<u8>) {
+        loop {
+            match self.got_a.pop_front() {
+                Some(Got::Sent(token, bytes)) => return (token, bytes),
+                Some(Got::Yield) => {}
+                Some(other) => panic!("a source was to come back, not {other:?}"),
+                None => self.turn(),
+            }
+        }
+    }
+
+    pub(crate) fn b_down(&mut self) -> DownReason {
+        loop {
+            match self.got_b.pop_front() {
+                Some(Got::Down(reason)) => return reason,
+                Some(Got::Yield) => {}
+                Some(other) => panic!("the link was to go down, not {other:?}"),
+                None => self.turn(),
+            }
+        }
+    }
+
+    /// End a is gone from one moment to the next.
+    pub(crate) fn kill_a(&mut self) {
+        if let Net::Sim { control } = &self.net {
+            control.cut();
+        }
+        let options = LinkOptions::default();
+        let (nobody, _, _) = sim::pair(0, SimOptions::default());
+        self.a = Box::new(StreamLink::new(nobody, framing, options, false));
+    }
+
+    /// Nothing more arrives, and nobody is told.
+    pub(crate) fn silence(&mut self) {
+        if let Net::Sim { control } = &self.net {
+            control.silence(true);
+        }
+        // Over TCP: end b is simply never polled again, so that its window closes.
+    }
+
+    /// Bytes that are no frames, from end a. They leave through a link of no framing.
+    pub(crate) fn raw_into_b(&mut self, bytes: &[u8]) {
+        // A head of any bytes is sent as it is.
+        self.a.send(bytes).unwrap();
+        self.turn_a();
+        while self.a.outgoing_bytes() > 0 {
+            self.turn();
+        }
+    }
+
+    pub(crate) fn finish_raw(&mut self) {
+        self.a.finish();
+    }
+}
+
+fn poll_one(link: &mut AnyLink, budget: &mut usize) -> Option<Got> {
+    Some(match link.poll(budget) {
+        Event::Up => panic!("these links stand from the beginning"),
+        Event::Frame {
+            message,
+            payload_bytes,
+            ..
+        } => Got::Frame(message.to_vec(), payload_bytes),
+        Event::Received { token, sink } => Got::Received(token, sink.bytes()),
+        Event::Sent { token, source } => Got::Sent(token, source.bytes()),
+        Event::Returned(Owned::Sink { token, .. }) => Got::ReturnedSink(token),
+        Event::Returned(Owned::Source { token, .. }) => Got::ReturnedSource(token),
+        Event::Down(reason) => Got::Down(reason),
+        Event::Yield => Got::Yield,
+        Event::Idle => return None,
+    })
+}

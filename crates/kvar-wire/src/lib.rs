@@ -1,0 +1,48 @@
+//! The protocol between clients and nodes, as code: `docs/internals/wire.md` is its page.
+//!
+//! ```text
+//!   struct ── encode ──> header (40 B) + message ──> a link moves it, the payload behind it
+//!                                                     │
+//!   Message <── decode ── header + message <──────────┘
+//!
+//!   ClientHandshake  <── Hello, Challenge, Proof, Welcome | Failure ──>  NodeHandshake
+//! ```
+//!
+//! What must always be true:
+//! * bytes from outside never panic, and never make us reserve more than the bounds named here;
+//! * a frame of version 1 is read the same way for ever (`golden/wire/v1`);
+//! * payload bytes are never looked at: their `content_check` travels in the message.
+//!
+//! What is absent: sockets, clocks, randomness (nonces are given by the caller), and what a
+//! message makes a node do.
+#![forbid(unsafe_code)]
+
+mod bounded;
+mod frame;
+mod handshake;
+mod message;
+
+pub use frame::{HEADER_BYTES, Header, MESSAGE_BYTES_MAX, PAYLOAD_BYTES_MAX, WireError};
+pub use frame::{decode, encode, frame_lengths};
+pub use handshake::{ClientHandshake, ClientStep, HandshakeError, NodeHandshake, NodeStep, Peer};
+pub use message::*;
+
+/// Versions of the protocol that this build speaks.
+pub const VERSIONS: VersionRange = VersionRange {
+    oldest: 1,
+    newest: 1,
+};
+
+/// The request number of frames that belong to no request: handshake, failures, pings.
+pub const LINK_REQUEST: u64 = 0;
+
+/// Longest message that is read before Welcome. A Hello is under 400 bytes; a stranger gets no
+/// more of our memory than this.
+pub const HANDSHAKE_MESSAGE_BYTES_MAX: usize = 2048;
+
+/// A peer that takes longer than this for its part of the handshake is dropped, in seconds.
+pub const HANDSHAKE_SECONDS_MAX: u64 = 5;
+
+/// The largest block that travels inside its Put, by default: below it a round trip costs more
+/// than the bytes of a put that is turned away.
+pub const EAGER_BYTES_MAX: u32 = 64 << 10;

@@ -1,0 +1,268 @@
+//! One or more messages of every kind, fixed for ever: golden frames are made from them, fuzzing
+//! starts from them.
+
+use kvar_base::{BlockId, ContentCheck, MissReason, PutOutcome, Refusal};
+use kvar_wire::*;
+
+/// (name of the golden file, message, length of the payload behind it)
+pub(crate) fn samples() -> Vec<(&'static str, Message, usize)> {
+    let id = |n: u8| BlockId::new([n; 32]);
+    let section = |n: u32| Section {
+        len: 65_536 + n,
+        check: ContentCheck(u64::from(n) << 40 | 7),
+    };
+    let hints = PutHints {
+        depth: 17,
+        request: 1 << 50,
+        ttl_s: Some(3600),
+        ephemeral: true,
+    };
+    let item = |n: u8| GetItem {
+        id: id(n),
+        sections: None,
+        expected: Lengths::Any,
+        version: None,
+        depth: u32::from(n),
+    };
+    let part = GetItem {
+        sections: Some(3..9),
+        expected: Lengths::Equal(6, 65_536),
+        version: Some(0xdead_beef_0000_0001),
+        ..item(8)
+    };
+    let ragged = GetItem {
+        expected: Lengths::Each(vec![1, 300, 70_000]),
+        ..item(9)
+    };
+    let limits = Limits {
+        block_bytes_max: 16 << 20,
+        eager_bytes_max: 65_536,
+        requests_max: 1024,
+        bytes_max: 64 << 20,
+    };
+    let put = |sections: Vec<Section>, hints, durable| Put {
+        id: id(4),
+        sections,
+        hints,
+        durable,
+        deadline_us: 999,
+    };
+    vec![
+        (
+            "hello",
+            Hello {
+                versions: VersionRange {
+                    oldest: 1,
+                    newest: 1,
+                },
+                namespace: "default".into(),
+                nonce: [0xa5; 32],
+                client: "kvar 0.1.0".into(),
+            }
+            .into(),
+            0,
+        ),
+        (
+            "challenge",
+            Challenge {
+                version: 1,
+                nonce: [0x5a; 32],
+                key_name: "3fe1c2aa".into(),
+            }
+            .into(),
+            0,
+        ),
+        (
+            "proof",
+            Proof {
+                proof: [9; 32],
+                key_name: "3fe1c2aa".into(),
+            }
+            .into(),
+            0,
+        ),
+        (
+            "welcome",
+            Welcome {
+                node: "n1".into(),
+                proof: [8; 32],
+                limits,
+            }
+            .into(),
+            0,
+        ),
+        (
+            "failure",
+            Failure::new(FailureCode::Key, "wrong key, ключ").into(),
+            0,
+        ),
+        (
+            "lookup",
+            Lookup {
+                ids: vec![id(1), id(2), id(3)],
+                leading_only: true,
+                first_depth: 5,
+                touch_request: 77,
+                deadline_us: 20_000,
+            }
+            .into(),
+            0,
+        ),
+        (
+            "lookup_answer_leading",
+            LookupAnswer::Leading(2, Some(MissReason::Absent)).into(),
+            0,
+        ),
+        (
+            "lookup_answer_each",
+            LookupAnswer::Each(Bitmap::of(&[true, false, true])).into(),
+            0,
+        ),
+        (
+            "lookup_answer_miss",
+            LookupAnswer::Miss(MissReason::Loading).into(),
+            0,
+        ),
+        (
+            "get",
+            Get {
+                items: vec![item(7), part, ragged],
+                touch_request: 78,
+                deadline_us: 1_000_000,
+            }
+            .into(),
+            0,
+        ),
+        (
+            "get_answer_hit",
+            GetAnswer {
+                item: 2,
+                outcome: GetOutcome::Hit {
+                    version: 42,
+                    first_section: 3,
+                    sections: vec![section(0), section(1)],
+                },
+            }
+            .into(),
+            131_073,
+        ),
+        (
+            "get_answer_miss",
+            GetAnswer {
+                item: 1023,
+                outcome: GetOutcome::Miss(MissReason::WrongFormat),
+            }
+            .into(),
+            0,
+        ),
+        (
+            "put_eager",
+            put(vec![section(0)], PutHints::default(), false).into(),
+            65_536,
+        ),
+        (
+            "put_announced",
+            put(vec![section(0), section(5)], hints, true).into(),
+            0,
+        ),
+        (
+            "put_answer_stored",
+            PutAnswer {
+                outcome: PutOutcome::Stored,
+            }
+            .into(),
+            0,
+        ),
+        (
+            "put_answer_refused",
+            PutAnswer {
+                outcome: PutOutcome::Refused(Refusal::Busy),
+            }
+            .into(),
+            0,
+        ),
+        ("pull", Pull {}.into(), 0),
+        ("payload", Payload {}.into(), 131_077),
+        (
+            "remove",
+            Remove {
+                ids: vec![id(6)],
+                deadline_us: 5,
+            }
+            .into(),
+            0,
+        ),
+        (
+            "remove_answer",
+            RemoveAnswer {
+                finished: Finished::Done(1),
+            }
+            .into(),
+            0,
+        ),
+        ("flush", Flush { deadline_us: 6 }.into(), 0),
+        (
+            "flush_answer",
+            FlushAnswer {
+                finished: Finished::Failed("disk".into()),
+            }
+            .into(),
+            0,
+        ),
+        ("purge", Purge { deadline_us: 7 }.into(), 0),
+        (
+            "purge_answer",
+            PurgeAnswer {
+                finished: Finished::Deadline,
+            }
+            .into(),
+            0,
+        ),
+        (
+            "stat",
+            Stat {
+                id: id(3),
+                deadline_us: 8,
+            }
+            .into(),
+            0,
+        ),
+        (
+            "stat_answer",
+            StatAnswer {
+                stat: Ok(BlockStat {
+                    bytes: 131_072,
+                    sections: Some(SectionLengths(vec![65_536, 65_536])),
+                    version: Some(3),
+                    in_dram: true,
+                    on_flash: false,
+                    flushed: false,
+                    age_s: Some(60),
+                    expires_unix_s: Some(2_000_000_000),
+                }),
+            }
+            .into(),
+            0,
+        ),
+        (
+            "stat_answer_none",
+            StatAnswer {
+                stat: Err(MissReason::Removed),
+            }
+            .into(),
+            0,
+        ),
+        ("status", Status {}.into(), 0),
+        (
+            "status_answer",
+            StatusAnswer {
+                json: "{\"ready\":true}".into(),
+            }
+            .into(),
+            0,
+        ),
+        ("cancel", Cancel {}.into(), 0),
+        ("ping", Ping {}.into(), 0),
+        ("pong", Pong {}.into(), 0),
+    ]
+}

@@ -1,0 +1,396 @@
+//! The command line, as `--help` teaches it.
+
+use crate::bench::{PAIRS, SECONDS};
+use crate::settings_arguments::SettingsArguments;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use kvar_base::{BlockId, ByteSize};
+use kvar_io::IoEngine;
+use kvar_plan::Capacity;
+use std::path::PathBuf;
+use std::time::Duration;
+
+const EXAMPLES: &str = "\
+Ten lines to the first hit:
+  kvar serve --data ./kvar-data --size 4GiB --dram 1GiB &
+  echo hello | kvar put greeting -
+  kvar get greeting
+  kvar status
+
+Exit codes:
+  0  done
+  1  failed: node unreachable, data damaged, disk full (the line on standard error says which)
+  2  arguments or settings are wrong; nothing was done
+  3  the block asked for is not there
+
+Results go to standard output (with --json as one JSON object), everything else to standard error.";
+
+/// kvar: a store for the KV cache of LLM inference. What one GPU computed stays, for all.
+#[derive(Debug, Parser)]
+#[command(name = "kvar", version, after_help = EXAMPLES, disable_help_subcommand = true)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a node until SIGTERM or Ctrl-C.
+    #[command(after_help = "\
+A first start makes the data file (or takes an empty block device) and writes the namespace key \
+beside it as <data>.key. SIGTERM or Ctrl-C once: what is in memory only is written, within \
+shutdown_flush. A second one ends the process at once.
+
+Examples:
+  kvar serve --data ./kvar-data --size 4GiB --dram 1GiB
+  kvar serve --config /etc/kvar/kvar.toml --listen 127.0.0.1:0 --ready-file /run/kvar.json
+  kvar serve --data /dev/nvme1n1 --dram 64GiB --shards 8")]
+    Serve(SettingsArguments),
+
+    /// How a node is.
+    Status {
+        #[command(flatten)]
+        node: NodeArguments,
+        /// Print the whole status as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+
+    /// Store a file (or - for standard input) as one block.
+    #[command(after_help = "\
+A block is immutable: the first bytes stored under a name stay until it is removed; putting it \
+again says `exists`.
+
+Examples:
+  kvar put greeting hello.txt
+  head -c 1M /dev/urandom | kvar put noise - --durable")]
+    Put {
+        #[command(flatten)]
+        node: NodeArguments,
+        /// Name of the block (left out with --id), then the file, or - for standard input.
+        #[arg(value_names = ["NAME", "FILE"], num_args = 1..=2, required = true)]
+        words: Vec<String>,
+        /// Id of the block (64 hex digits) instead of a name.
+        #[arg(long, value_name = "HEX")]
+        id: Option<BlockId>,
+        /// Answer only when it survives a power cut.
+        #[arg(long)]
+        durable: bool,
+        /// Print the outcome as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+
+    /// Write a block to standard output. Exit code 3 if it is not there.
+    Get {
+        #[command(flatten)]
+        node: NodeArguments,
+        #[command(flatten)]
+        block: BlockArguments,
+    },
+
+    /// Remove blocks; returns when the removal survives a power cut.
+    Remove {
+        #[command(flatten)]
+        node: NodeArguments,
+        /// Names of blocks.
+        #[arg(value_name = "NAME", required_unless_present = "id")]
+        names: Vec<String>,
+        /// Ids of blocks (64 hex digits), beside or instead of names.
+        #[arg(long, value_name = "HEX")]
+        id: Vec<BlockId>,
+        /// Print the outcome as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+
+    /// Drop every block of the node.
+    Purge {
+        #[command(flatten)]
+        node: NodeArguments,
+        /// Needed, because this cannot be undone.
+        #[arg(long)]
+        yes: bool,
+        /// Print the outcome as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+
+    /// Wait until all that was acknowledged survives a power cut.
+    Flush {
+        #[command(flatten)]
+        node: NodeArguments,
+        /// Print the outcome as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+
+    /// Where a block is, its size and age. Exit code 3 if it is not there.
+    Stat {
+        #[command(flatten)]
+        node: NodeArguments,
+        #[command(flatten)]
+        block: BlockArguments,
+        /// Print it as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+
+    /// Drive a node with a real trace, or ask the policy alone what a capacity would hit.
+    #[command(after_help = "\
+With --endpoint: looks each request's chain up, gets what is there, puts the rest, and checks \
+every byte that comes back against one complete put of that block.
+
+Examples:
+  kvar replay conversation.jsonl.zst --block-bytes 4KiB
+  kvar replay trace.jsonl --block-bytes 64KiB --concurrency 4 --json > report.json
+  zcat trace.gz | kvar replay - --block-bytes 64KiB --pace real
+
+With --offline: the production policy over the trace, no node.
+  kvar replay conversation.jsonl.zst --offline --capacity 5% --capacity 10% --model engine
+
+A crash test: what was acknowledged is journalled, and asked for again after a restart.
+  kvar replay trace.jsonl --block-bytes 64KiB --journal acks.txt     (kill -9 the node meanwhile)
+  kvar replay --verify acks.txt --older-than 2s")]
+    Replay(Box<ReplayArguments>),
+
+    /// Speed as a ratio to the machine's limits, in one run: ours and the yardstick take turns.
+    #[command(after_help = "\
+The figures of a design need at least 15 pairs of 3 s on an idle machine; --pairs 3 --seconds 1 is \
+a first look. An interval wider than 0.10 is no judgement.
+
+Examples:
+  kvar bench engine --size 4GiB
+  kvar bench net --pairs 3 --seconds 1 --json")]
+    Bench {
+        #[command(subcommand)]
+        command: BenchCommand,
+    },
+
+    /// Verify a stopped node's data: every structure and every byte.
+    #[command(after_help = "Exit code 1 if anything is damaged. The node must be stopped.")]
+    Check {
+        /// The data file or block device.
+        path: PathBuf,
+        /// Print the report as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+
+    /// Print the structures of a stopped node's data.
+    Inspect {
+        /// The data file or block device.
+        path: PathBuf,
+        /// Print them as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+
+    /// Settings files: print one, check one.
+    Config {
+        #[command(subcommand)]
+        command: ConfigCommand,
+    },
+}
+
+/// What to measure.
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// The engine against fio on a file of the same size (fio must be installed).
+    Engine {
+        /// Where the data file is made; the same name with .fio beside it. What is there is lost.
+        #[arg(long, value_name = "PATH", default_value = "./kvar-bench.data")]
+        path: PathBuf,
+        /// Size of each of the two files.
+        #[arg(long, value_name = "SIZE", default_value = "4GiB")]
+        size: ByteSize,
+        /// What moves bytes: auto, io_uring or threads.
+        #[arg(long, value_name = "ENGINE", default_value = "auto")]
+        io_engine: IoEngine,
+        /// Leave the files there.
+        #[arg(long)]
+        keep: bool,
+        #[command(flatten)]
+        rounds: RoundsArguments,
+    },
+    /// A node over loopback against a bare pair of sockets, and from flash against fio.
+    Net {
+        /// A folder with room for the data files; they are removed afterwards.
+        #[arg(long, value_name = "FOLDER", default_value = ".")]
+        folder: PathBuf,
+        /// Size of the store that is read from flash; 0 leaves that out.
+        #[arg(long, value_name = "SIZE", default_value = "4GiB")]
+        flash_size: ByteSize,
+        /// How long node and client look for work before they sleep.
+        #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = duration)]
+        spin: Duration,
+        #[command(flatten)]
+        rounds: RoundsArguments,
+    },
+}
+
+/// How long to measure.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct RoundsArguments {
+    /// Pairs of runs, ours and the yardstick.
+    #[arg(long, value_name = "N", default_value_t = PAIRS as u64, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    pub(crate) pairs: u64,
+    /// Seconds of each run.
+    #[arg(long, value_name = "S", default_value_t = SECONDS, value_parser = seconds)]
+    pub(crate) seconds: f64,
+    /// Print the figures as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// What to do with settings.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Print a settings file with every key, its default and what it does.
+    Sample,
+    /// Tell whether a settings file can be used.
+    Check {
+        /// The file.
+        file: PathBuf,
+    },
+}
+
+/// Which node, and the key to it.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct NodeArguments {
+    /// The node.
+    #[arg(
+        long,
+        value_name = "ADDRESS:PORT",
+        env = "KVAR_ENDPOINT",
+        default_value = "127.0.0.1:7411"
+    )]
+    pub(crate) endpoint: String,
+    /// The node's key file: <data>.key beside its data.
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "KVAR_KEY_FILE",
+        default_value = "./kvar-data.key"
+    )]
+    pub(crate) key_file: PathBuf,
+    /// How long a call may take.
+    #[arg(
+        long,
+        value_name = "DURATION",
+        env = "KVAR_DEADLINE",
+        default_value = "10s",
+        value_parser = duration
+    )]
+    pub(crate) deadline: Duration,
+}
+
+/// Which block.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BlockArguments {
+    /// Name of the block.
+    #[arg(
+        value_name = "NAME",
+        required_unless_present = "id",
+        conflicts_with = "id"
+    )]
+    pub(crate) name: Option<String>,
+    /// Id of the block (64 hex digits) instead of a name.
+    #[arg(long, value_name = "HEX")]
+    pub(crate) id: Option<BlockId>,
+}
+
+/// When requests of a trace go out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Pace {
+    /// At the trace's own times.
+    Real,
+    /// As fast as they are answered.
+    Fast,
+}
+
+/// Which store `--offline` replays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OfflineModel {
+    /// The pure policy over unit blocks.
+    Blocks,
+    /// DRAM tier, segments, reserve and rewriting, as the engine does.
+    Engine,
+}
+
+/// `kvar replay`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ReplayArguments {
+    #[command(flatten)]
+    pub(crate) node: NodeArguments,
+    /// The trace: Mooncake or Qwen-Bailian form, one JSON object a line, zstd or plain; - is
+    /// standard input.
+    #[arg(value_name = "TRACE", required_unless_present = "verify")]
+    pub(crate) trace: Option<PathBuf>,
+    /// Bytes of one block. (Offline, for --model engine: default 64KiB.)
+    #[arg(long, value_name = "SIZE", required_unless_present_any = ["offline", "verify"])]
+    pub(crate) block_bytes: Option<ByteSize>,
+    /// Sections of one block.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1008))]
+    pub(crate) sections: u16,
+    /// How many blocks of the trace make one.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) coarsen: usize,
+    /// Tokens of one block in the trace, where the lengths do not tell.
+    #[arg(long, value_name = "N")]
+    pub(crate) block_tokens: Option<u64>,
+    /// Requests under way at once. More than one keeps the order that counts: a request's puts are
+    /// acknowledged before a later one that shares a block looks up.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) concurrency: u16,
+    /// Whether requests wait for their time in the trace.
+    #[arg(long, value_enum, default_value_t = Pace::Fast)]
+    pub(crate) pace: Pace,
+    /// Only the first N requests.
+    #[arg(long, value_name = "N")]
+    pub(crate) requests: Option<usize>,
+    /// Remove a block that was put earlier after every N-th request (crash tests; hit rates fall
+    /// below the ceiling then).
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) remove_every: usize,
+    /// Write what is acknowledged to this file as it is.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["offline", "verify"])]
+    pub(crate) journal: Option<PathBuf>,
+    /// Read every block of a journal back instead of replaying.
+    #[arg(long, value_name = "JOURNAL", conflicts_with_all = ["trace", "offline"])]
+    pub(crate) verify: Option<PathBuf>,
+    /// With --verify: blocks acknowledged longer than this before the end count as settled.
+    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = duration)]
+    pub(crate) older_than: Duration,
+    /// With --verify: when the node was killed, in microseconds of the monotonic clock (default:
+    /// the journal's last line).
+    #[arg(long, value_name = "US")]
+    pub(crate) killed_at_us: Option<u64>,
+    /// Replay the policy alone, without a node.
+    #[arg(long)]
+    pub(crate) offline: bool,
+    /// Offline: a capacity in blocks (9139) or as a share of the distinct blocks (5%); repeatable.
+    #[arg(long, value_name = "BLOCKS|SHARE%", requires = "offline")]
+    pub(crate) capacity: Vec<Capacity>,
+    /// Offline: which store.
+    #[arg(long, value_enum, default_value_t = OfflineModel::Blocks)]
+    pub(crate) model: OfflineModel,
+    /// Offline, --model engine: DRAM as a share of the distinct blocks.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.02)]
+    pub(crate) dram_share: f64,
+    /// Print the report as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text)
+        .map_err(|_| format!("{text:?} is not a duration: write 250ms, 1s, 30s or 2m"))
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|seconds| (0.01..=3600.0).contains(seconds))
+        .ok_or_else(|| format!("{text:?} is no number of seconds from 0.01 to 3600"))
+}

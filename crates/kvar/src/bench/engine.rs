@@ -1,0 +1,500 @@
+//! `kvar bench engine`: one shard on one file, against fio on the same file.
+//!
+//! The file is formatted and filled to the brim with random blocks of 64 KiB. The append runs first,
+//! over that full store: reclaim works all the time and drops everything, since nothing was
+//! touched. fio writes to a file of the same size beside it. Then blocks are read at random with a
+//! DRAM tier too small to matter, every byte passes its check, and fio reads the same file.
+
+use super::fio::{self, Job};
+use super::stats::{Ratio, idle_cpu, thread_cpu};
+use super::{BLOCK_BYTES, BenchReport, Outcome, Row, bar, fill};
+use crate::failure::Failure;
+use hdrhistogram::Histogram;
+use kvar_base::{BlockId, ByteSize, Clock, ContentCheck, Moment, SystemClock, check::crc64};
+use kvar_engine::{
+    Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, Touch,
+};
+use kvar_io::{Arena, DeviceOptions, IoEngine, Target, Wanted, open_device};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Enough for the reads under way, little against the file: a hit in memory would be a lie here.
+const DRAM_BYTES: u64 = 32 << 20;
+/// Different payloads; each is stored under many ids.
+const POOL_BLOCKS: usize = 512;
+/// How long to sleep at most where a completion should wake us.
+const NAP: Duration = Duration::from_millis(5);
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    /// Data file or block device; made if missing, its content is lost.
+    pub(crate) path: PathBuf,
+    pub(crate) size: ByteSize,
+    pub(crate) pairs: usize,
+    pub(crate) seconds: f64,
+    pub(crate) io_engine: IoEngine,
+    /// Leave the files there.
+    pub(crate) keep: bool,
+}
+
+struct Bench {
+    engine: Engine,
+    clock: SystemClock,
+    /// Random payloads with their CRC.
+    pool: Vec<(Vec<u8>, u64)>,
+    next_block: u64,
+    random: u64,
+}
+
+struct Reads {
+    bytes_per_s: f64,
+    p50_us: f64,
+    cpu_us: f64,
+}
+
+pub(crate) fn run(settings: &Settings) -> Result<Outcome, Failure> {
+    fio::check()?;
+    let made = !settings.path.exists();
+    let beside = settings.path.with_extension("fio");
+    let result = run_inner(settings, &beside);
+    if !settings.keep {
+        let _ = std::fs::remove_file(&beside);
+        if made {
+            let _ = std::fs::remove_file(&settings.path);
+        }
+    }
+    result
+}
+
+fn run_inner(settings: &Settings, beside: &Path) -> Result<Outcome, Failure> {
+    let mut bench = Bench::open(settings)?;
+    let steps = (settings.pairs * 4) as u64;
+    bench.fill(settings.size.0)?;
+    write_random(beside, settings.size.0)?;
+    let progress = bar(steps, "pairs against fio");
+    let mut idle = Vec::new();
+    let job = |rw, block_bytes, depth| Job {
+        rw,
+        block_bytes,
+        depth,
+        seconds: settings.seconds,
+    };
+    let (mut qd16, mut p50, mut qd1, mut cpu, mut append) =
+        (vec![], vec![], vec![], vec![], vec![]);
+    let before = bench.engine.counters().clone();
+    for pair in 0..settings.pairs {
+        idle.push(idle_cpu());
+        let write_fio = || fio::run(beside, settings.size.0, job("write", 1 << 20, 4));
+        let (theirs, ours) = abba(pair, write_fio, || bench.append(settings.seconds))?;
+        append.push(ours / theirs.bytes_per_s);
+        progress.inc(2);
+    }
+    let after = bench.engine.counters().clone();
+    for pair in 0..settings.pairs {
+        for depth in [16_u32, 1] {
+            idle.push(idle_cpu());
+            let read_fio = || {
+                fio::run(
+                    &settings.path,
+                    settings.size.0,
+                    job(RANDREAD, BLOCK_BYTES as u64, depth),
+                )
+            };
+            let (theirs, ours) = abba(pair, read_fio, || {
+                bench.read(depth as usize, settings.seconds)
+            })?;
+            progress.inc(1);
+            let ratio = ours.bytes_per_s / theirs.bytes_per_s;
+            if depth == 16 {
+                qd16.push(ratio);
+                p50.push(ours.p50_us / theirs.p50_us);
+                cpu.push(ours.cpu_us);
+            } else {
+                qd1.push(ratio);
+            }
+        }
+    }
+    progress.finish_and_clear();
+    let written = |counters: &kvar_engine::Counters| {
+        counters.block_write_bytes + counters.moved_write_bytes + counters.meta_write_bytes
+    };
+    let amplification = (written(&after) - written(&before)) as f64
+        / (after.payload_written_bytes - before.payload_written_bytes).max(1) as f64;
+    let corrupt = bench.engine.counters().corrupt;
+    if corrupt > 0 {
+        return Err(Failure::failed(format!(
+            "{corrupt} blocks failed their check: the device or kvar is broken"
+        )));
+    }
+    let amplification = Ratio {
+        median: amplification,
+        low: amplification,
+        high: amplification,
+    };
+    let idle_cpu = idle.iter().copied().fold(1.0, f64::min);
+    let mut report = BenchReport {
+        idle_cpu: Some(idle_cpu),
+        ..BenchReport::default()
+    };
+    let (qd16, p50, qd1) = (Ratio::of(qd16), Ratio::of(p50), Ratio::of(qd1));
+    let (append, cpu) = (Ratio::of(append), Ratio::of(cpu));
+    fill!(
+        report,
+        read_64k_qd16_vs_fio,
+        read_64k_qd16_vs_fio_low,
+        read_64k_qd16_vs_fio_high,
+        qd16
+    );
+    fill!(
+        report,
+        read_64k_qd16_p50_vs_fio,
+        read_64k_qd16_p50_vs_fio_low,
+        read_64k_qd16_p50_vs_fio_high,
+        p50
+    );
+    fill!(
+        report,
+        read_64k_qd1_vs_fio,
+        read_64k_qd1_vs_fio_low,
+        read_64k_qd1_vs_fio_high,
+        qd1
+    );
+    fill!(
+        report,
+        append_vs_fio,
+        append_vs_fio_low,
+        append_vs_fio_high,
+        append
+    );
+    fill!(
+        report,
+        write_amplification,
+        write_amplification_low,
+        write_amplification_high,
+        amplification
+    );
+    fill!(report, read_cpu_us, read_cpu_us_low, read_cpu_us_high, cpu);
+    let row = |name, ratio, note: &str| Row {
+        name,
+        ratio,
+        note: note.to_owned(),
+    };
+    let rows = vec![
+        row("read_64k_qd16_vs_fio", qd16, "every byte checked"),
+        row("read_64k_qd16_p50_vs_fio", p50, "lower is better"),
+        row("read_64k_qd1_vs_fio", qd1, ""),
+        row("append_vs_fio", append, "against 1 MiB writes"),
+        row("write_amplification", amplification, "checkpoints included"),
+        row(
+            "read_cpu_us",
+            cpu,
+            "microseconds a 64 KiB read, check included",
+        ),
+    ];
+    Ok(Outcome { report, rows })
+}
+
+const RANDREAD: &str = "randread";
+
+/// Runs both in an order that changes from pair to pair, so that drift hits both alike.
+fn abba<A, B>(
+    pair: usize,
+    mut first: impl FnMut() -> Result<A, Failure>,
+    mut second: impl FnMut() -> Result<B, Failure>,
+) -> Result<(A, B), Failure> {
+    if pair.is_multiple_of(2) {
+        let a = first()?;
+        Ok((a, second()?))
+    } else {
+        let b = second()?;
+        Ok((first()?, b))
+    }
+}
+
+fn next_random(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
+}
+
+fn random_block(state: &mut u64, len: usize) -> Vec<u8> {
+    (0..len / 8)
+        .flat_map(|_| next_random(state).to_le_bytes())
+        .collect()
+}
+
+/// A file of random bytes, so that fio overwrites what is there instead of growing it.
+fn write_random(path: &Path, bytes: u64) -> Result<(), Failure> {
+    use std::io::Write;
+    let failed = |error: std::io::Error| {
+        Failure::failed(format!("cannot write {}: {error}", path.display()))
+    };
+    let mut file = std::fs::File::create(path).map_err(failed)?;
+    let block = random_block(&mut 77, 1 << 20);
+    let progress = bar(bytes >> 20, "MiB written beside for fio");
+    for _ in 0..bytes >> 20 {
+        file.write_all(&block).map_err(failed)?;
+        progress.inc(1);
+    }
+    file.sync_all().map_err(failed)?;
+    progress.finish_and_clear();
+    Ok(())
+}
+
+impl Bench {
+    fn open(settings: &Settings) -> Result<Self, Failure> {
+        let wanted = Wanted {
+            size: Some(settings.size.0),
+            create: true,
+        };
+        let target = Target::open(&settings.path, wanted)
+            .map_err(|error| Failure::failed(error.to_string()))?;
+        let options = DeviceOptions {
+            engine: settings.io_engine,
+            ..DeviceOptions::default()
+        };
+        let opened = |error: kvar_io::DeviceError| {
+            Failure::failed(format!("{}: {error}", settings.path.display()))
+        };
+        let memory = |error: std::io::Error| Failure::failed(format!("no memory: {error}"));
+        let small = Arena::new(1 << 20).map_err(memory)?;
+        let format_options =
+            FormatOptions::random(1, BLOCK_BYTES as u64, SystemClock::default().unix_seconds());
+        let (mut device, _) = open_device(&target, &small, options).map_err(opened)?;
+        let superblock = kvar_engine::format(&mut *device, &small, &format_options)
+            .map_err(|error| Failure::failed(format!("{}: {error}", settings.path.display())))?;
+        drop(device);
+        let config = EngineConfig {
+            dram_bytes: DRAM_BYTES,
+            ..EngineConfig::default()
+        };
+        let arena = Arena::new(kvar_engine::arena_bytes(&config, &superblock)).map_err(memory)?;
+        let (device, notes) = open_device(&target, &arena, options).map_err(opened)?;
+        for note in target.notes().iter().chain(&notes) {
+            eprintln!("note: {note}");
+        }
+        let clock = SystemClock::default();
+        let (engine, _) = Engine::open(device, arena, &superblock, 0, config, clock.now())
+            .map_err(|error| Failure::failed(format!("{}: {error}", settings.path.display())))?;
+        eprintln!(
+            "{} on {} through {}",
+            ByteSize(superblock.device_bytes),
+            settings.path.display(),
+            engine.io_engine()
+        );
+        let mut random = 0x9e37_79b9_7f4a_7c15;
+        let pool = (0..POOL_BLOCKS)
+            .map(|_| {
+                let bytes = random_block(&mut random, BLOCK_BYTES);
+                let crc = crc64(&bytes);
+                (bytes, crc)
+            })
+            .collect();
+        Ok(Self {
+            engine,
+            clock,
+            pool,
+            next_block: 0,
+            random,
+        })
+    }
+
+    fn id(number: u64) -> BlockId {
+        let mut bytes = [0xb5; 32];
+        bytes[..8].copy_from_slice(&number.to_le_bytes());
+        BlockId::new(bytes)
+    }
+
+    fn sleep(&mut self) {
+        self.engine.wait(NAP);
+    }
+
+    /// Puts one block as soon as there is room.
+    fn put(&mut self) -> Result<(), Failure> {
+        let id = Self::id(self.next_block);
+        let (_, crc) = self.pool[self.next_block as usize % POOL_BLOCKS];
+        let request = PutRequest {
+            id,
+            sections: vec![(
+                BLOCK_BYTES as u32,
+                ContentCheck::from_crc(crc, &id, 0, BLOCK_BYTES as u32),
+            )],
+            hints: PutHints {
+                request: self.next_block + 1,
+                ..PutHints::default()
+            },
+            durable: false,
+            deadline: Moment(u64::MAX),
+        };
+        let started = self.clock.now();
+        loop {
+            let now = self.clock.now();
+            match self.engine.put_begin(now, &request) {
+                Ok(mut ticket) => {
+                    ticket
+                        .buffer_mut()
+                        .copy_from_slice(&self.pool[self.next_block as usize % POOL_BLOCKS].0);
+                    self.engine.put_commit(now, 0, ticket);
+                    self.next_block += 1;
+                    return Ok(());
+                }
+                Err(_) if now.since(started) < Duration::from_secs(30) => {
+                    self.engine.turn(now);
+                    self.engine.events().for_each(drop);
+                    self.sleep();
+                }
+                Err(outcome) => {
+                    let trouble = self.engine.status(now).device_trouble.unwrap_or_default();
+                    return Err(Failure::failed(format!(
+                        "a put was refused for 30 s: {} {trouble}",
+                        outcome.word()
+                    )));
+                }
+            }
+        }
+    }
+
+    fn turn(&mut self) {
+        let now = self.clock.now();
+        self.engine.turn(now);
+    }
+
+    fn fill(&mut self, bytes: u64) -> Result<(), Failure> {
+        let blocks = bytes / BLOCK_BYTES as u64;
+        let progress = bar(blocks, "blocks filled");
+        for number in 0..blocks {
+            self.put()?;
+            if number % 16 == 0 {
+                self.turn();
+                self.engine.events().for_each(drop);
+                progress.set_position(number);
+            }
+        }
+        self.drain()?;
+        progress.finish_and_clear();
+        Ok(())
+    }
+
+    /// Until everything is flushed.
+    fn drain(&mut self) -> Result<(), Failure> {
+        self.engine.flush(u64::MAX);
+        let started = self.clock.now();
+        loop {
+            self.turn();
+            if self.engine.events().any(|event| {
+                matches!(
+                    event,
+                    Event::Done {
+                        token: u64::MAX,
+                        ..
+                    }
+                )
+            }) {
+                return Ok(());
+            }
+            if self.clock.now().since(started) > Duration::from_secs(60) {
+                return Err(Failure::failed("the device did not flush within 60 s"));
+            }
+            self.sleep();
+        }
+    }
+
+    fn read(&mut self, depth: usize, seconds: f64) -> Result<Reads, Failure> {
+        self.drain()?;
+        let mut latencies =
+            Histogram::<u64>::new(3).map_err(|error| Failure::failed(error.to_string()))?;
+        // The youngest blocks are the ones that are there; the very oldest are about to go.
+        let live = (self.engine.status(self.clock.now()).flash_blocks * 9 / 10).max(1);
+        let flash_before = self.engine.counters().flash_hits;
+        let (cpu, started) = (thread_cpu(), self.clock.now());
+        let end = started.after(Duration::from_secs_f64(seconds));
+        let mut begun = vec![None; depth];
+        let (mut done, mut tried) = (0_u64, 0_u64);
+        loop {
+            let now = self.clock.now();
+            if now >= end {
+                break;
+            }
+            for (token, slot) in begun.iter_mut().enumerate() {
+                if slot.is_none() {
+                    let number = self.next_block - 1 - next_random(&mut self.random) % live;
+                    let id = Self::id(number);
+                    tried += 1;
+                    *slot = Some(now);
+                    let touch = Touch::default();
+                    self.engine.get(
+                        now,
+                        token as u64,
+                        GetRequest {
+                            id,
+                            sections: None,
+                            deadline: Moment(u64::MAX),
+                            touch,
+                        },
+                    );
+                }
+            }
+            self.engine.turn(now);
+            let mut any = false;
+            let after = self.clock.now();
+            for event in self.engine.events() {
+                let Event::Get { token, outcome } = event else {
+                    continue;
+                };
+                any = true;
+                let Some(since) = begun[token as usize].take() else {
+                    continue;
+                };
+                if outcome.is_ok() {
+                    done += 1;
+                    latencies.saturating_record(after.since(since).as_micros() as u64);
+                }
+            }
+            if !any {
+                self.sleep();
+            }
+        }
+        let elapsed = self.clock.now().since(started).as_secs_f64();
+        let cpu = thread_cpu().saturating_sub(cpu);
+        // What is under way is heard out, uncounted.
+        while begun.iter().any(Option::is_some) {
+            self.turn();
+            for event in self.engine.events() {
+                if let Event::Get { token, .. } = event {
+                    begun[token as usize] = None;
+                }
+            }
+            self.sleep();
+        }
+        let from_flash = self.engine.counters().flash_hits - flash_before;
+        if done == 0 || done * 10 < tried * 8 || from_flash * 100 < done * 97 {
+            return Err(Failure::failed(format!(
+                "this was no measurement of the device: {tried} reads, {done} hits, {from_flash} from the device"
+            )));
+        }
+        Ok(Reads {
+            bytes_per_s: done as f64 * BLOCK_BYTES as f64 / elapsed,
+            p50_us: latencies.value_at_quantile(0.5) as f64,
+            cpu_us: cpu.as_secs_f64() * 1e6 / done as f64,
+        })
+    }
+
+    fn append(&mut self, seconds: f64) -> Result<f64, Failure> {
+        self.drain()?;
+        let before = self.engine.counters().payload_written_bytes;
+        let started = self.clock.now();
+        let end = started.after(Duration::from_secs_f64(seconds));
+        while self.clock.now() < end {
+            for _ in 0..16 {
+                self.put()?;
+            }
+            self.turn();
+            self.engine.events().for_each(drop);
+        }
+        // What memory still holds is not on the device: only what was written counts.
+        let written = self.engine.counters().payload_written_bytes - before;
+        Ok(written as f64 / self.clock.now().since(started).as_secs_f64())
+    }
+}

@@ -1,0 +1,451 @@
+//! `kvar bench net`: gets of 64 KiB over loopback TCP, one core each side, against plain sockets;
+//! and gets from flash over TCP, against fio on the same file.
+//!
+//! The node is a process of its own, this very binary on free ports with one shard; the client is
+//! a session driven by this thread. Both spin for a stated time before they sleep, as the ping
+//! they are compared with does. Every byte passes its check on both sides.
+
+use super::fio::{self, Job};
+use super::pair::{Pair, Reached};
+use super::stats::{Ratio, idle_cpu};
+use super::{BLOCK_BYTES, BenchReport, Outcome, Row, bar, fill};
+use crate::failure::Failure;
+use hdrhistogram::Histogram;
+use kvar_base::{BlockId, ByteSize, PutOutcome};
+use kvar_client::{
+    Answer, ClientConfig, Completion, Filled, GetItem, Lengths, PutItem, Request, Session, Ticket,
+};
+use kvar_node::KeyFile;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Blocks of the memory runs: 256 MiB, more than any cache of the CPU.
+const DRAM_BLOCKS: u64 = 4096;
+const DEADLINE: Duration = Duration::from_secs(10);
+/// Blocks put under way at once when filling.
+const PUTS_IN_FLIGHT: usize = 32;
+
+/// What to run.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    /// A folder with room for the data files; they are removed afterwards.
+    pub(crate) folder: PathBuf,
+    /// Size of the store that is read from flash; 0 leaves that out.
+    pub(crate) flash_size: ByteSize,
+    pub(crate) pairs: usize,
+    pub(crate) seconds: f64,
+    /// How long node and client spin before they sleep.
+    pub(crate) spin: Duration,
+}
+
+pub(crate) fn run(settings: &Settings) -> Result<Outcome, Failure> {
+    let folder = settings
+        .folder
+        .join(format!("kvar-bench-net-{}", std::process::id()));
+    std::fs::create_dir_all(&folder)
+        .map_err(|error| Failure::failed(format!("cannot make {}: {error}", folder.display())))?;
+    let result = run_inner(settings, &folder);
+    let _ = std::fs::remove_dir_all(&folder);
+    result
+}
+
+fn run_inner(settings: &Settings, folder: &Path) -> Result<Outcome, Failure> {
+    let mut report = BenchReport::default();
+    let mut rows = Vec::new();
+    let mut idle = Vec::new();
+    from_memory(settings, folder, &mut report, &mut rows, &mut idle)?;
+    if settings.flash_size.0 > 0 {
+        from_flash(settings, folder, &mut report, &mut rows, &mut idle)?;
+    }
+    let idle_cpu = idle.iter().copied().fold(1.0, f64::min);
+    report.idle_cpu = Some(idle_cpu);
+    Ok(Outcome { report, rows })
+}
+
+fn from_memory(
+    settings: &Settings,
+    folder: &Path,
+    report: &mut BenchReport,
+    rows: &mut Vec<Row>,
+    idle: &mut Vec<f64>,
+) -> Result<(), Failure> {
+    let node = NodeProcess::start(&folder.join("memory.data"), "1GiB", "512MiB", settings.spin)?;
+    let mut client = Client::open(&node, settings.spin)?;
+    client.fill(DRAM_BLOCKS)?;
+    let mut pair = Pair::open(false)?;
+    let progress = bar((settings.pairs * 4) as u64, "pairs against sockets");
+    let (mut checking, mut bare, mut ping, mut p99) = (vec![], vec![], vec![], vec![]);
+    for number in 0..settings.pairs {
+        idle.push(idle_cpu());
+        // Ours stands between the two yardsticks, so that both are next to it.
+        let order = if number.is_multiple_of(2) {
+            [true, false]
+        } else {
+            [false, true]
+        };
+        let first = pair.run(16, settings.seconds, order[0])?;
+        let ours = client.read(16, settings.seconds, DRAM_BLOCKS)?;
+        let second = pair.run(16, settings.seconds, order[1])?;
+        let (with_check, without) = if order[0] {
+            (first, second)
+        } else {
+            (second, first)
+        };
+        checking.push(ours.bytes_per_s / with_check.bytes_per_s);
+        bare.push(ours.bytes_per_s / without.bytes_per_s);
+        progress.inc(2);
+        p99.push(client.read(4, settings.seconds / 2.0, DRAM_BLOCKS)?.p99_us);
+        progress.inc(1);
+        // A yardstick that polls keeps a core busy: it lives only while it is used.
+        let mut polling = Pair::open(true)?;
+        let theirs = polling.run(1, settings.seconds / 2.0, false)?;
+        drop(polling);
+        ping.push(client.read(1, settings.seconds / 2.0, DRAM_BLOCKS)?.p50_us / theirs.p50_us);
+        progress.inc(1);
+    }
+    progress.finish_and_clear();
+    let (checking, bare, ping, p99) = (
+        Ratio::of(checking),
+        Ratio::of(bare),
+        Ratio::of(ping),
+        Ratio::of(p99),
+    );
+    fill!(
+        report,
+        get_64k_qd16_vs_checking_pair,
+        get_64k_qd16_vs_checking_pair_low,
+        get_64k_qd16_vs_checking_pair_high,
+        checking
+    );
+    fill!(
+        report,
+        get_64k_qd16_vs_pair,
+        get_64k_qd16_vs_pair_low,
+        get_64k_qd16_vs_pair_high,
+        bare
+    );
+    fill!(
+        report,
+        get_64k_qd1_p50_vs_ping,
+        get_64k_qd1_p50_vs_ping_low,
+        get_64k_qd1_p50_vs_ping_high,
+        ping
+    );
+    fill!(
+        report,
+        get_64k_qd4_p99_us,
+        get_64k_qd4_p99_us_low,
+        get_64k_qd4_p99_us_high,
+        p99
+    );
+    let spin = format!("node and client spin {} us", settings.spin.as_micros());
+    rows.push(Row {
+        name: "get_64k_qd16_vs_checking_pair",
+        ratio: checking,
+        note: "from memory, over TCP".into(),
+    });
+    rows.push(Row {
+        name: "get_64k_qd16_vs_pair",
+        ratio: bare,
+        note: String::new(),
+    });
+    rows.push(Row {
+        name: "get_64k_qd1_p50_vs_ping",
+        ratio: ping,
+        note: format!("lower is better; {spin}"),
+    });
+    rows.push(Row {
+        name: "get_64k_qd4_p99_us",
+        ratio: p99,
+        note: "microseconds".into(),
+    });
+    Ok(())
+}
+
+fn from_flash(
+    settings: &Settings,
+    folder: &Path,
+    report: &mut BenchReport,
+    rows: &mut Vec<Row>,
+    idle: &mut Vec<f64>,
+) -> Result<(), Failure> {
+    fio::check()?;
+    let data = folder.join("flash.data");
+    let node = NodeProcess::start(
+        &data,
+        &settings.flash_size.to_string(),
+        "64MiB",
+        settings.spin,
+    )?;
+    let mut client = Client::open(&node, settings.spin)?;
+    let blocks = settings.flash_size.0 * 9 / 10 / BLOCK_BYTES as u64;
+    client.fill(blocks)?;
+    let progress = bar(settings.pairs as u64, "pairs against fio");
+    let mut ratios = Vec::new();
+    let job = Job {
+        rw: "randread",
+        block_bytes: BLOCK_BYTES as u64,
+        depth: 16,
+        seconds: settings.seconds,
+    };
+    for number in 0..settings.pairs {
+        idle.push(idle_cpu());
+        let read_fio = || fio::run(&data, settings.flash_size.0, job);
+        let ratio = if number.is_multiple_of(2) {
+            let theirs = read_fio()?;
+            client.read(16, settings.seconds, blocks)?.bytes_per_s / theirs.bytes_per_s
+        } else {
+            let ours = client.read(16, settings.seconds, blocks)?;
+            ours.bytes_per_s / read_fio()?.bytes_per_s
+        };
+        ratios.push(ratio);
+        progress.inc(1);
+    }
+    progress.finish_and_clear();
+    let ratio = Ratio::of(ratios);
+    fill!(
+        report,
+        flash_get_64k_qd16_vs_fio,
+        flash_get_64k_qd16_vs_fio_low,
+        flash_get_64k_qd16_vs_fio_high,
+        ratio
+    );
+    rows.push(Row {
+        name: "flash_get_64k_qd16_vs_fio",
+        ratio,
+        note: "from flash, over TCP".into(),
+    });
+    Ok(())
+}
+
+/// A node of this binary, ended with its value.
+struct NodeProcess {
+    child: Child,
+    endpoint: String,
+    key_file: PathBuf,
+}
+
+impl NodeProcess {
+    fn start(data: &Path, size: &str, dram: &str, spin: Duration) -> Result<Self, Failure> {
+        let own = std::env::current_exe()
+            .map_err(|error| Failure::failed(format!("where am I: {error}")))?;
+        let ready = data.with_extension("ready");
+        let mut child = Command::new(own)
+            .arg("serve")
+            .arg("--data")
+            .arg(data)
+            .args([
+                "--size", size, "--dram", dram, "--shards", "1", "--log", "warn",
+            ])
+            .args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"])
+            .arg("--spin-us")
+            .arg(spin.as_micros().to_string())
+            .arg("--ready-file")
+            .arg(&ready)
+            .stdin(Stdio::null())
+            .spawn()
+            .map_err(|error| Failure::failed(format!("the node did not start: {error}")))?;
+        let started = Instant::now();
+        loop {
+            if let Some(found) = std::fs::read_to_string(&ready).ok().and_then(|text| {
+                let value: serde_json::Value = serde_json::from_str(&text).ok()?;
+                Some((
+                    value["listen"].as_str()?.to_owned(),
+                    PathBuf::from(value["key_file"].as_str()?),
+                ))
+            }) {
+                let (endpoint, key_file) = found;
+                return Ok(Self {
+                    child,
+                    endpoint,
+                    key_file,
+                });
+            }
+            if let Ok(Some(status)) = child.try_wait() {
+                return Err(Failure::failed(format!(
+                    "the node ended before it was ready ({status})"
+                )));
+            }
+            if started.elapsed() > Duration::from_secs(30) {
+                let _ = child.kill();
+                return Err(Failure::failed("the node was not ready within 30 s"));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for NodeProcess {
+    fn drop(&mut self) {
+        // Its data is thrown away: no need to let it write.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+struct Client {
+    session: Session,
+    done: Vec<Completion>,
+    random: u64,
+    spare: Vec<Filled>,
+}
+
+impl Client {
+    fn open(node: &NodeProcess, spin: Duration) -> Result<Self, Failure> {
+        let key = KeyFile::read(&node.key_file)
+            .map_err(|error| Failure::failed(error.to_string()))?
+            .key;
+        let config = ClientConfig {
+            deadline: DEADLINE,
+            spin,
+            ..ClientConfig::new(&node.endpoint, key)
+        };
+        let session = Session::connect(config).map_err(crate::connect::failure)?;
+        Ok(Self {
+            session,
+            done: Vec::new(),
+            random: 0x1357_9bdf,
+            spare: Vec::new(),
+        })
+    }
+
+    fn id(number: u64) -> BlockId {
+        let mut bytes = [0xa7; 32];
+        bytes[..8].copy_from_slice(&number.to_le_bytes());
+        BlockId::new(bytes)
+    }
+
+    fn next_random(&mut self) -> u64 {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        self.random
+    }
+
+    fn fill(&mut self, blocks: u64) -> Result<(), Failure> {
+        let progress = bar(blocks, "blocks filled");
+        let mut under_way: HashMap<Ticket, u64> = HashMap::new();
+        let mut next = 0;
+        let mut again: Vec<u64> = Vec::new();
+        let started = Instant::now();
+        while next < blocks || !under_way.is_empty() || !again.is_empty() {
+            while under_way.len() < PUTS_IN_FLIGHT && (next < blocks || !again.is_empty()) {
+                let number = again.pop().unwrap_or_else(|| {
+                    next += 1;
+                    next - 1
+                });
+                let bytes: Vec<u8> = (0..BLOCK_BYTES / 8)
+                    .flat_map(|_| self.next_random().to_le_bytes())
+                    .collect();
+                let items = vec![PutItem::of_bytes(Self::id(number), bytes).prepare()];
+                under_way.insert(
+                    self.session.submit(Request::Put { items }, DEADLINE),
+                    number,
+                );
+            }
+            self.session
+                .poll(Duration::from_millis(100), &mut self.done);
+            let mut refused = false;
+            for completion in self.done.drain(..) {
+                let Some(number) = under_way.remove(&completion.ticket) else {
+                    continue;
+                };
+                match completion.answer {
+                    Answer::Put(outcomes)
+                        if matches!(outcomes[..], [PutOutcome::Stored | PutOutcome::Exists]) =>
+                    {
+                        progress.inc(1);
+                    }
+                    _ => {
+                        again.push(number);
+                        refused = true;
+                    }
+                }
+            }
+            if refused {
+                // Busy: the device is behind. A put never waits in the node, so it waits here.
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            if started.elapsed() > Duration::from_secs(300) {
+                return Err(Failure::failed("the store was not filled within 300 s"));
+            }
+        }
+        let flush = self.session.submit(Request::Flush, DEADLINE);
+        while !self
+            .done
+            .iter()
+            .any(|completion| completion.ticket == flush)
+        {
+            self.session
+                .poll(Duration::from_millis(100), &mut self.done);
+        }
+        self.done.clear();
+        progress.finish_and_clear();
+        Ok(())
+    }
+
+    fn read(&mut self, depth: usize, seconds: f64, blocks: u64) -> Result<Reached, Failure> {
+        let mut latencies =
+            Histogram::<u64>::new(3).map_err(|error| Failure::failed(error.to_string()))?;
+        let started = Instant::now();
+        let end = started + Duration::from_secs_f64(seconds);
+        let mut begun: HashMap<Ticket, Instant> = HashMap::with_capacity(depth * 2);
+        let (mut hits, mut tried) = (0_u64, 0_u64);
+        loop {
+            let now = Instant::now();
+            while begun.len() < depth && now < end {
+                let number = self.next_random() % blocks;
+                let into = self
+                    .spare
+                    .pop()
+                    .unwrap_or_else(|| Filled::Place(Box::new(vec![0_u8; BLOCK_BYTES])));
+                let item = GetItem {
+                    expected: Lengths::of(&[BLOCK_BYTES as u32]),
+                    into,
+                    ..GetItem::to_vec(Self::id(number))
+                };
+                let ticket = self.session.submit(
+                    Request::Get {
+                        items: vec![item],
+                        touch_request: 0,
+                    },
+                    DEADLINE,
+                );
+                begun.insert(ticket, Instant::now());
+                tried += 1;
+            }
+            if begun.is_empty() {
+                break;
+            }
+            self.session
+                .poll(Duration::from_millis(100), &mut self.done);
+            let heard = Instant::now();
+            for completion in self.done.drain(..) {
+                let Some(since) = begun.remove(&completion.ticket) else {
+                    continue;
+                };
+                if let Answer::Get(results) = completion.answer {
+                    for result in results {
+                        if result.is_hit() {
+                            hits += 1;
+                            latencies.saturating_record((heard - since).as_micros() as u64);
+                        }
+                        self.spare.push(result.into);
+                    }
+                }
+            }
+        }
+        if hits * 100 < tried * 95 {
+            return Err(Failure::failed(format!(
+                "this was no measurement: {hits} hits of {tried} gets"
+            )));
+        }
+        Ok(Reached {
+            bytes_per_s: hits as f64 * BLOCK_BYTES as f64 / started.elapsed().as_secs_f64(),
+            p50_us: latencies.value_at_quantile(0.5) as f64,
+            p99_us: latencies.value_at_quantile(0.99) as f64,
+        })
+    }
+}

@@ -1,0 +1,109 @@
+//! Medians, intervals, idle CPU.
+
+use std::time::Duration;
+
+/// The median of some measurements and its 90 % interval.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Ratio {
+    pub(crate) median: f64,
+    pub(crate) low: f64,
+    pub(crate) high: f64,
+}
+
+impl Ratio {
+    /// From measurements of any distribution: the interval is that of the sign test, between the
+    /// k-th smallest and the k-th largest. With fewer than five it is the whole range.
+    pub(crate) fn of(mut values: Vec<f64>) -> Self {
+        values.sort_by(f64::total_cmp);
+        let count = values.len();
+        assert!(count > 0, "a median needs measurements");
+        let median = f64::midpoint(values[(count - 1) / 2], values[count / 2]);
+        let skip = sign_test_rank(count);
+        Self {
+            median,
+            low: values[skip],
+            high: values[count - 1 - skip],
+        }
+    }
+}
+
+/// How many measurements may lie outside on either side: the most whose chance stays below 5 %.
+fn sign_test_rank(count: usize) -> usize {
+    let mut chance = 0.5_f64.powi(count as i32);
+    let mut below = 0.0;
+    for rank in 0..count / 2 {
+        below += chance;
+        if below > 0.05 {
+            return rank;
+        }
+        chance = chance * (count - rank) as f64 / (rank + 1) as f64;
+    }
+    count / 2
+}
+
+/// Share of all CPUs that is idle over a moment; steal counts as busy.
+pub(crate) fn idle_cpu() -> f64 {
+    let before = cpu_times();
+    std::thread::sleep(Duration::from_millis(300));
+    let after = cpu_times();
+    let (idle, all) = (
+        after.0.saturating_sub(before.0),
+        after.1.saturating_sub(before.1),
+    );
+    if all == 0 {
+        1.0
+    } else {
+        idle as f64 / all as f64
+    }
+}
+
+fn cpu_times() -> (u64, u64) {
+    let text = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let times: Vec<u64> = text
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .split_whitespace()
+        .skip(1)
+        .filter_map(|number| number.parse().ok())
+        .take(8)
+        .collect();
+    let idle = times.get(3).unwrap_or(&0) + times.get(4).unwrap_or(&0);
+    (idle, times.iter().sum())
+}
+
+/// CPU time this thread has used.
+pub(crate) fn thread_cpu() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_interval_is_that_of_the_sign_test() {
+        assert_eq!(
+            [1, 4, 5, 8, 15, 25].map(sign_test_rank),
+            [0, 0, 1, 2, 4, 8].map(|rank: usize| rank.min(25))
+        );
+        let ratio = Ratio::of((1..=15).map(f64::from).collect());
+        assert_eq!(
+            ratio,
+            Ratio {
+                median: 8.0,
+                low: 5.0,
+                high: 11.0
+            }
+        );
+        assert_eq!(
+            Ratio::of(vec![2.0, 1.0]),
+            Ratio {
+                median: 1.5,
+                low: 1.0,
+                high: 2.0
+            }
+        );
+    }
+}

@@ -1,0 +1,59 @@
+//! The one binary: server, command line, replay, checks.
+//!
+//! Thin on purpose: each command reads its arguments, calls a library, and prints.
+
+mod arguments;
+mod bench;
+mod bench_command;
+mod blocks;
+mod config_command;
+mod connect;
+mod device_command;
+mod failure;
+mod print;
+mod replay;
+mod serve;
+mod settings_arguments;
+
+use arguments::{Arguments, Command, ConfigCommand};
+use clap::Parser as _;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let outcome = match &arguments.command {
+        Command::Serve(settings) => serve::run(settings),
+        Command::Status { node, json } => blocks::status(node, *json),
+        Command::Put {
+            node,
+            words,
+            id,
+            durable,
+            json,
+        } => blocks::put(node, words, *id, *durable, *json),
+        Command::Get { node, block } => blocks::get(node, block),
+        Command::Remove {
+            node,
+            names,
+            id,
+            json,
+        } => blocks::remove(node, names, id, *json),
+        Command::Purge { node, yes, json } => blocks::purge(node, *yes, *json),
+        Command::Flush { node, json } => blocks::flush(node, *json),
+        Command::Stat { node, block, json } => blocks::stat(node, block, *json),
+        Command::Bench { command } => bench_command::run(command),
+        Command::Check { path, json } => device_command::check(path, *json),
+        Command::Inspect { path, json } => device_command::inspect(path, *json),
+        Command::Replay(arguments) => replay::run(arguments),
+        Command::Config {
+            command: ConfigCommand::Sample,
+        } => config_command::print_sample(),
+        Command::Config {
+            command: ConfigCommand::Check { file },
+        } => config_command::check(file),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}

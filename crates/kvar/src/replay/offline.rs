@@ -1,0 +1,70 @@
+//! `kvar replay --offline`: hit rate against capacity, with the production policy and no node.
+
+use crate::failure::{Failure, Outcome};
+use crate::print;
+use crate::replay::source::read_trace;
+use kvar_plan::{Capacity, Model, OfflineOptions, TraceOptions, replay_offline};
+use std::path::Path;
+
+/// What `kvar replay --offline` was asked for.
+pub(crate) struct OfflineRequest<'a> {
+    pub(crate) trace: &'a Path,
+    pub(crate) trace_options: TraceOptions,
+    pub(crate) capacities: Vec<Capacity>,
+    pub(crate) model: Model,
+    pub(crate) dram_share: f64,
+    pub(crate) block_bytes: u64,
+    pub(crate) json: bool,
+}
+
+/// Replays and prints.
+pub(crate) fn run(request: OfflineRequest<'_>) -> Outcome {
+    let trace = read_trace(request.trace, &request.trace_options).map_err(Failure::failed)?;
+    let mut options = OfflineOptions {
+        model: request.model,
+        dram_share: request.dram_share,
+        block_bytes: request.block_bytes,
+        ..OfflineOptions::default()
+    };
+    if !request.capacities.is_empty() {
+        options.capacities = request.capacities;
+    }
+    let report = replay_offline(&trace, &options).map_err(Failure::usage)?;
+    if request.json {
+        return print::json(&report);
+    }
+    let guessed = if trace.block_tokens_guessed {
+        " (derived from the lengths)"
+    } else {
+        ""
+    };
+    print::line(&format!(
+        "{} requests, {} distinct blocks of {} tokens{guessed}; ceiling {:.1} % of blocks, {:.1} % \
+         of tokens\n",
+        report.requests,
+        report.distinct_blocks,
+        report.block_tokens,
+        report.ceiling_block_hit_rate * 100.0,
+        report.ceiling_token_hit_rate * 100.0,
+    ))?;
+    let head = [
+        "capacity",
+        "blocks",
+        "block hits",
+        "token hits",
+        "flash writes",
+        "write amp.",
+    ];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    rows.extend(report.rows.iter().map(|row| {
+        vec![
+            format!("{:.1} %", row.capacity_share * 100.0),
+            row.capacity_blocks.to_string(),
+            format!("{:.1} %", row.block_hit_rate * 100.0),
+            format!("{:.1} %", row.token_hit_rate * 100.0),
+            row.flash_write_blocks.to_string(),
+            format!("{:.2}", row.write_amplification),
+        ]
+    }));
+    print::table(&rows)
+}

@@ -1,0 +1,230 @@
+//! The command line as an operator meets it: what it prints, and what it says when something is
+//! wrong.
+
+mod support;
+
+use std::process::Command;
+use support::{Place, fails, finish, kvar, write_trace};
+
+fn with(words: &[&str]) -> Command {
+    let mut command = kvar();
+    command.args(words);
+    command
+}
+
+#[test]
+fn a_block_goes_in_and_comes_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Place::new(dir.path()).serve();
+    let file = dir.path().join("hello.txt");
+    let bytes: Vec<u8> = (0..200_000_u32).map(|n| (n % 251) as u8).collect();
+    std::fs::write(&file, &bytes).unwrap();
+    let file = file.to_str().unwrap();
+    let stored = server.json("put", &["greeting", file, "--durable"]);
+    assert_eq!(
+        (&stored["outcome"], &stored["bytes"]),
+        (&"stored".into(), &200_000.into())
+    );
+    assert_eq!(server.json("put", &["greeting", file])["outcome"], "exists");
+    assert!(server.run("get", &["greeting"]).stdout == bytes);
+    let id = stored["id"].as_str().unwrap();
+    assert!(server.run("get", &["--id", id]).stdout == bytes);
+    let stat = server.json("stat", &["greeting"]);
+    assert_eq!(
+        (&stat["in_dram"], &stat["on_flash"]),
+        (&true.into(), &true.into())
+    );
+    let status = server.json("status", &[]);
+    assert_eq!(status["links"]["puts"]["stored"], 1);
+    assert_eq!(server.json("flush", &[])["flushed"], true);
+    assert_eq!(server.json("remove", &["greeting", "other"])["removed"], 1);
+    let mut get = server.command("get");
+    get.arg("greeting");
+    fails(get, 3, &["\"greeting\" is not there"]);
+    server.json("put", &["a", file]);
+    server.json("put", &["--id", &"ab".repeat(32), file]);
+    let mut purge = server.command("purge");
+    fails(
+        {
+            purge.arg("--json");
+            purge
+        },
+        2,
+        &["--yes"],
+    );
+    assert_eq!(server.json("purge", &["--yes"])["purged"], 2);
+    assert_eq!(server.stop(), 0);
+}
+
+#[test]
+fn blocks_that_cannot_be_are_refused_before_they_are_sent() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Place::new(dir.path()).serve();
+    let put = |name: &str, len: usize| {
+        let file = dir.path().join(name);
+        std::fs::write(&file, vec![7; len]).unwrap();
+        let mut command = server.command("put");
+        command.arg(name).arg(file);
+        command
+    };
+    fails(
+        put("large", 20 << 20),
+        2,
+        &["largest block", "512KiB", "parts"],
+    );
+    fails(put("empty", 0), 2, &["empty", "at least one byte"]);
+    let mut missing = server.command("put");
+    missing.args(["name", "no-such-file"]);
+    fails(missing, 1, &["no-such-file"]);
+    let mut late = put("late", 100);
+    late.args(["--deadline", "0s"]);
+    fails(late, 1, &["deadline"]);
+}
+
+#[test]
+fn a_node_that_is_not_there_or_not_ours_is_told_apart() {
+    let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (server, stranger) = (
+        Place::new(dir.path()).serve(),
+        Place::new(other.path()).serve(),
+    );
+    let key = server.key_file.to_str().unwrap();
+    let get =
+        |endpoint: &str, key: &str| with(&["get", "x", "--endpoint", endpoint, "--key-file", key]);
+    fails(
+        get(&stranger.endpoint, key),
+        1,
+        &["wrong key", "--key-file"],
+    );
+    fails(
+        get(&server.endpoint, "nowhere.key"),
+        2,
+        &["nowhere.key", "beside the node's data"],
+    );
+    fails(get("nonsense", key), 2, &["host:port"]);
+    let endpoint = stranger.endpoint.clone();
+    stranger.kill();
+    fails(get(&endpoint, key), 1, &["is a node running"]);
+}
+
+#[test]
+fn settings_are_checked_by_name_and_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("kvar.toml");
+    let path = file.to_str().unwrap();
+    let sample = finish(with(&["config", "sample"]));
+    std::fs::write(&file, &sample.stdout).unwrap();
+    assert!(
+        finish(with(&["config", "check", path])).status.success(),
+        "the sample is fine"
+    );
+    std::fs::write(&file, "dram = \"1GiB\"\nlisten_on = \"127.0.0.1:1\"\n").unwrap();
+    fails(
+        with(&["config", "check", path]),
+        2,
+        &["kvar.toml:2:", "`listen_on`", "config sample"],
+    );
+    fails(with(&["serve", "--config", path]), 2, &["kvar.toml:2:"]);
+    std::fs::write(&file, "listen = \"0.0.0.0:7411\"\n").unwrap();
+    fails(
+        with(&["config", "check", path]),
+        2,
+        &["kvar.toml", "--insecure"],
+    );
+    fails(
+        with(&["config", "check", "no.toml"]),
+        2,
+        &["no.toml", "config sample"],
+    );
+    fails(with(&["serve", "--dram", "lots"]), 2, &["--dram", "64KiB"]);
+    fails(with(&["serve", "--drm", "1GiB"]), 2, &["--dram"]);
+    fails(
+        with(&["serve", "--listen", "0.0.0.0:0"]),
+        2,
+        &["--insecure"],
+    );
+}
+
+#[test]
+fn every_help_teaches_by_example() {
+    let help = |words: &[&str]| {
+        let output = finish(with(&[words, &["--help"]].concat()));
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert!(help(&[]).contains("Exit codes:") && help(&[]).contains("kvar get greeting"));
+    for setting in kvar_node::config::SETTINGS {
+        assert!(
+            help(&["serve"]).contains(&format!("--{}", setting.flag())),
+            "{}",
+            setting.key
+        );
+    }
+    for command in ["put", "replay", "serve"] {
+        assert!(help(&[command]).contains("Examples:"), "{command}");
+    }
+}
+
+#[test]
+fn a_broken_trace_names_its_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Place::new(dir.path()).serve();
+    let trace = dir.path().join("trace.jsonl");
+    write_trace(&trace, 5, 1);
+    let mut text = std::fs::read_to_string(&trace).unwrap();
+    text.push_str("{\"timestamp\": 9, \"input_le\n");
+    std::fs::write(&trace, text).unwrap();
+    let mut replay = server.command("replay");
+    replay.arg(&trace).args(["--block-bytes", "4KiB"]);
+    fails(replay, 1, &["line 6"]);
+    let path = trace.to_str().unwrap();
+    fails(with(&["replay", "--offline", path]), 1, &["line 6"]);
+    fails(
+        with(&["replay", "--offline", "none.jsonl"]),
+        1,
+        &["none.jsonl"],
+    );
+    fails(with(&["replay", path]), 2, &["--block-bytes"]);
+    write_trace(&trace, 5, 1);
+    let mut large = server.command("replay");
+    large.arg(&trace).args(["--block-bytes", "1GiB"]);
+    fails(large, 2, &["largest block"]);
+    fails(
+        with(&["replay", "--offline", path, "--capacity", "0%"]),
+        2,
+        &["capacity"],
+    );
+}
+
+#[test]
+fn offline_replay_prints_the_rows_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let trace = dir.path().join("trace.jsonl");
+    write_trace(&trace, 400, 3);
+    let path = trace.to_str().unwrap();
+    let words = [
+        "replay",
+        "--offline",
+        path,
+        "--capacity",
+        "10%",
+        "--capacity",
+        "100%",
+        "--json",
+    ];
+    let report: serde_json::Value = serde_json::from_slice(&finish(with(&words)).stdout).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 2);
+    let rate = |row: usize| rows[row]["block_hit_rate"].as_f64().unwrap();
+    assert!(rate(0) < rate(1));
+    assert_eq!(rate(1), report["ceiling_block_hit_rate"].as_f64().unwrap());
+    for key in [
+        "capacity_blocks",
+        "capacity_share",
+        "token_hit_rate",
+        "flash_write_blocks",
+        "write_amplification",
+    ] {
+        assert!(rows[0][key].is_number(), "{key}");
+    }
+}
