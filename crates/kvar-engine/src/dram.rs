@@ -47,6 +47,14 @@ impl Resident {
     pub(crate) fn is_sectioned(&self) -> bool {
         self.sections.len() > 1
     }
+
+    fn bytes(&self) -> u64 {
+        self.image.padded_len() as u64
+    }
+
+    fn may_leave(&self) -> bool {
+        matches!(self.state, State::Clean | State::Volatile)
+    }
 }
 
 /// All residents of a shard.
@@ -55,6 +63,8 @@ pub(crate) struct Dram {
     order: TailFirstLru<BlockId>,
     /// Bytes of residents, tickets and reads under way, in whole pages.
     used_bytes: u64,
+    /// Bytes of residents that may leave.
+    evictable_bytes: u64,
     limit_bytes: u64,
 }
 
@@ -64,6 +74,7 @@ impl Dram {
             residents: HashMap::new(),
             order: TailFirstLru::new(),
             used_bytes: 0,
+            evictable_bytes: 0,
             limit_bytes,
         }
     }
@@ -84,10 +95,20 @@ impl Dram {
         self.limit_bytes
     }
 
-    /// Sets bytes aside for a ticket or a read; evicts for it. `None` when what is here cannot
-    /// leave; otherwise what left.
-    pub(crate) fn reserve(&mut self, bytes: u64) -> Option<Vec<(BlockId, State)>> {
+    /// Most bytes that puts may hold against eviction: a quarter is left to reads, which would
+    /// otherwise find memory full of blocks that wait for a slow device.
+    pub(crate) fn put_limit_bytes(&self, block_bytes: u64) -> u64 {
+        (self.limit_bytes / 4 * 3).max(block_bytes)
+    }
+
+    /// Sets bytes aside for a ticket or a read; evicts for it. `None`, and nothing evicted, when
+    /// what cannot leave would come to more than `held_max`; otherwise what left.
+    pub(crate) fn reserve(&mut self, bytes: u64, held_max: u64) -> Option<Vec<(BlockId, State)>> {
         let mut gone = Vec::new();
+        let held_bytes = self.used_bytes - self.evictable_bytes + bytes;
+        if held_bytes > held_max.min(self.limit_bytes) {
+            return None;
+        }
         while self.used_bytes + bytes > self.limit_bytes {
             gone.push(self.evict()?);
         }
@@ -107,14 +128,16 @@ impl Dram {
             .residents
             .remove(&id)
             .expect("what stands in the order is resident");
-        self.used_bytes -= gone.image.padded_len() as u64;
+        self.used_bytes -= gone.bytes();
+        self.evictable_bytes -= gone.bytes();
         Some((id, gone.state))
     }
 
     /// Adds a resident whose bytes are reserved already.
     pub(crate) fn insert(&mut self, id: BlockId, resident: Resident) {
-        if matches!(resident.state, State::Clean | State::Volatile) {
+        if resident.may_leave() {
             self.order.touch(id, resident.arrival, resident.depth);
+            self.evictable_bytes += resident.bytes();
         }
         let before = self.residents.insert(id, resident);
         debug_assert!(
@@ -126,7 +149,10 @@ impl Dram {
     pub(crate) fn remove(&mut self, id: &BlockId) -> Option<Resident> {
         let gone = self.residents.remove(id)?;
         self.order.remove(id);
-        self.used_bytes -= gone.image.padded_len() as u64;
+        self.used_bytes -= gone.bytes();
+        if gone.may_leave() {
+            self.evictable_bytes -= gone.bytes();
+        }
         Some(gone)
     }
 
@@ -134,22 +160,28 @@ impl Dram {
         let Some(resident) = self.residents.get_mut(id) else {
             return;
         };
+        if resident.may_leave() {
+            self.evictable_bytes -= resident.bytes();
+        }
         resident.state = state;
-        if matches!(state, State::Clean | State::Volatile) {
+        if resident.may_leave() {
+            self.evictable_bytes += resident.bytes();
             self.order.touch(*id, resident.arrival, resident.depth);
         } else {
             self.order.remove(id);
         }
     }
 
-    pub(crate) fn touch(&mut self, id: &BlockId, arrival: u64, depth: u32) {
+    /// Marks a resident as used; `counts` when this is not the same use as the one before.
+    pub(crate) fn touch(&mut self, id: &BlockId, arrival: u64, depth: u32, counts: bool) {
         let Some(resident) = self.residents.get_mut(id) else {
             return;
         };
         resident.arrival = arrival;
         resident.depth = depth;
-        resident.early_touches = resident.early_touches.saturating_add(1);
-        if matches!(resident.state, State::Clean | State::Volatile) {
+        let touches = resident.early_touches.saturating_add(u8::from(counts));
+        resident.early_touches = touches.max(1);
+        if resident.may_leave() {
             self.order.touch(*id, arrival, depth);
         }
     }

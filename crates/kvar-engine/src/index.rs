@@ -13,6 +13,7 @@
 //! 10^8 lookups).
 
 use crate::layout::SLOTS_PER_BUCKET;
+use crate::snapshot::Snapshot;
 use kvar_base::BlockId;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_seed};
 
@@ -59,11 +60,14 @@ pub struct Entry {
 }
 
 /// A place in the table; good until the next insert or remove.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SlotRef {
-    bucket: usize,
-    slot: usize,
+    pub(crate) bucket: usize,
+    pub(crate) slot: usize,
 }
+
+/// What lies in a slot: check, word, tail.
+pub(crate) type RawSlot = (u64, u64, u32);
 
 /// What an insert had to give up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,6 +85,7 @@ pub struct Index {
     buckets: Vec<Bucket>,
     seed: u64,
     entries: usize,
+    snapshot: Option<Snapshot>,
 }
 
 struct Home {
@@ -97,6 +102,7 @@ impl Index {
             buckets: vec![Bucket::default(); buckets.max(1) as usize],
             seed,
             entries: 0,
+            snapshot: None,
         }
     }
 
@@ -226,8 +232,12 @@ impl Index {
         for at in taken.clone() {
             let tag = self.tag(at);
             let target = self.other(at.bucket, tag);
-            if let Some(free) = self.free_in(target) {
+            if let Some(free) = self.free_to_move_to(target) {
                 let moved = self.entry(at);
+                let raw = self.raw(at);
+                if let Some(snapshot) = &mut self.snapshot {
+                    snapshot.moved(at, free, raw);
+                }
                 self.set(free, tag, &moved);
                 self.set(at, home.tag, entry);
                 self.entries += 1;
@@ -253,6 +263,24 @@ impl Index {
         (0..SLOTS)
             .find(|slot| self.buckets[bucket].word[*slot] & POSITION_MASK == 0)
             .map(|slot| SlotRef { bucket, slot })
+    }
+
+    /// A free slot that the snapshot under way has no word about.
+    fn free_to_move_to(&self, bucket: usize) -> Option<SlotRef> {
+        self.free_in(bucket).filter(|at| {
+            self.snapshot
+                .as_ref()
+                .is_none_or(|snapshot| !snapshot.speaks_of(*at))
+        })
+    }
+
+    fn raw(&self, at: SlotRef) -> RawSlot {
+        let bucket = &self.buckets[at.bucket];
+        (
+            bucket.check[at.slot],
+            bucket.word[at.slot],
+            bucket.tail[at.slot],
+        )
     }
 
     fn free_slot(&self, first: usize, second: usize) -> Option<SlotRef> {
@@ -296,11 +324,13 @@ impl Index {
         self.entries -= 1;
     }
 
-    /// Marks an entry as used now.
-    pub fn touch(&mut self, at: SlotRef, stamp: u8) {
+    /// Marks an entry as used now; `counts` when this is not the same use as the one before.
+    pub fn touch(&mut self, at: SlotRef, stamp: u8, counts: bool) {
         let bucket = &mut self.buckets[at.bucket];
         let word = &mut bucket.word[at.slot];
-        let frequency = (*word >> FREQUENCY_SHIFT & 3).min(2) + 1;
+        let known = *word >> FREQUENCY_SHIFT & 3;
+        // Touched at all is touched once.
+        let frequency = (known + u64::from(counts)).clamp(1, 3);
         *word = (*word | TOUCHED) & !(3 << FREQUENCY_SHIFT) | frequency << FREQUENCY_SHIFT;
         let tail = &mut bucket.tail[at.slot];
         *tail = *tail & !0xff | u32::from(stamp);
@@ -328,10 +358,42 @@ impl Index {
         dropped
     }
 
+    /// Begins a snapshot: every bucket, in order, is to be taken by
+    /// [`take_bucket`](Self::take_bucket). One under way is forgotten.
+    pub(crate) fn begin_snapshot(&mut self) {
+        self.snapshot = Some(Snapshot::default());
+    }
+
+    /// The snapshot is complete, or given up.
+    pub(crate) fn end_snapshot(&mut self) {
+        self.snapshot = None;
+    }
+
+    /// The next bucket for the snapshot under way: every entry that was there when it began and
+    /// that nothing was recorded of since is in it once, however entries move meanwhile.
+    pub(crate) fn take_bucket(&mut self, number: usize) -> [u8; BUCKET_BYTES] {
+        let mut bucket = self.buckets[number];
+        if let Some(snapshot) = &mut self.snapshot {
+            for slot in 0..SLOTS {
+                if let Some(instead) = snapshot.take(SlotRef {
+                    bucket: number,
+                    slot,
+                }) {
+                    (bucket.check[slot], bucket.word[slot], bucket.tail[slot]) = instead;
+                }
+            }
+            snapshot.taken = number + 1;
+        }
+        Self::encode_bucket(&bucket)
+    }
+
     /// The bucket as a checkpoint stores it.
     #[must_use]
     pub fn bucket_bytes(&self, bucket: usize) -> [u8; BUCKET_BYTES] {
-        let bucket = &self.buckets[bucket];
+        Self::encode_bucket(&self.buckets[bucket])
+    }
+
+    fn encode_bucket(bucket: &Bucket) -> [u8; BUCKET_BYTES] {
         let mut out = [0_u8; BUCKET_BYTES];
         for slot in 0..SLOTS {
             out[slot * 8..][..8].copy_from_slice(&bucket.check[slot].to_le_bytes());
@@ -410,7 +472,7 @@ mod tests {
                     1 => prop_assert_eq!(index.remove(&id(number)), model.remove(&number)),
                     _ => {
                         if let Some((at, _)) = index.find(&id(number)) {
-                            index.touch(at, 9);
+                            index.touch(at, 9, true);
                             let known = model.get_mut(&number).unwrap();
                             known.stamp = 9;
                             known.touched = true;
@@ -429,6 +491,61 @@ mod tests {
             }
             prop_assert_eq!(&copy.buckets, &index.buckets);
             prop_assert_eq!(copy.len(), index.len());
+        }
+    }
+
+    /// Entries come, go and move while a snapshot is taken a few buckets at a time; what was there
+    /// from before its beginning to its end is in it, and nothing is in it twice.
+    #[test]
+    fn a_snapshot_has_what_stays_once_however_entries_move() {
+        for seed in 0..20_u32 {
+            let buckets = 400;
+            let mut index = Index::new(buckets as u64, u64::from(seed));
+            let mut number = seed * 1_000_000;
+            let first = number;
+            let mut gone = std::collections::HashSet::new();
+            let add = |index: &mut Index, number: &mut u32| {
+                *number += 1;
+                match index.insert(&id(*number), &entry(*number - first, 0), |age| age) {
+                    Inserted::Evicted(evicted) => evicted.position,
+                    _ => 0,
+                }
+            };
+            while index.len() < buckets * SLOTS * 80 / 100 {
+                gone.insert(add(&mut index, &mut number));
+            }
+            let before = number;
+            index.begin_snapshot();
+            let mut copy = Index::new(buckets as u64, u64::from(seed));
+            for bucket in 0..buckets {
+                let bytes = index.take_bucket(bucket);
+                copy.set_bucket_bytes(bucket, &bytes);
+                gone.insert(add(&mut index, &mut number));
+                let old = first + 1 + (bucket as u32 * 7) % (before - first);
+                index.remove(&id(old));
+                copy.remove(&id(old)); // as the replay of its tombstone would
+                gone.insert(old - first);
+            }
+            index.end_snapshot();
+            for old in first + 1..=before {
+                if gone.contains(&(old - first)) {
+                    continue;
+                }
+                let found = copy.remove(&id(old)).map(|entry| entry.position);
+                assert_eq!(found, Some(old - first), "seed {seed}: lost");
+            }
+            let mut seen = std::collections::HashSet::new();
+            let mut twice = 0;
+            copy.retain(|entry| {
+                twice +=
+                    u32::from(entry.position <= before - first && !seen.insert(entry.position));
+                true
+            });
+            assert_eq!(twice, 0, "seed {seed}: stands in it twice");
+            for old in first + 1..=before {
+                copy.remove(&id(old));
+                assert!(copy.find(&id(old)).is_none(), "seed {seed}: comes back");
+            }
         }
     }
 
@@ -475,7 +592,7 @@ mod tests {
             index.insert(&id(number), &entry(number, number as u8), |age| 100 - age);
         }
         let (at, _) = index.find(&id(1)).unwrap();
-        index.touch(at, 0);
+        index.touch(at, 0, true);
         let gone = index.insert(&id(4), &entry(4, 50), |stamp| 100 - stamp);
         assert_eq!(gone, Inserted::Evicted(entry(2, 2)));
         assert!(index.find(&id(1)).is_some());

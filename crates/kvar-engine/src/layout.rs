@@ -37,6 +37,9 @@ const SUPERBLOCK_MAGIC: [u8; 8] = *b"KVARDISK";
 const PAGE_MAGIC: u32 = u32::from_le_bytes(*b"KVPG");
 const SECTION_MAGIC: u32 = u32::from_le_bytes(*b"KVSD");
 const CHUNK_MAGIC: u64 = u64::from_le_bytes(*b"KVARCKPT");
+/// Sequence and checkpoint numbers stay below: at a billion a second that is a century, and
+/// counting on from a number that was read never overflows.
+pub(crate) const NUMBERS_END: u64 = 1 << 62;
 const SEED_PAGE: u64 = 0x6b76_6172_0000_0010;
 
 /// Why a format was refused.
@@ -246,6 +249,13 @@ impl Superblock {
     #[must_use]
     pub fn block_bytes_max(&self) -> u64 {
         (self.segment_bytes / 4).min(kvar_base::BLOCK_BYTES_MAX)
+    }
+
+    /// Largest stored image of a block, section directory and padding of every section included:
+    /// half a segment, so that any block that is taken fits into an empty one.
+    #[must_use]
+    pub fn image_bytes_max(&self) -> u64 {
+        self.segment_bytes / 2
     }
 
     /// Pages of a segment.
@@ -472,6 +482,9 @@ impl Record {
 
     /// Whether its fields can be true on this device.
     fn is_sane(&self, superblock: &Superblock) -> bool {
+        if self.sequence() >= NUMBERS_END {
+            return false;
+        }
         match self.kind {
             RECORD_TOMBSTONE | RECORD_PURGE => true,
             RECORD_BLOCK => {
@@ -575,6 +588,9 @@ pub fn decode_page(
         3 => PageKind::Footer,
         _ => return None,
     };
+    if !(1..u32::MAX).contains(&raw.generation.get()) || raw.opened_sequence.get() >= NUMBERS_END {
+        return None;
+    }
     let head = PageHead {
         kind,
         segment: raw.segment.get(),

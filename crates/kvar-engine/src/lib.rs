@@ -13,7 +13,7 @@
 //! | file | question |
 //! |---|---|
 //! | `layout` | what does a byte on the device mean? (`docs/internals/disk.md`) |
-//! | `index` | where on the device is a block? |
+//! | `index`, `snapshot` | where on the device is a block? How is that table copied while it changes? |
 //! | `dram` | what is in memory, and what may leave it? |
 //! | `segments` | which segment is in which state; where does the next block go? |
 //! | `shard` | the state machine and its public calls |
@@ -35,6 +35,7 @@ pub mod layout;
 mod recovery;
 mod segments;
 mod shard;
+mod snapshot;
 
 pub use check::{CheckReport, Damage, InspectReport, SegmentReport, check, inspect};
 pub use engine::{Engine, arena_bytes};

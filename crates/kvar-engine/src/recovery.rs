@@ -12,8 +12,8 @@
 use crate::format::{OpenError, read};
 use crate::index::{BUCKET_BYTES, Entry};
 use crate::layout::{
-    CHUNK_BYTES, CHUNK_PAYLOAD_BYTES, CheckpointHead, PAGE, PageKind, RECORD_BLOCK, RECORD_PURGE,
-    RECORD_TOMBSTONE, Record, SegmentState, decode_chunk, decode_page,
+    CHUNK_BYTES, CHUNK_PAYLOAD_BYTES, CheckpointHead, NUMBERS_END, PAGE, PageKind, RECORD_BLOCK,
+    RECORD_PURGE, RECORD_TOMBSTONE, Record, SegmentState, decode_chunk, decode_page,
 };
 use crate::segments::SegmentPhase;
 use crate::shard::{Shard, checkpoint_prefix_bytes, directory_records, footer_records};
@@ -63,6 +63,7 @@ pub(crate) fn recover(
         .map_or(0, |checkpoint| checkpoint.head.replay_from.get());
     let headers = read_headers(device, shard)?;
     let mut used: Vec<(u64, u32)> = Vec::new();
+    let mut lost = Vec::new();
     for (number, header) in headers.iter().enumerate() {
         let known = checkpoint
             .as_ref()
@@ -89,9 +90,21 @@ pub(crate) fn recover(
                     segment.generation = generation;
                     segment.opened_sequence = opened_sequence;
                     used.push((opened_sequence, number));
+                } else {
+                    lost.push(number);
                 }
             }
         }
+    }
+    // Of these no generation is known; one that was there before must not be given again.
+    let newest = shard
+        .segments
+        .all
+        .iter()
+        .map(|known| known.generation)
+        .max();
+    for number in &lost {
+        shard.segments.get(*number).generation = newest.unwrap_or(0);
     }
     used.sort_unstable();
     report.segments = used.len() as u32;
@@ -113,15 +126,34 @@ pub(crate) fn recover(
         shard.appended_bytes = checkpoint.head.appended_bytes.get();
         shard.next_sequence = checkpoint.head.next_sequence.get().max(1);
     }
-    let empty = replay(device, shard, &used, replay_from, &mut report)?;
+    let mut empty = replay(device, shard, &used, replay_from, &mut report)?;
+    // Numbers drawn from here on are above those of every segment that was ever opened.
+    let opened_last = used.last().map_or(0, |(sequence, _)| *sequence);
+    shard.next_sequence = shard.next_sequence.max(opened_last + 1);
+    if !empty.is_empty() {
+        // A checkpoint may know blocks whose directory page never reached the device.
+        let Shard {
+            index, segments, ..
+        } = shard;
+        index.retain(|entry| {
+            let (segment, _) = segments.locate(entry.position);
+            empty.retain(|number| *number != segment);
+            true
+        });
+    }
     shard.segments.free.clear();
     for number in 0..shard.segments.all.len() as u32 {
-        if shard.segments.get(number).generation == 0 || empty.contains(&number) {
+        if shard.segments.get(number).generation == 0 || lost.contains(&number) {
             shard.segments.free.push_back(number);
         }
     }
+    // Oldest first, like all that is reused.
     for (_, number) in used {
-        if !empty.contains(&number) {
+        if empty.contains(&number) {
+            if shard.segments.get(number).generation > 0 {
+                shard.segments.free.push_back(number);
+            }
+        } else {
             shard.segments.get(number).phase = SegmentPhase::Sealed;
             shard.segments.sealed.push_back(number);
         }
@@ -143,21 +175,25 @@ fn load_checkpoint(
     report: &mut RecoveryReport,
 ) -> Result<Option<Checkpoint>, OpenError> {
     let mut areas = Vec::new();
-    for area in 0..2 {
+    for area in 0..2_u32 {
         let offset = shard.superblock.checkpoint_area(shard.number, area);
         if let Ok(chunk) = read(device, &shard.arena, offset, CHUNK_BYTES)
             && let Some((place, _)) = decode_chunk(chunk.as_slice(), &shard.superblock, offset)
             && place.shard == shard.number
+            && place.number < NUMBERS_END
         {
-            areas.push((place.number, offset));
+            areas.push((place.number, area));
         }
     }
     areas.sort_unstable();
-    // Numbers grow, also past one that was torn.
+    // Numbers grow, also past one that is damaged.
     shard.checkpoint_number = areas.last().map_or(0, |(number, _)| *number);
-    for (number, offset) in areas.into_iter().rev() {
+    for (number, area) in areas.into_iter().rev() {
+        let offset = shard.superblock.checkpoint_area(shard.number, area);
         if let Some(checkpoint) = load_area(device, shard, number, offset) {
             report.checkpoint = Some(number);
+            // The next one leaves this alone.
+            shard.checkpoint_area = 1 - area;
             return Ok(Some(checkpoint));
         }
         report.checkpoints_damaged += 1;
@@ -202,7 +238,10 @@ fn load_area(
     let agrees = head.hash_seed.get() == shard.index.seed()
         && head.buckets.get() == shard.index.bucket_count() as u64
         && head.segments.get() == shard.segments.all.len() as u64
-        && bucket == shard.index.bucket_count();
+        && bucket == shard.index.bucket_count()
+        && head.replay_from.get() <= head.next_sequence.get()
+        && head.next_sequence.get() < NUMBERS_END
+        && head.appended_bytes.get() < NUMBERS_END;
     let (segments, _) =
         <[SegmentState]>::ref_from_prefix_with_elems(rest, shard.segments.all.len()).ok()?;
     agrees.then(|| Checkpoint {

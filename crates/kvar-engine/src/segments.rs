@@ -226,6 +226,8 @@ pub(crate) struct Segments {
     pub(crate) free: VecDeque<u32>,
     /// Oldest opened first.
     pub(crate) sealed: VecDeque<u32>,
+    /// Its header is under way.
+    pub(crate) preparing: Option<u32>,
     pub(crate) prepared: Option<u32>,
     pub(crate) open: Option<OpenSegment>,
     pub(crate) sealing: Option<OpenSegment>,
@@ -244,6 +246,7 @@ impl Segments {
             all: vec![blank; superblock.segments_per_shard as usize],
             free: (0..superblock.segments_per_shard).collect(),
             sealed: VecDeque::new(),
+            preparing: None,
             prepared: None,
             open: None,
             sealing: None,
@@ -253,6 +256,14 @@ impl Segments {
 
     pub(crate) fn get(&mut self, number: u32) -> &mut Segment {
         &mut self.all[number as usize]
+    }
+
+    /// Whether no segment takes anything, nor will before one is reclaimed.
+    pub(crate) fn is_exhausted(&self) -> bool {
+        self.open.is_none()
+            && self.prepared.is_none()
+            && self.preparing.is_none()
+            && self.free.is_empty()
     }
 
     /// A position of the index: pages from the start of the shard's first segment.

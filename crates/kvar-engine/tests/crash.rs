@@ -48,7 +48,7 @@ fn every_crash_point_keeps_its_promises() {
             1 => store.flush(),
             _ => {
                 let number = dice.below(300);
-                let nonce = if number % 3 == 0 {
+                let nonce = if number.is_multiple_of(3) {
                     1
                 } else {
                     dice.below(3) + 1
@@ -89,8 +89,8 @@ fn every_crash_point_keeps_its_promises() {
             let mut oracle = merge(&before.oracle, &final_oracle);
             oracle.hits = 0;
             let mut again = Store::open(disk, config(), oracle);
-            for number in (0..300).step_by(7).chain((0..300).step_by(30)) {
-                let must = number % 3 == 0
+            for number in (0..300_u64).step_by(7).chain((0..300).step_by(30)) {
+                let must = number.is_multiple_of(3)
                     && before
                         .oracle
                         .allowed

@@ -1,8 +1,16 @@
 //! The index on the device, so that recovery need not read every footer.
 //!
+//! ```text
+//!  chunk 0 made, kept ── chunks 1.. written ── flush ── chunk 0 written ── flush ── done
+//! ```
+//!
 //! Written a chunk at a time while everything goes on. That is sound: whatever happens to an entry
 //! after the checkpoint began has a record with a sequence number from `replay_from` on, and
-//! replaying it again changes nothing.
+//! replaying it again changes nothing; entries that only move are looked after by `snapshot`.
+//!
+//! What must always be true: a first chunk is on the device only when all others are, so that one
+//! that was torn shows by its absence and its number may be given again; the area of the last
+//! complete checkpoint is not written before the next one is complete.
 
 use super::{Pending, Shard};
 use crate::index::BUCKET_BYTES;
@@ -11,7 +19,7 @@ use crate::layout::{
     encode_chunk,
 };
 use kvar_base::Moment;
-use kvar_io::{DeviceError, Op};
+use kvar_io::{DeviceError, Op, Shared};
 use zerocopy::IntoBytes;
 
 /// Share of the segments that may be sealed before the next checkpoint: bounds recovery, and keeps
@@ -25,7 +33,19 @@ pub(super) struct CheckpointWrite {
     prefix: Vec<u8>,
     chunk: u32,
     chunks: u32,
+    /// The first chunk, which is written last.
+    first: Option<Shared>,
+    stage: Stage,
+    /// Whether an operation is under way: one at a time.
     waiting: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Others,
+    OthersFlush,
+    First,
+    FirstFlush,
 }
 
 /// Length of what stands before the buckets; whole buckets, so that none is cut by a chunk border.
@@ -80,8 +100,15 @@ impl Shard {
             prefix,
             chunk: 0,
             chunks,
+            first: None,
+            stage: if chunks == 1 {
+                Stage::First
+            } else {
+                Stage::Others
+            },
             waiting,
         });
+        self.index.begin_snapshot();
         self.sealed_since_checkpoint = 0;
         self.write_chunk();
     }
@@ -95,6 +122,18 @@ impl Shard {
         }
         if checkpoint.chunk == checkpoint.chunks {
             checkpoint.waiting = true;
+            let first = (checkpoint.stage == Stage::First).then(|| checkpoint.first.take());
+            if let Some(first) = first.flatten() {
+                let offset = self
+                    .superblock
+                    .checkpoint_area(self.number, self.checkpoint_area);
+                let buffers = vec![first];
+                return self.submit(Pending::CheckpointChunk, Op::Write { offset, buffers });
+            }
+            checkpoint.stage = match checkpoint.stage {
+                Stage::Others => Stage::OthersFlush,
+                _ => Stage::FirstFlush,
+            };
             return self.submit(Pending::CheckpointFlush, Op::Flush);
         }
         let Some(mut buffer) = self.arena.allocate(CHUNK_BYTES) else {
@@ -118,11 +157,12 @@ impl Shard {
             if bucket >= self.index.bucket_count() {
                 break;
             }
-            into[..BUCKET_BYTES].copy_from_slice(&self.index.bucket_bytes(bucket));
+            into[..BUCKET_BYTES].copy_from_slice(&self.index.take_bucket(bucket));
             filled += BUCKET_BYTES;
         }
-        let area = (checkpoint.number % 2) as u32;
-        let offset = self.superblock.checkpoint_area(self.number, area)
+        let offset = self
+            .superblock
+            .checkpoint_area(self.number, self.checkpoint_area)
             + u64::from(checkpoint.chunk) * CHUNK_BYTES as u64;
         let place = ChunkPlace {
             shard: self.number,
@@ -132,8 +172,12 @@ impl Shard {
         };
         encode_chunk(bytes, &self.superblock, offset, place, filled);
         checkpoint.chunk += 1;
-        checkpoint.waiting = true;
         self.counters.meta_write_bytes += CHUNK_BYTES as u64;
+        if place.chunk == 0 {
+            checkpoint.first = Some(buffer.freeze());
+            return self.write_chunk();
+        }
+        checkpoint.waiting = true;
         self.submit(
             Pending::CheckpointChunk,
             Op::Write {
@@ -161,15 +205,24 @@ impl Shard {
             return;
         };
         checkpoint.waiting = false;
-        if checkpoint.chunk == checkpoint.chunks {
-            self.checkpoint = None;
-            self.counters.checkpoints += 1;
+        match checkpoint.stage {
+            Stage::OthersFlush => checkpoint.stage = Stage::First,
+            Stage::FirstFlush => {
+                self.checkpoint = None;
+                self.index.end_snapshot();
+                self.checkpoint_area = 1 - self.checkpoint_area;
+                self.counters.checkpoints += 1;
+            }
+            // Of a checkpoint that was begun anew meanwhile.
+            Stage::Others | Stage::First => {}
         }
+        self.write_chunk();
     }
 
     /// The other area still holds the one before; recovery will take longer, that is all.
     fn checkpoint_failed(&mut self, now: Moment, error: &DeviceError) {
         self.checkpoint = None;
+        self.index.end_snapshot();
         self.sealed_since_checkpoint += 1;
         self.device_refused(now, error);
     }

@@ -50,6 +50,9 @@ use write::{Control, WriteGroup, WriteItem};
 const READS_IN_FLIGHT_MAX: usize = 512;
 /// How long a put may stay without commit or abort after its deadline before its id is free again.
 const FILLING_GRACE: Duration = Duration::from_secs(5);
+/// Memory that blocks leave free for footers (at most 2 MiB), directory pages and checkpoint
+/// chunks, however many copies slow readers hold: without these nothing dirty could leave.
+const PAGES_RESERVE_BYTES: usize = 4 << 20;
 /// Requests whose arrival number is remembered, so that the calls of one prompt count as one.
 const ARRIVALS_KEPT: usize = 256;
 
@@ -256,6 +259,13 @@ enum Pending {
     CheckpointFlush,
 }
 
+/// What is remembered of a request.
+struct Arrival {
+    number: u64,
+    /// Its lookup touched what it found; the gets and puts that follow are the same use.
+    looked_up: bool,
+}
+
 struct FlushWaiter {
     token: u64,
     up_to_put: u64,
@@ -265,6 +275,31 @@ struct FlushWaiter {
 struct Unflushed {
     since: Moment,
     durable: Option<u64>,
+}
+
+/// All of them, by number.
+#[derive(Default)]
+struct UnflushedPuts {
+    puts: BTreeMap<u64, Unflushed>,
+    /// How many are durable: somebody waits for the flush. Asked at every turn.
+    durable: usize,
+}
+
+impl UnflushedPuts {
+    /// Adds one; a number that is known keeps what is known of it.
+    fn add(&mut self, number: u64, since: Moment, durable: Option<u64>) {
+        if let std::collections::btree_map::Entry::Vacant(place) = self.puts.entry(number) {
+            place.insert(Unflushed { since, durable });
+            self.durable += usize::from(durable.is_some());
+        }
+    }
+
+    /// It is flushed, or will not be: the token that waits for it.
+    fn end(&mut self, number: u64) -> Option<u64> {
+        let token = self.puts.remove(&number)?.durable?;
+        self.durable -= 1;
+        Some(token)
+    }
 }
 
 /// One shard.
@@ -293,9 +328,11 @@ pub(crate) struct Shard {
     recorded_puts: VecDeque<(u64, u64)>,
     recorded_controls: VecDeque<(u64, u64)>,
     control_counts: HashMap<u64, (u64, u64)>,
-    unflushed: BTreeMap<u64, Unflushed>,
+    unflushed: UnflushedPuts,
     flush_waiters: Vec<FlushWaiter>,
     trouble: write::Trouble,
+    /// Blocks that were given up while the device refused writes are to be queued again.
+    retry_given_up: bool,
     // Reading.
     reading: HashMap<BlockId, read::Reading>,
     reads_in_flight: usize,
@@ -304,6 +341,8 @@ pub(crate) struct Shard {
     reclaim: Option<Reclaim>,
     checkpoint: Option<CheckpointWrite>,
     pub(crate) checkpoint_number: u64,
+    /// Which of the two areas the next checkpoint goes to: not where the last one is.
+    pub(crate) checkpoint_area: u32,
     sealed_since_checkpoint: u32,
     shutdown: Option<write::Shutdown>,
     // Plumbing.
@@ -311,7 +350,7 @@ pub(crate) struct Shard {
     next_token: u64,
     pub(crate) out: Vec<(u64, Op)>,
     pub(crate) events: Vec<Event>,
-    arrivals: HashMap<u64, u64>,
+    arrivals: HashMap<u64, Arrival>,
     arrival_order: VecDeque<u64>,
     next_arrival: u64,
     counters: Counters,
@@ -350,15 +389,17 @@ impl Shard {
             recorded_puts: VecDeque::new(),
             recorded_controls: VecDeque::new(),
             control_counts: HashMap::new(),
-            unflushed: BTreeMap::new(),
+            unflushed: UnflushedPuts::default(),
             flush_waiters: Vec::new(),
             trouble: write::Trouble::default(),
+            retry_given_up: false,
             reading: HashMap::new(),
             reads_in_flight: 0,
             policy: Box::new(RecentlyUsed::new()),
             reclaim: None,
             checkpoint: None,
             checkpoint_number: 0,
+            checkpoint_area: 0,
             sealed_since_checkpoint: 0,
             shutdown: None,
             pending: HashMap::new(),
@@ -382,9 +423,9 @@ impl Shard {
     /// The arrival number of a request: equal for all calls about one prompt, growing with time.
     fn arrival(&mut self, request: u64) -> u64 {
         if let Some(arrival) = self.arrivals.get(&request) {
-            return *arrival;
+            return arrival.number;
         }
-        let arrival = self.next_arrival;
+        let number = self.next_arrival;
         self.next_arrival += 1;
         if request != 0 {
             if self.arrival_order.len() == ARRIVALS_KEPT {
@@ -392,9 +433,17 @@ impl Shard {
                 self.arrivals.remove(&oldest);
             }
             self.arrival_order.push_back(request);
-            self.arrivals.insert(request, arrival);
+            let looked_up = false;
+            self.arrivals.insert(request, Arrival { number, looked_up });
         }
-        arrival
+        number
+    }
+
+    /// Whether a request looked its chain up before: that counted as its touch.
+    fn has_looked_up(&self, request: u64) -> bool {
+        self.arrivals
+            .get(&request)
+            .is_some_and(|arrival| arrival.looked_up)
     }
 
     fn age(&self) -> impl Fn(u8) -> u8 + use<> {
@@ -409,13 +458,14 @@ impl Shard {
     /// Whether a block is visible; refreshes it.
     fn touch(&mut self, id: &BlockId, touch: Touch) -> bool {
         let found = self.index.find(id).map(|(at, _)| at);
+        let counts = !self.has_looked_up(touch.request);
         if let Some(at) = found {
             let stamp = self.stamp();
-            self.index.touch(at, stamp);
+            self.index.touch(at, stamp, counts);
         }
         if self.dram.get(id).is_some() {
             let arrival = self.arrival(touch.request);
-            self.dram.touch(id, arrival, touch.depth);
+            self.dram.touch(id, arrival, touch.depth, counts);
             return true;
         }
         found.is_some()
@@ -435,6 +485,12 @@ impl Shard {
                 )
             })
             .collect();
+        if request != 0 {
+            self.arrival(request);
+            if let Some(arrival) = self.arrivals.get_mut(&request) {
+                arrival.looked_up = true;
+            }
+        }
         self.counters.lookups += ids.len() as u64;
         self.counters.lookup_hits += present.iter().filter(|present| **present).count() as u64;
         present
@@ -518,7 +574,11 @@ impl Shard {
             return refused(Refusal::Busy);
         }
         let plan = ImagePlan::new(&request.sections);
-        let Some(buffer) = self.reserve_buffer(plan.bytes as usize) else {
+        if plan.bytes > self.superblock.image_bytes_max() {
+            return refused(Refusal::TooBig);
+        }
+        let held_max = self.dram.put_limit_bytes(page_round_up(plan.bytes));
+        let Some(buffer) = self.reserve_buffer(plan.bytes as usize, held_max) else {
             return refused(Refusal::Busy);
         };
         let number = self.next_put;
@@ -536,15 +596,16 @@ impl Shard {
     }
 
     /// A buffer that counts as DRAM, evicting for it; `None` when what is there cannot leave.
-    fn reserve_buffer(&mut self, bytes: usize) -> Option<Buffer> {
+    /// What then cannot leave comes to `held_max` bytes at most.
+    fn reserve_buffer(&mut self, bytes: usize, held_max: u64) -> Option<Buffer> {
         let padded = page_round_up(bytes as u64);
-        for (_, state) in self.dram.reserve(padded)? {
+        for (_, state) in self.dram.reserve(padded, held_max)? {
             self.counters.count_dram_eviction(state);
         }
         // Memory that evicted blocks still hold for a reader, or gaps between blocks of several
         // sizes, can keep a run of pages from being free although the bytes are.
         loop {
-            if let Some(buffer) = self.arena.allocate(bytes) {
+            if let Some(buffer) = self.allocate_block(bytes) {
                 return Some(buffer);
             }
             let Some((_, state)) = self.dram.evict() else {
@@ -553,6 +614,14 @@ impl Shard {
             };
             self.counters.count_dram_eviction(state);
         }
+    }
+
+    /// Memory for a block, if that leaves enough for pages.
+    fn allocate_block(&self, bytes: usize) -> Option<Buffer> {
+        let taken = self.arena.allocated_bytes() + page_round_up(bytes as u64) as usize;
+        (taken + PAGES_RESERVE_BYTES <= self.arena.bytes())
+            .then(|| self.arena.allocate(bytes))
+            .flatten()
     }
 
     pub(crate) fn put_abort(&mut self, ticket: PutTicket) {
@@ -639,13 +708,7 @@ impl Shard {
             });
             return;
         }
-        self.unflushed.insert(
-            number,
-            Unflushed {
-                since: now,
-                durable: durable.then_some(token),
-            },
-        );
+        self.unflushed.add(number, now, durable.then_some(token));
         self.push_dirty(WriteItem {
             id,
             len: plan.bytes as u32,
@@ -717,7 +780,13 @@ impl Shard {
             token,
             up_to_put: self.next_put - 1,
         });
-        self.answer_flushes();
+        if self.trouble.gave_up() {
+            // What was given up is not flushed: it is tried once more, and the answer says how
+            // that went.
+            self.retry_given_up = true;
+        } else {
+            self.answer_flushes();
+        }
     }
 
     /// Drops a resident and what waits for it to be flushed.
@@ -725,9 +794,7 @@ impl Shard {
         let Some(gone) = self.dram.remove(id) else {
             return false;
         };
-        if let Some(unflushed) = self.unflushed.remove(&gone.number)
-            && let Some(token) = unflushed.durable
-        {
+        if let Some(token) = self.unflushed.end(gone.number) {
             self.events.push(Event::Put {
                 token,
                 outcome: PutOutcome::Stored,
@@ -837,4 +904,50 @@ pub(crate) fn verify_image(
     let holds = fold_place(head_crc(id, &plan, image), id, place) == check64
         && sections_hold(id, &plan, image);
     holds.then_some(plan)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvar_base::DeviceUuid;
+
+    /// A prompt looks its chain up, gets what is there and puts the rest: one use of every block,
+    /// not two. The policy, and the model that the planner replays, count requests.
+    #[test]
+    fn the_calls_of_one_request_count_as_one_touch() {
+        let uuid = DeviceUuid::new([1; 16]);
+        let superblock = Superblock::plan(16 << 20, 1, 65536, uuid, [2; 16], 0).unwrap();
+        let index = Index::new(superblock.buckets, 0);
+        let config = EngineConfig::default();
+        let arena = Arena::new(PAGE).unwrap();
+        let mut shard = Shard::new(&superblock, 0, config, arena, index);
+        let id = BlockId::new([7; 32]);
+        let entry = Entry {
+            check64: 1,
+            position: 9,
+            len: 10,
+            sectioned: false,
+            touched: false,
+            frequency: 0,
+            stamp: 0,
+        };
+        let age = shard.age();
+        shard.index.insert(&id, &entry, age);
+        let frequency = |shard: &Shard| shard.find(&id).unwrap().1.frequency;
+        let touch = |request| Touch { request, depth: 0 };
+        shard.lookup(&[id], 5);
+        shard.touch(&id, touch(5));
+        shard.lookup(&[id], 5);
+        assert_eq!(frequency(&shard), 1);
+        shard.lookup(&[id], 6);
+        shard.touch(&id, touch(6));
+        assert_eq!(frequency(&shard), 2);
+        // Calls that name no request stand for themselves; so does a get without a lookup.
+        shard.touch(&id, touch(0));
+        assert_eq!(frequency(&shard), 3);
+        shard.index.insert(&id, &entry, |age| age);
+        shard.touch(&id, touch(7));
+        assert_eq!(frequency(&shard), 1);
+        assert!(shard.find(&id).unwrap().1.touched);
+    }
 }

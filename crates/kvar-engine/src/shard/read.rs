@@ -86,7 +86,7 @@ impl Shard {
         if self.reads_in_flight >= READS_IN_FLIGHT_MAX {
             return self.miss(token, MissReason::Overloaded);
         }
-        let Some(buffer) = self.reserve_buffer(entry.len as usize) else {
+        let Some(buffer) = self.reserve_buffer(entry.len as usize, u64::MAX) else {
             return self.miss(token, MissReason::Overloaded);
         };
         self.reads_in_flight += 1;

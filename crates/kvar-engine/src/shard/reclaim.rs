@@ -190,7 +190,7 @@ impl Shard {
                 depth,
             };
             // With no segment open (right after a start on a full device) there is nowhere to go.
-            let room = self.segments.open.is_some() && self.shutdown.is_none();
+            let room = self.segments.open.is_some();
             let keep = self.policy.verdict(&facts) == Verdict::Keep && room;
             if keep {
                 reclaim.left_bytes += facts.bytes;
@@ -220,6 +220,9 @@ impl Shard {
 
     pub(super) fn step_reclaim(&mut self) {
         self.start_moves();
+        if self.segments.is_exhausted() {
+            self.give_up_moves();
+        }
         let Some(reclaim) = &mut self.reclaim else {
             return;
         };
@@ -318,7 +321,7 @@ impl Shard {
             }
             let place = self.place_of(&entry);
             let (segment, _) = self.segments.locate(entry.position);
-            match self.arena.allocate(entry.len as usize) {
+            match self.allocate_block(entry.len as usize) {
                 Some(buffer) => {
                     self.segments.get(segment).readers += 1;
                     self.counters.device_read_bytes += bytes;
@@ -347,7 +350,25 @@ impl Shard {
             reclaim.moved(stored_bytes(len));
         }
         if self.index.remove_at(id, position) {
-            self.counters.reclaim_dropped += 1;
+            self.drop_flash_copy(id);
+        }
+    }
+
+    /// The open segment was given up (its device refused a write) and there is no other: what is
+    /// kept has nowhere to go, and only letting it go frees the next segment.
+    fn give_up_moves(&mut self) {
+        for item in std::mem::take(&mut self.moved) {
+            if let Source::Moved { from } = item.source {
+                self.give_up_move(&item.id, item.len, from);
+            }
+        }
+        let Some(reclaim) = &mut self.reclaim else {
+            return;
+        };
+        for (id, entry, _) in std::mem::take(&mut reclaim.kept) {
+            if self.index.remove_at(&id, entry.position) {
+                self.drop_flash_copy(&id);
+            }
         }
     }
 

@@ -165,6 +165,7 @@ impl Shard {
     pub(crate) fn status(&self, now: Moment) -> ShardStatus {
         let oldest = self
             .unflushed
+            .puts
             .values()
             .next()
             .map(|unflushed| now.since(unflushed.since));
@@ -183,7 +184,7 @@ impl Shard {
             index_bytes: self.index.bytes() as u64,
             index_entries_max: self.index.bucket_count() as u64 * crate::layout::SLOTS_PER_BUCKET,
             dirty_bytes: self.dirty_bytes,
-            unflushed_puts: self.unflushed.len() as u64,
+            unflushed_puts: self.unflushed.puts.len() as u64,
             unflushed_age_us: oldest.map_or(0, |age| age.as_micros().max(1) as u64),
             write_amplification: self.counters.write_amplification(),
             device_trouble: self.trouble.reason(),

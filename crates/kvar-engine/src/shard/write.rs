@@ -13,7 +13,7 @@
 //! What a device refuses stays in memory: the blocks are queued again, and when the trouble lasts
 //! they become Volatile (readable, evictable, lost with the process) until the device answers.
 
-use super::{Event, Pending, Shard, Unflushed, status::ShutdownReport};
+use super::{Event, Pending, Shard, status::ShutdownReport};
 use crate::dram::State;
 use crate::index::{Entry, Inserted};
 use crate::layout::{
@@ -23,6 +23,7 @@ use crate::segments::{OpenSegment, SegmentPhase};
 use kvar_base::check::fold_place;
 use kvar_base::{BlockId, Moment, PAGE_BYTES, PutOutcome, Refusal, page_round_up};
 use kvar_io::{DeviceError, Op, Shared};
+use std::collections::HashSet;
 use std::time::Duration;
 
 /// A gather write as the device sees it.
@@ -95,6 +96,11 @@ pub(super) struct Trouble {
 }
 
 impl Trouble {
+    /// Whether it lasted so long that blocks were given up.
+    pub(super) fn gave_up(&self) -> bool {
+        self.failures_in_a_row >= TROUBLE_MAX
+    }
+
     pub(super) fn reason(&self) -> Option<String> {
         self.reason.clone()
     }
@@ -140,10 +146,7 @@ impl Shard {
                 .reclaim
                 .as_ref()
                 .is_some_and(super::reclaim::Reclaim::waits_for_flush)
-            || self
-                .unflushed
-                .values()
-                .any(|unflushed| unflushed.durable.is_some())
+            || self.unflushed.durable > 0
     }
 
     /// How long a put may stay in the queue: a quarter of what was promised, so that the write, the
@@ -153,6 +156,9 @@ impl Shard {
     }
 
     pub(super) fn step_write(&mut self, now: Moment) {
+        if std::mem::take(&mut self.retry_given_up) {
+            self.queue_given_up(now);
+        }
         if self.trouble.until.is_some_and(|until| until > now) {
             return self.answer_flushes();
         }
@@ -180,11 +186,7 @@ impl Shard {
                 opened,
             ));
         }
-        let preparing = self
-            .pending
-            .values()
-            .any(|pending| matches!(pending, Pending::PrepareHeader | Pending::PrepareFlush));
-        if self.segments.prepared.is_none() && !preparing {
+        if self.segments.prepared.is_none() && self.segments.preparing.is_none() {
             let ready = self.segments.free.front().copied();
             if let Some(number) = ready.filter(|number| self.segments.get(*number).readers == 0) {
                 self.segments.free.pop_front();
@@ -200,7 +202,10 @@ impl Shard {
     }
 
     fn prepare(&mut self, number: u32) {
+        // An opening is an event like others: no two segments are opened under one number, so that
+        // recovery can tell which is older.
         let opened_sequence = self.next_sequence;
+        self.next_sequence += 1;
         let segment = self.segments.get(number);
         segment.phase = SegmentPhase::Preparing;
         segment.generation += 1;
@@ -214,6 +219,7 @@ impl Shard {
             self.segments.free.push_front(number);
             return;
         };
+        self.segments.preparing = Some(number);
         self.submit(
             Pending::PrepareHeader,
             Op::Write {
@@ -221,14 +227,6 @@ impl Shard {
                 buffers: vec![page],
             },
         );
-    }
-
-    fn preparing_segment(&self) -> Option<u32> {
-        self.segments
-            .all
-            .iter()
-            .position(|segment| segment.phase == SegmentPhase::Preparing)
-            .map(|at| at as u32)
     }
 
     pub(super) fn prepare_header_done(&mut self, now: Moment, result: Result<(), DeviceError>) {
@@ -243,14 +241,14 @@ impl Shard {
             return self.prepare_failed(now, &error);
         }
         self.device_answers();
-        if let Some(number) = self.preparing_segment() {
+        if let Some(number) = self.segments.preparing.take() {
             self.segments.get(number).phase = SegmentPhase::Prepared;
             self.segments.prepared = Some(number);
         }
     }
 
     fn prepare_failed(&mut self, now: Moment, error: &DeviceError) {
-        if let Some(number) = self.preparing_segment() {
+        if let Some(number) = self.segments.preparing.take() {
             self.segments.get(number).phase = SegmentPhase::Free;
             self.segments.free.push_front(number);
         }
@@ -315,7 +313,7 @@ impl Shard {
             };
             let Some(placed) = open.place(0, 0) else {
                 self.controls.push_front(control);
-                if self.close_open() {
+                if !self.reclaim_needs_open() && self.close_open() {
                     continue;
                 }
                 return;
@@ -328,6 +326,16 @@ impl Shard {
             );
             self.recorded_controls.push_back((sequence, control.token));
         }
+    }
+
+    /// Whether reclaim has still to bring blocks to the open segment and there is no other: closed
+    /// now, it would leave them nowhere to go, and reclaim is what frees the next one.
+    fn reclaim_needs_open(&self) -> bool {
+        self.segments.prepared.is_none()
+            && self
+                .reclaim
+                .as_ref()
+                .is_some_and(|reclaim| reclaim.spare_pages() > 0)
     }
 
     /// The open segment takes nothing more. Whether another one is open now.
@@ -393,9 +401,15 @@ impl Shard {
                 if spare > 0 && open.pages_left() >= pages {
                     break;
                 }
+                if !from_moved && self.reclaim_needs_open() {
+                    break;
+                }
                 if let Source::Moved { from } = item.source
                     && self.segments.prepared.is_none()
                 {
+                    if self.segments.preparing.is_some() {
+                        break; // There will be room in a moment.
+                    }
                     // The segment that would take it is the one it is to leave: let it go.
                     let (id, len) = (item.id, item.len);
                     self.moved.pop_front();
@@ -492,11 +506,13 @@ impl Shard {
             return self.payload_failed(now, group, &error);
         }
         self.device_answers();
-        if self.first_unsynced.is_none() {
-            self.first_unsynced = Some(now);
-        }
+        let sequence = self.next_sequence;
         for placed in group.items {
             self.record_block(group.segment, &placed);
+        }
+        // Blocks that nobody wants any more leave nothing to be synced.
+        if self.next_sequence > sequence && self.first_unsynced.is_none() {
+            self.first_unsynced = Some(now);
         }
     }
 
@@ -749,11 +765,7 @@ impl Shard {
             .recorded_puts
             .pop_front_if(|(sequence, _)| *sequence <= self.flushed_sequence)
         {
-            if let Some(Unflushed {
-                durable: Some(token),
-                ..
-            }) = self.unflushed.remove(&number)
-            {
+            if let Some(token) = self.unflushed.end(number) {
                 self.events.push(Event::Put {
                     token,
                     outcome: PutOutcome::Stored,
@@ -810,7 +822,8 @@ impl Shard {
         {
             self.finish_seal();
         }
-        let lost: Vec<u64> = self
+        self.first_unsynced = None;
+        let mut lost: HashSet<u64> = self
             .recorded_puts
             .drain(..)
             .map(|(_, number)| number)
@@ -818,19 +831,14 @@ impl Shard {
         let again: Vec<BlockId> = self
             .dram
             .iter()
-            .filter(|(_, resident)| {
-                resident.state == State::Clean && lost.contains(&resident.number)
-            })
+            .filter(|(_, resident)| resident.state == State::Clean && lost.remove(&resident.number))
             .map(|(id, _)| *id)
             .collect();
-        for number in &lost {
-            if !self
-                .dram
-                .iter()
-                .any(|(_, resident)| resident.number == *number)
-            {
-                self.give_up_put(*number);
-            }
+        // Memory let go of these.
+        let mut gone: Vec<u64> = lost.into_iter().collect();
+        gone.sort_unstable();
+        for number in gone {
+            self.give_up_put(number);
         }
         for id in again {
             self.queue_resident(now, &id);
@@ -861,10 +869,7 @@ impl Shard {
         self.dram.set_state(id, State::Dirty);
         let crc = super::head_crc(id, &plan, resident.image.as_slice());
         let number = resident.number;
-        self.unflushed.entry(number).or_insert(Unflushed {
-            since: now,
-            durable: None,
-        });
+        self.unflushed.add(number, now, None);
         self.push_dirty(WriteItem {
             id: *id,
             len: plan.bytes as u32,
@@ -880,11 +885,7 @@ impl Shard {
 
     /// A put that will not be flushed.
     fn give_up_put(&mut self, number: u64) {
-        if let Some(Unflushed {
-            durable: Some(token),
-            ..
-        }) = self.unflushed.remove(&number)
-        {
+        if let Some(token) = self.unflushed.end(number) {
             self.events.push(Event::Put {
                 token,
                 outcome: PutOutcome::Refused(Refusal::Busy),
@@ -907,6 +908,7 @@ impl Shard {
     }
 
     fn device_answers(&mut self) {
+        self.retry_given_up |= self.trouble.gave_up();
         self.trouble = Trouble::default();
     }
 
@@ -947,7 +949,13 @@ impl Shard {
     }
 
     pub(super) fn answer_flushes(&mut self) {
-        let oldest = self.unflushed.keys().next().copied().unwrap_or(u64::MAX);
+        let oldest = self
+            .unflushed
+            .puts
+            .keys()
+            .next()
+            .copied()
+            .unwrap_or(u64::MAX);
         let Self {
             flush_waiters,
             events,
@@ -996,15 +1004,15 @@ impl Shard {
             stage: ShutdownStage::Flushing,
             report: ShutdownReport::default(),
         });
-        // What reclaim gave up on the device and memory still has gets its copy back.
+        self.queue_given_up(now);
+    }
+
+    /// What is in memory alone, because reclaim or a device in trouble gave it up, is queued again.
+    fn queue_given_up(&mut self, now: Moment) {
         let volatile: Vec<_> = self
             .dram
             .iter()
-            .filter(|(id, resident)| {
-                resident.state == State::Volatile
-                    && !resident.ephemeral
-                    && self.index.find(id).is_none()
-            })
+            .filter(|(_, resident)| resident.state == State::Volatile && !resident.ephemeral)
             .map(|(id, _)| *id)
             .collect();
         for id in volatile {
@@ -1019,7 +1027,7 @@ impl Shard {
         let (stage, late) = (shutdown.stage, shutdown.until <= now);
         match stage {
             ShutdownStage::Flushing => {
-                let flushed = self.unflushed.is_empty()
+                let flushed = self.unflushed.puts.is_empty()
                     && self.control_counts.is_empty()
                     && self.sync.is_none();
                 let stuck = late || self.trouble.until.is_some();
@@ -1029,7 +1037,7 @@ impl Shard {
                 let (mut kept, mut dropped) = (0, 0);
                 for (id, resident) in self.dram.iter() {
                     let on_device = self.index.find(id).is_some()
-                        && !self.unflushed.contains_key(&resident.number);
+                        && !self.unflushed.puts.contains_key(&resident.number);
                     if on_device { kept += 1 } else { dropped += 1 }
                 }
                 if let Some(shutdown) = &mut self.shutdown {
