@@ -258,7 +258,8 @@ fn a_full_file_system_costs_persistence_and_nothing_else() {
         store.turn(Duration::from_millis(50));
     }
     assert_eq!(store.waiting(), 0, "a call hangs");
-    assert!(stored > 800, "{stored} stored, {busy} busy");
+    // Busy is said only until the trouble has lasted, fifteen seconds of these forty-five.
+    assert!(stored > 750, "{stored} stored, {busy} busy");
     assert!(
         store
             .engine

@@ -680,6 +680,9 @@ impl Shard {
         let version = version(plan.sections.iter().map(|section| section.check));
         let crc = head_crc(&id, &plan, buffer.as_slice());
         let arrival = self.arrival(hints.request);
+        // While the device takes nothing, one block at a time tries it; the others may leave.
+        let given_up = self.trouble.gave_up() && !durable && !self.dirty.is_empty();
+        let volatile = hints.ephemeral || given_up;
         let image = buffer.freeze();
         self.dram.insert(
             id,
@@ -688,7 +691,7 @@ impl Shard {
                 sections: Arc::from(plan.sections.as_slice()),
                 version,
                 number,
-                state: if hints.ephemeral {
+                state: if volatile {
                     State::Volatile
                 } else {
                     State::Dirty
@@ -701,7 +704,7 @@ impl Shard {
         );
         self.counters.put_bytes += bytes;
         self.counters.count_put(PutOutcome::Stored);
-        if hints.ephemeral {
+        if volatile {
             self.events.push(Event::Put {
                 token,
                 outcome: PutOutcome::Stored,

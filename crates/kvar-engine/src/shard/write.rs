@@ -1007,12 +1007,16 @@ impl Shard {
         self.queue_given_up(now);
     }
 
-    /// What is in memory alone, because reclaim or a device in trouble gave it up, is queued again.
+    /// What is in memory alone, because reclaim, the index or a device in trouble gave it up, is
+    /// queued again.
     fn queue_given_up(&mut self, now: Moment) {
         let volatile: Vec<_> = self
             .dram
             .iter()
-            .filter(|(_, resident)| resident.state == State::Volatile && !resident.ephemeral)
+            .filter(|(id, resident)| {
+                let may_leave = matches!(resident.state, State::Volatile | State::Clean);
+                may_leave && !resident.ephemeral && self.index.find(id).is_none()
+            })
             .map(|(id, _)| *id)
             .collect();
         for id in volatile {

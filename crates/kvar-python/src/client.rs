@@ -1,0 +1,425 @@
+//! `kvar.Client`: each method turns arguments into a call of `kvar-client`, waits for it without
+//! the interpreter's lock, and turns what came back into Python. No decisions are made here.
+
+use crate::arguments::{Blocks, block_ids, deadline};
+use crate::errors::{ConfigError, ConnectError, RequestError, VersionError, WrongKeyError};
+use crate::ids::{PyNamespaceKey, block_id};
+use crate::pending::{Preparer, PyPending};
+use kvar_base::{MissReason, NamespaceKey};
+use kvar_client::{CallOptions, Client, ClientConfig, ClientError, GetItem};
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
+use pyo3::types::{PyBytes, PyDict, PyList};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// What a client has while it is open.
+struct Open {
+    client: Client,
+    preparer: Preparer,
+}
+
+/// A connection to a store.
+#[pyclass(name = "Client", module = "kvar", frozen)]
+pub(crate) struct PyClient {
+    open: Mutex<Option<Arc<Open>>>,
+    endpoint: String,
+    deadline: Duration,
+}
+
+fn raise(error: &ClientError) -> PyErr {
+    let text = error.to_string();
+    match error {
+        ClientError::Config(_) | ClientError::Namespace(_) => ConfigError::new_err(text),
+        ClientError::Unreachable(_) | ClientError::Busy(_) => ConnectError::new_err(text),
+        ClientError::Version(_) | ClientError::Protocol(_) => VersionError::new_err(text),
+        ClientError::WrongKey(_) => WrongKeyError::new_err(text),
+        ClientError::Deadline | ClientError::Failed(_) => RequestError::new_err(text),
+    }
+}
+
+fn key_of(
+    key: Option<&Bound<'_, PyNamespaceKey>>,
+    key_file: Option<PathBuf>,
+) -> PyResult<NamespaceKey> {
+    match (key, key_file) {
+        (Some(key), None) => Ok(key.get().0.clone()),
+        (None, Some(path)) => PyNamespaceKey::read(&path),
+        _ => Err(ConfigError::new_err(
+            "give the namespace's key either as key=NamespaceKey or as key_file=PATH \
+             (the node wrote one beside its data)",
+        )),
+    }
+}
+
+impl PyClient {
+    fn open(&self) -> PyResult<Arc<Open>> {
+        self.open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+            .ok_or_else(|| RequestError::new_err("the client is closed; make a new one"))
+    }
+
+    fn options(&self, deadline_ms: Option<u64>) -> CallOptions {
+        CallOptions::within(deadline(deadline_ms).unwrap_or(self.deadline))
+    }
+
+    fn submit_gets(
+        &self,
+        blocks: Blocks,
+        deadline_ms: Option<u64>,
+        depth: u32,
+    ) -> PyResult<PyPending> {
+        let open = self.open()?;
+        let (items, exported) = blocks.into_gets(depth);
+        let count = items.len();
+        let pending = open.client.submit_get(items, self.options(deadline_ms));
+        Ok(PyPending::of_get(pending, count, exported))
+    }
+
+    fn submit_puts(
+        &self,
+        blocks: Blocks,
+        deadline_ms: Option<u64>,
+        durable: bool,
+        depth: u32,
+    ) -> PyResult<PyPending> {
+        let open = self.open()?;
+        let (items, exported) = blocks.into_puts(depth, durable);
+        let options = self.options(deadline_ms);
+        Ok(PyPending::of_put(
+            &open.preparer,
+            open.client.clone(),
+            items,
+            options,
+            exported,
+        ))
+    }
+}
+
+#[pymethods]
+#[allow(clippy::needless_pass_by_value)] // PyO3 hands arguments over by value.
+impl PyClient {
+    #[new]
+    #[pyo3(signature = (
+        endpoint, namespace = "default", key = None, *, key_file = None, deadline_ms = 1000,
+        connect_timeout_ms = 1000, links = 1,
+    ))]
+    #[allow(clippy::too_many_arguments)] // The public signature, nearly all of it by keyword.
+    fn new(
+        py: Python<'_>,
+        endpoint: &str,
+        namespace: &str,
+        key: Option<&Bound<'_, PyNamespaceKey>>,
+        key_file: Option<PathBuf>,
+        deadline_ms: u64,
+        connect_timeout_ms: u64,
+        links: usize,
+    ) -> PyResult<Self> {
+        let config = ClientConfig {
+            namespace: namespace.to_owned(),
+            deadline: Duration::from_millis(deadline_ms),
+            connect_timeout: Duration::from_millis(connect_timeout_ms),
+            links,
+            name: concat!("kvar-python ", env!("CARGO_PKG_VERSION")).to_owned(),
+            ..ClientConfig::new(endpoint, key_of(key, key_file)?)
+        };
+        let client = py
+            .detach(|| Client::connect(config))
+            .map_err(|error| raise(&error))?;
+        let preparer = Preparer::start()
+            .map_err(|error| ConfigError::new_err(format!("cannot start a thread: {error}")))?;
+        Ok(Self {
+            open: Mutex::new(Some(Arc::new(Open { client, preparer }))),
+            endpoint: endpoint.to_owned(),
+            deadline: Duration::from_millis(deadline_ms),
+        })
+    }
+
+    /// The node's address as given.
+    #[getter]
+    fn endpoint(&self) -> &str {
+        &self.endpoint
+    }
+
+    /// How many leading blocks of a chain are there; refreshes their recency.
+    ///
+    /// Raises ConnectError or RequestError when nobody could be asked: that is not "none".
+    #[pyo3(signature = (ids, *, deadline_ms = None))]
+    fn lookup(
+        &self,
+        py: Python<'_>,
+        ids: Vec<PyBackedBytes>,
+        deadline_ms: Option<u64>,
+    ) -> PyResult<usize> {
+        let (open, ids) = (self.open()?, block_ids(&ids)?);
+        let options = self.options(deadline_ms);
+        let lookup = py.detach(|| open.client.submit_lookup(ids, options).wait());
+        // "Nobody could be asked" is not "nothing is there".
+        match lookup.reason {
+            Some(MissReason::Unreachable) if lookup.leading == 0 => {
+                Err(raise(&open.client.last_error().unwrap_or_else(|| {
+                    ClientError::Unreachable(format!("{} does not answer", self.endpoint))
+                })))
+            }
+            Some(MissReason::Deadline) if lookup.leading == 0 => Err(raise(&ClientError::Deadline)),
+            _ => Ok(lookup.leading),
+        }
+    }
+
+    /// For each block whether it is there; one that could not be asked for is not.
+    #[pyo3(signature = (ids, *, deadline_ms = None))]
+    fn present(
+        &self,
+        py: Python<'_>,
+        ids: Vec<PyBackedBytes>,
+        deadline_ms: Option<u64>,
+    ) -> PyResult<Vec<bool>> {
+        let (open, ids) = (self.open()?, block_ids(&ids)?);
+        let options = self.options(deadline_ms);
+        Ok(py.detach(|| open.client.submit_present(ids, options).wait()))
+    }
+
+    /// Reads blocks: items are (id, buffer) or (id, [buffer of each section]).
+    ///
+    /// A buffer has exactly the length of what it takes. A GetResult for each item, in order;
+    /// bytes in a buffer count only after "hit".
+    #[pyo3(signature = (items, *, deadline_ms = None, depth = 0))]
+    fn get<'py>(
+        &self,
+        py: Python<'py>,
+        items: &Bound<'py, PyAny>,
+        deadline_ms: Option<u64>,
+        depth: u32,
+    ) -> PyResult<Bound<'py, PyList>> {
+        self.submit_get(items, deadline_ms, depth)?.wait(py, None)
+    }
+
+    /// One block's bytes, or None if they are not to be had.
+    #[pyo3(signature = (id, *, deadline_ms = None))]
+    fn get_bytes<'py>(
+        &self,
+        py: Python<'py>,
+        id: &[u8],
+        deadline_ms: Option<u64>,
+    ) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let (open, item) = (self.open()?, GetItem::to_vec(block_id(id)?));
+        let options = self.options(deadline_ms);
+        let results = py.detach(|| open.client.submit_get(vec![item], options).wait());
+        Ok(results
+            .first()
+            .and_then(|result| result.bytes())
+            .map(|bytes| PyBytes::new(py, bytes)))
+    }
+
+    /// Reads block i into bytes indices[i] * page_bytes onwards of every layer, a section each.
+    #[pyo3(signature = (ids, layers, indices, page_bytes, *, deadline_ms = None, depth = 0))]
+    #[allow(clippy::too_many_arguments)]
+    fn get_pages<'py>(
+        &self,
+        py: Python<'py>,
+        ids: Vec<PyBackedBytes>,
+        layers: Vec<Bound<'py, PyAny>>,
+        indices: Vec<usize>,
+        page_bytes: usize,
+        deadline_ms: Option<u64>,
+        depth: u32,
+    ) -> PyResult<Bound<'py, PyList>> {
+        self.submit_get_pages(ids, layers, indices, page_bytes, deadline_ms, depth)?
+            .wait(py, None)
+    }
+
+    /// Stores blocks: items are (id, buffer) or (id, [buffer of each section]).
+    ///
+    /// An outcome word for each, in order. `durable` waits until it is safe against power loss;
+    /// `depth` is the place of the first item in its chain, the others stand behind it.
+    #[pyo3(signature = (items, *, deadline_ms = None, durable = false, depth = 0))]
+    fn put<'py>(
+        &self,
+        py: Python<'py>,
+        items: &Bound<'py, PyAny>,
+        deadline_ms: Option<u64>,
+        durable: bool,
+        depth: u32,
+    ) -> PyResult<Bound<'py, PyList>> {
+        self.submit_put(items, deadline_ms, durable, depth)?
+            .wait(py, None)
+    }
+
+    /// Stores bytes indices[i] * page_bytes onwards of every layer as block i, a section each.
+    #[pyo3(signature = (
+        ids, layers, indices, page_bytes, *, deadline_ms = None, durable = false, depth = 0,
+    ))]
+    #[allow(clippy::too_many_arguments)]
+    fn put_pages<'py>(
+        &self,
+        py: Python<'py>,
+        ids: Vec<PyBackedBytes>,
+        layers: Vec<Bound<'py, PyAny>>,
+        indices: Vec<usize>,
+        page_bytes: usize,
+        deadline_ms: Option<u64>,
+        durable: bool,
+        depth: u32,
+    ) -> PyResult<Bound<'py, PyList>> {
+        self.submit_put_pages(
+            ids,
+            layers,
+            indices,
+            page_bytes,
+            deadline_ms,
+            durable,
+            depth,
+        )?
+        .wait(py, None)
+    }
+
+    /// Removes blocks for good, safe against power loss; how many were there.
+    #[pyo3(signature = (ids, *, deadline_ms = None))]
+    fn remove(
+        &self,
+        py: Python<'_>,
+        ids: Vec<PyBackedBytes>,
+        deadline_ms: Option<u64>,
+    ) -> PyResult<u64> {
+        let (open, ids) = (self.open()?, block_ids(&ids)?);
+        let options = self.options(deadline_ms);
+        py.detach(|| open.client.remove(&ids, options))
+            .map_err(|error| raise(&error))
+    }
+
+    /// Returns when all that was acknowledged before is safe against power loss.
+    #[pyo3(signature = (*, deadline_ms = None))]
+    fn flush(&self, py: Python<'_>, deadline_ms: Option<u64>) -> PyResult<()> {
+        let (open, options) = (self.open()?, self.options(deadline_ms));
+        py.detach(|| open.client.flush(options))
+            .map_err(|error| raise(&error))
+    }
+
+    /// What the node says of itself.
+    #[pyo3(signature = (*, deadline_ms = None))]
+    fn status<'py>(
+        &self,
+        py: Python<'py>,
+        deadline_ms: Option<u64>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let (open, options) = (self.open()?, self.options(deadline_ms));
+        let text = py
+            .detach(|| open.client.status(options))
+            .map_err(|error| raise(&error))?;
+        let document = py.import("json")?.call_method1("loads", (text,))?;
+        document.cast_into().map_err(Into::into)
+    }
+
+    /// As get, without waiting.
+    #[pyo3(signature = (items, *, deadline_ms = None, depth = 0))]
+    fn submit_get(
+        &self,
+        items: &Bound<'_, PyAny>,
+        deadline_ms: Option<u64>,
+        depth: u32,
+    ) -> PyResult<PyPending> {
+        self.submit_gets(Blocks::of_items(items, true)?, deadline_ms, depth)
+    }
+
+    /// As put, without waiting, not even for the content checks.
+    #[pyo3(signature = (items, *, deadline_ms = None, durable = false, depth = 0))]
+    fn submit_put(
+        &self,
+        items: &Bound<'_, PyAny>,
+        deadline_ms: Option<u64>,
+        durable: bool,
+        depth: u32,
+    ) -> PyResult<PyPending> {
+        self.submit_puts(Blocks::of_items(items, false)?, deadline_ms, durable, depth)
+    }
+
+    /// As get_pages, without waiting.
+    #[pyo3(signature = (ids, layers, indices, page_bytes, *, deadline_ms = None, depth = 0))]
+    fn submit_get_pages(
+        &self,
+        ids: Vec<PyBackedBytes>,
+        layers: Vec<Bound<'_, PyAny>>,
+        indices: Vec<usize>,
+        page_bytes: usize,
+        deadline_ms: Option<u64>,
+        depth: u32,
+    ) -> PyResult<PyPending> {
+        let blocks = Blocks::of_pages(&ids, &layers, &indices, page_bytes, true)?;
+        self.submit_gets(blocks, deadline_ms, depth)
+    }
+
+    /// As put_pages, without waiting, not even for the content checks.
+    #[pyo3(signature = (
+        ids, layers, indices, page_bytes, *, deadline_ms = None, durable = false, depth = 0,
+    ))]
+    #[allow(clippy::too_many_arguments)]
+    fn submit_put_pages(
+        &self,
+        ids: Vec<PyBackedBytes>,
+        layers: Vec<Bound<'_, PyAny>>,
+        indices: Vec<usize>,
+        page_bytes: usize,
+        deadline_ms: Option<u64>,
+        durable: bool,
+        depth: u32,
+    ) -> PyResult<PyPending> {
+        let blocks = Blocks::of_pages(&ids, &layers, &indices, page_bytes, false)?;
+        self.submit_puts(blocks, deadline_ms, durable, depth)
+    }
+
+    /// Ends the connection; calls under way end without an outcome. Closing twice is fine.
+    fn close(&self, py: Python<'_>) {
+        let open = self
+            .open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        // The last user of a client waits for its thread to end.
+        py.detach(|| drop(open));
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    #[pyo3(signature = (_kind, _value, _traceback, /))]
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        _kind: &Bound<'_, PyAny>,
+        _value: &Bound<'_, PyAny>,
+        _traceback: &Bound<'_, PyAny>,
+    ) {
+        self.close(py);
+    }
+
+    fn __repr__(&self) -> String {
+        let open = self
+            .open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_some();
+        format!(
+            "Client({:?}, {})",
+            self.endpoint,
+            if open { "open" } else { "closed" }
+        )
+    }
+}
+
+impl Drop for PyClient {
+    fn drop(&mut self) {
+        let open = self
+            .open
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        // Python drops objects with its lock held, and joining a thread is no time to hold it.
+        if let Some(open) = open {
+            Python::try_attach(|py| py.detach(|| drop(open)));
+        }
+    }
+}
