@@ -12,12 +12,16 @@
 //!
 //! | file | question |
 //! |---|---|
-//! | `layout` | what does a byte on the device mean? (`docs/internals/disk.md`) |
+//! | `layout` | what does a byte on the device mean? (`docs/internals/disk.md`): `superblock`, `page`, `image`, `checkpoint` |
 //! | `index`, `snapshot` | where on the device is a block? How is that table copied while it changes? |
 //! | `dram` | what is in memory, and what may leave it? |
 //! | `segments` | which segment is in which state; where does the next block go? |
-//! | `shard` | the state machine and its public calls |
-//! | `shard/write`, `shard/reclaim`, `shard/read`, `shard/checkpoint` | its parts |
+//! | `shard`, `shard/types` | the state machine; what callers hand in and get back |
+//! | `shard/put`, `shard/read`, `shard/remove` | its calls: how does a block come in, get out, go? |
+//! | `shard/write`, `shard/prepare`, `shard/sync` | how does a block get onto the device: queues and payload; segments; directory, flush, answers |
+//! | `shard/trouble` | what if the device refuses? |
+//! | `shard/reclaim`, `shard/checkpoint` | how does space come back; how is recovery kept short? |
+//! | `shard/shutdown`, `shard/status` | how does it end; what does it say of itself? |
 //! | `recovery` | what was here when the process died? |
 //! | `format`, `check`, `engine` | making a device, verifying a stopped one, driving a live one |
 //!

@@ -387,8 +387,12 @@ impl<T: Stream, S: Source, D: Sink> Link for StreamLink<T, S, D> {
     }
 
     fn pause(&mut self, paused: bool) {
-        self.paused = paused;
-        self.idle = false;
+        // Saying again what holds already is no news: a loop that says it every turn could never
+        // sleep.
+        if self.paused != paused {
+            self.paused = paused;
+            self.idle = false;
+        }
     }
 
     fn set_bounds(&mut self, message_bytes_max: usize, payload_bytes_max: usize) {

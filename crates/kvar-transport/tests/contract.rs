@@ -4,7 +4,7 @@
 mod harness;
 
 use harness::{Bytes, Got, Kind, Pair, check_all, frame, pattern};
-use kvar_transport::{DownReason, PushRefused, SendRefused};
+use kvar_transport::{Armed, DownReason, PushRefused, SendRefused};
 
 /// Lengths around every border: one byte, the read-ahead, a page, a socket's buffer, the maximum.
 const LENGTHS: [usize; 12] = [
@@ -183,6 +183,21 @@ fn a_paused_link_takes_no_frame_and_goes_on_later() {
         assert!(pair.got_b.is_empty());
         pair.b.pause(false);
         assert_eq!(pair.b_frame().0, b"one");
+    });
+}
+
+/// A loop that told a link every turn that it was not paused never slept again.
+#[test]
+fn saying_again_that_a_link_is_not_paused_is_no_work() {
+    check_all(|kind| {
+        let mut pair = Pair::new(kind);
+        for _ in 0..20 {
+            pair.turn();
+        }
+        pair.b.pause(false);
+        assert_eq!(pair.b.arm(), Armed::Wait);
+        pair.b.pause(true);
+        assert_eq!(pair.b.arm(), Armed::Ready);
     });
 }
 
@@ -401,7 +416,7 @@ fn no_turn_moves_much_more_than_its_budget() {
                     Some(Got::Frame(_, len)) => pair.b.pull(1, Bytes::room(&[len])).unwrap(),
                     Some(Got::Received(..)) => received += 1,
                     Some(Got::Yield) => {
-                        assert_eq!(pair.b.arm(), kvar_transport::Armed::Ready);
+                        assert_eq!(pair.b.arm(), Armed::Ready);
                         yields += 1;
                         break;
                     }

@@ -339,3 +339,52 @@ fn a_server_that_is_killed_or_stuck_costs_a_client_its_deadline_at_most() {
     assert_eq!(server.run("get", &["piped"]).status.code(), Some(3));
     assert_eq!(server.stop(), 0);
 }
+
+/// CPU time of a process so far, in ticks of 10 ms.
+fn cpu_ticks(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat
+        .rsplit(')')
+        .next()
+        .unwrap()
+        .split_whitespace()
+        .collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+/// With a client connected, a shard's loop never slept: a whole core for nothing.
+#[test]
+fn a_node_with_an_idle_client_sleeps() {
+    use kvar_base::BlockId;
+    use kvar_client::{Client, ClientConfig, GetItem, PutItem};
+    let dir = tempfile::tempdir().unwrap();
+    let server = Place::new(dir.path()).serve();
+    let key = kvar_node::KeyFile::read(&server.key_file).unwrap().key;
+    let client = Client::connect(ClientConfig {
+        deadline: PATIENCE,
+        ..ClientConfig::new(&server.endpoint, key.clone())
+    })
+    .unwrap();
+    let id = BlockId::from_name(&key, "block");
+    client.put(vec![PutItem::of_bytes(id, vec![7; 100_000])]);
+    assert!(client.get(vec![GetItem::to_vec(id)])[0].is_hit());
+    server.json("flush", &[]);
+    let measure = || {
+        let (node, own) = (cpu_ticks(server.child.id()), cpu_ticks(std::process::id()));
+        std::thread::sleep(Duration::from_secs(2));
+        (
+            cpu_ticks(server.child.id()) - node,
+            cpu_ticks(std::process::id()) - own,
+        )
+    };
+    // A checkpoint or a last flush may still be under way at first.
+    let (node, own) = (0..5).map(|_| measure()).min().unwrap();
+    assert!(
+        node <= 4,
+        "the node used {node} of 200 ticks with nothing to do"
+    );
+    assert!(
+        own <= 10,
+        "the client used {own} of 200 ticks with nothing to do"
+    );
+}

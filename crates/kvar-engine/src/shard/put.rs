@@ -1,0 +1,247 @@
+//! A block comes in.
+//!
+//! ```text
+//!  put_begin ── may it come? ── room for it ──> ticket ── the caller fills it ── put_commit
+//!      │                                           │                                │ checks hold
+//!      ▼                                           ▼                                ▼
+//!  Exists, InProgress, Refused                 put_abort                 visible: Dirty, or Volatile
+//! ```
+//!
+//! What must always be true: an id is filled by one put at a time, and by none for ever; its memory
+//! counts as DRAM from the ticket on; no block becomes visible unless every section is what its
+//! writer said it is.
+//!
+//! Left to others: the way to the device (`write`) and the answer to a durable put (`sync`).
+
+use super::types::{Event, PutRequest, PutTicket, Touch};
+use super::write::{Source, WriteItem};
+use super::{Shard, head_crc, sections_hold};
+use crate::dram::{Resident, State};
+use crate::layout::ImagePlan;
+use kvar_base::check::version;
+use kvar_base::{Moment, PutOutcome, Refusal, SECTIONS_MAX, page_round_up};
+use kvar_io::Buffer;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a put may stay without commit or abort after its deadline before its id is free again.
+const FILLING_GRACE: Duration = Duration::from_secs(5);
+/// Memory that blocks leave free for footers (at most 2 MiB), directory pages and checkpoint
+/// chunks, however many copies slow readers hold: without these nothing dirty could leave.
+const PAGES_RESERVE_BYTES: usize = 4 << 20;
+
+impl Shard {
+    pub(crate) fn put_begin(
+        &mut self,
+        now: Moment,
+        request: &PutRequest,
+    ) -> Result<PutTicket, PutOutcome> {
+        let outcome = self.put_begin_inner(now, request);
+        if let Err(outcome) = &outcome {
+            self.counters.count_put(*outcome);
+        }
+        outcome
+    }
+
+    fn put_begin_inner(
+        &mut self,
+        now: Moment,
+        request: &PutRequest,
+    ) -> Result<PutTicket, PutOutcome> {
+        let refused = |refusal| Err(PutOutcome::Refused(refusal));
+        let count = request.sections.len();
+        if count == 0 || count > SECTIONS_MAX || request.sections.iter().any(|(len, _)| *len == 0) {
+            return refused(Refusal::WrongFormat);
+        }
+        let payload: u64 = request
+            .sections
+            .iter()
+            .map(|(len, _)| u64::from(*len))
+            .sum();
+        if payload > self.superblock.block_bytes_max() {
+            return refused(Refusal::TooBig);
+        }
+        if request.deadline <= now {
+            return refused(Refusal::Deadline);
+        }
+        let touch = Touch {
+            request: request.hints.request,
+            depth: request.hints.depth,
+        };
+        if self.touch(&request.id, touch) {
+            let known = self.dram.get(&request.id).map(|resident| resident.version);
+            if known.is_some_and(|known| {
+                known != version(request.sections.iter().map(|(_, check)| *check))
+            }) {
+                self.counters.id_divergence += 1;
+            }
+            return Err(PutOutcome::Exists);
+        }
+        if self
+            .filling
+            .get(&request.id)
+            .is_some_and(|(_, until)| *until > now)
+        {
+            return Err(PutOutcome::InProgress);
+        }
+        if self.shutdown.is_some() {
+            return refused(Refusal::Busy);
+        }
+        let plan = ImagePlan::new(&request.sections);
+        if plan.bytes > self.superblock.image_bytes_max() {
+            return refused(Refusal::TooBig);
+        }
+        let held_max = self.dram.put_limit_bytes(page_round_up(plan.bytes));
+        let Some(buffer) = self.reserve_buffer(plan.bytes as usize, held_max) else {
+            return refused(Refusal::Busy);
+        };
+        let number = self.next_put;
+        self.next_put += 1;
+        self.filling
+            .insert(request.id, (number, request.deadline.after(FILLING_GRACE)));
+        Ok(PutTicket {
+            id: request.id,
+            number,
+            plan,
+            buffer,
+            hints: request.hints,
+            durable: request.durable,
+        })
+    }
+
+    /// A buffer that counts as DRAM, evicting for it; `None` when what is there cannot leave.
+    /// What then cannot leave comes to `held_max` bytes at most.
+    pub(super) fn reserve_buffer(&mut self, bytes: usize, held_max: u64) -> Option<Buffer> {
+        let padded = page_round_up(bytes as u64);
+        for (_, state) in self.dram.reserve(padded, held_max)? {
+            self.counters.count_dram_eviction(state);
+        }
+        // Memory that evicted blocks still hold for a reader, or gaps between blocks of several
+        // sizes, can keep a run of pages from being free although the bytes are.
+        loop {
+            if let Some(buffer) = self.allocate_block(bytes) {
+                return Some(buffer);
+            }
+            let Some((_, state)) = self.dram.evict() else {
+                self.dram.release(padded);
+                return None;
+            };
+            self.counters.count_dram_eviction(state);
+        }
+    }
+
+    /// Memory for a block, if that leaves enough for pages.
+    pub(super) fn allocate_block(&self, bytes: usize) -> Option<Buffer> {
+        let taken = self.arena.allocated_bytes() + page_round_up(bytes as u64) as usize;
+        (taken + PAGES_RESERVE_BYTES <= self.arena.bytes())
+            .then(|| self.arena.allocate(bytes))
+            .flatten()
+    }
+
+    pub(crate) fn put_abort(&mut self, ticket: PutTicket) {
+        self.counters.puts_aborted += 1;
+        self.end_filling(&ticket);
+        let PutTicket { buffer, .. } = ticket;
+        self.dram.release(buffer.padded_len() as u64);
+        drop(buffer);
+    }
+
+    fn end_filling(&mut self, ticket: &PutTicket) -> bool {
+        let mine = self
+            .filling
+            .get(&ticket.id)
+            .is_some_and(|(number, _)| *number == ticket.number);
+        if mine {
+            self.filling.remove(&ticket.id);
+        }
+        mine
+    }
+
+    pub(crate) fn put_commit(&mut self, now: Moment, token: u64, ticket: PutTicket) {
+        let padded = ticket.buffer.padded_len() as u64;
+        let mine = self.end_filling(&ticket);
+        let PutTicket {
+            id,
+            number,
+            plan,
+            mut buffer,
+            hints,
+            durable,
+        } = ticket;
+        let outcome = if !mine {
+            Err(PutOutcome::Refused(Refusal::Deadline))
+        } else if self.dram.get(&id).is_some() || self.index.find(&id).is_some() {
+            Err(PutOutcome::Exists)
+        } else if !sections_hold(&id, &plan, buffer.as_slice()) {
+            self.counters.put_checks_failed += 1;
+            Err(PutOutcome::Refused(Refusal::WrongFormat))
+        } else {
+            Ok(())
+        };
+        if let Err(outcome) = outcome {
+            self.dram.release(padded);
+            self.counters.count_put(outcome);
+            self.events.push(Event::Put { token, outcome });
+            return;
+        }
+        plan.encode(&id, buffer.as_mut_slice());
+        buffer.zero_padding();
+        let bytes = plan
+            .sections
+            .iter()
+            .map(|section| u64::from(section.len))
+            .sum::<u64>();
+        let version = version(plan.sections.iter().map(|section| section.check));
+        let crc = head_crc(&id, &plan, buffer.as_slice());
+        let arrival = self.arrival(hints.request);
+        // While the device takes nothing, one block at a time tries it; the others may leave.
+        let given_up = self.trouble.gave_up() && !durable && !self.dirty.is_empty();
+        let volatile = hints.ephemeral || given_up;
+        let image = buffer.freeze();
+        self.dram.insert(
+            id,
+            Resident {
+                image: image.clone(),
+                sections: Arc::from(plan.sections.as_slice()),
+                version,
+                number,
+                state: if volatile {
+                    State::Volatile
+                } else {
+                    State::Dirty
+                },
+                depth: hints.depth,
+                ephemeral: hints.ephemeral,
+                arrival,
+                early_touches: 0,
+            },
+        );
+        self.counters.put_bytes += bytes;
+        self.counters.count_put(PutOutcome::Stored);
+        if volatile {
+            self.events.push(Event::Put {
+                token,
+                outcome: PutOutcome::Stored,
+            });
+            return;
+        }
+        self.unflushed.add(number, now, durable.then_some(token));
+        self.push_dirty(WriteItem {
+            id,
+            len: plan.bytes as u32,
+            sectioned: plan.is_sectioned(),
+            sections: plan.sections.len() as u16,
+            crc,
+            version,
+            depth: hints.depth,
+            image,
+            source: Source::Put { number, since: now },
+        });
+        if !durable {
+            self.events.push(Event::Put {
+                token,
+                outcome: PutOutcome::Stored,
+            });
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! What callers hand to a shard and what they get back.
+//!
+//! | going in | coming out |
+//! |---|---|
+//! | [`EngineConfig`] | |
+//! | [`GetRequest`], with a [`Touch`] | [`Event::Get`] with a `Copy` of [`SectionRef`]s |
+//! | [`PutRequest`], with [`PutHints`] | a [`PutTicket`] to receive into, then [`Event::Put`] |
+//! | ids to remove, a flush, a purge | [`Event::Done`] |
+//! | an id to look at | [`BlockStat`] |
+//!
+//! What must always be true: a `Copy` holds its memory until it is dropped, whatever becomes of
+//! the block; the memory of a [`PutTicket`] is nobody else's until the put is committed or aborted.
+//!
+//! Nothing here decides anything; the shard does.
+
+use crate::layout::ImagePlan;
+use kvar_base::{BlockId, ContentCheck, MissReason, Moment, PutOutcome};
+use kvar_io::{Buffer, Shared};
+use std::ops::Range;
+use std::time::Duration;
+
+/// Settings of one shard.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// Payload bytes in memory, padding to pages included.
+    pub dram_bytes: u64,
+    /// How old an acknowledged put may be before it is on the device.
+    pub flush_after: Duration,
+    /// How long a shutdown may write.
+    pub shutdown_flush: Duration,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            dram_bytes: 1 << 30,
+            flush_after: Duration::from_secs(1),
+            shutdown_flush: Duration::from_secs(30),
+        }
+    }
+}
+
+/// What a touch says about its block.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Touch {
+    /// A number shared by all calls about one prompt, unique among prompts; 0: this call alone.
+    pub request: u64,
+    /// Position in the chain.
+    pub depth: u32,
+}
+
+/// A read.
+#[derive(Clone, Debug)]
+pub struct GetRequest {
+    /// The block.
+    pub id: BlockId,
+    /// Which sections; all of them if `None`.
+    pub sections: Option<Range<u16>>,
+    /// When the answer is of no use any more.
+    pub deadline: Moment,
+    /// Recency.
+    pub touch: Touch,
+}
+
+/// What a writer knows about the worth of a block.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PutHints {
+    /// As in [`Touch`].
+    pub request: u64,
+    /// As in [`Touch`].
+    pub depth: u32,
+    /// Not worth a write to the device.
+    pub ephemeral: bool,
+}
+
+/// A put, announced.
+#[derive(Clone, Debug)]
+pub struct PutRequest {
+    /// The block.
+    pub id: BlockId,
+    /// Exact length and content check of every section.
+    pub sections: Vec<(u32, ContentCheck)>,
+    /// What the writer knows.
+    pub hints: PutHints,
+    /// Answer when flushed, not when acknowledged.
+    pub durable: bool,
+    /// When the put is of no use any more.
+    pub deadline: Moment,
+}
+
+/// Room for a block that is coming in. Must end in `put_commit` or `put_abort`.
+#[derive(Debug)]
+pub struct PutTicket {
+    pub(super) id: BlockId,
+    pub(super) number: u64,
+    pub(super) plan: ImagePlan,
+    pub(super) buffer: Buffer,
+    pub(super) hints: PutHints,
+    pub(super) durable: bool,
+}
+
+impl PutTicket {
+    /// The block.
+    #[must_use]
+    pub fn id(&self) -> BlockId {
+        self.id
+    }
+
+    /// Sections.
+    #[must_use]
+    pub fn sections(&self) -> usize {
+        self.plan.sections.len()
+    }
+
+    /// Where a section's bytes belong in [`buffer_mut`](Self::buffer_mut).
+    #[must_use]
+    pub fn section_range(&self, section: usize) -> Range<usize> {
+        let section = &self.plan.sections[section];
+        section.offset as usize..section.offset as usize + section.len as usize
+    }
+
+    /// The memory to receive into.
+    pub fn buffer_mut(&mut self) -> &mut [u8] {
+        self.buffer.as_mut_slice()
+    }
+}
+
+/// A section of a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SectionRef {
+    /// Which one.
+    pub index: u16,
+    /// Exact length.
+    pub len: u32,
+    /// The writer's check.
+    pub check: ContentCheck,
+    /// Start in [`Copy::bytes`].
+    pub offset: u32,
+}
+
+/// One copy of a block, as read. Holds its memory until dropped.
+#[derive(Clone, Debug)]
+pub struct Copy {
+    /// Equal version, equal bytes.
+    pub version: u64,
+    /// The sections asked for.
+    pub sections: Vec<SectionRef>,
+    /// The stored image; sections lie in it.
+    pub bytes: Shared,
+}
+
+impl Copy {
+    /// The bytes of a section of this copy.
+    #[must_use]
+    pub fn section(&self, section: &SectionRef) -> &[u8] {
+        &self.bytes.as_slice()[section.offset as usize..][..section.len as usize]
+    }
+}
+
+/// What became of a call.
+#[derive(Debug)]
+pub enum Event {
+    /// A read is over.
+    Get {
+        /// The caller's number.
+        token: u64,
+        /// The copy, or why not.
+        outcome: Result<Copy, MissReason>,
+    },
+    /// A put is over.
+    Put {
+        /// The caller's number.
+        token: u64,
+        /// How.
+        outcome: PutOutcome,
+    },
+    /// A remove, flush or purge is over.
+    Done {
+        /// The caller's number.
+        token: u64,
+        /// Blocks it concerned, or why the device could not do it.
+        result: Result<u64, String>,
+    },
+}
+
+/// Where a block is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Tier {
+    /// In memory alone.
+    Dram,
+    /// On the device alone.
+    Flash,
+    /// In both.
+    DramAndFlash,
+}
+
+/// What is known of a block without reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct BlockStat {
+    /// Where.
+    pub tier: Tier,
+    /// Bytes it takes there.
+    pub stored_bytes: u64,
+    /// Sections, when it is in memory.
+    pub sections: Option<u16>,
+    /// Version, when it is in memory.
+    pub version: Option<u64>,
+}
