@@ -1,0 +1,182 @@
+"""The compiled half of the package, built from ``crates/kvar-python``."""
+
+from collections.abc import Callable, Iterable, Sequence
+from os import PathLike
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, final
+
+from typing_extensions import Buffer
+
+_T_co = TypeVar("_T_co", covariant=True)
+
+__all__ = [
+    "Client",
+    "ConfigError",
+    "ConnectError",
+    "ContentFingerprint",
+    "GetResult",
+    "KvarError",
+    "NamespaceKey",
+    "Pending",
+    "RequestError",
+    "VersionError",
+    "WrongKeyError",
+    "__version__",
+    "derive_ids",
+    "id_from_name",
+]
+
+__version__: str
+
+class KvarError(Exception): ...
+class ConnectError(KvarError): ...
+class VersionError(KvarError): ...
+class WrongKeyError(KvarError): ...
+class ConfigError(KvarError): ...
+class RequestError(KvarError): ...
+
+@final
+class NamespaceKey:
+    @staticmethod
+    def from_file(path: str | PathLike[str]) -> NamespaceKey: ...
+    @staticmethod
+    def from_hex(text: str) -> NamespaceKey: ...
+    @property
+    def short_name(self) -> str: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class ContentFingerprint:
+    @staticmethod
+    def of_text(text: str) -> ContentFingerprint: ...
+    def __bytes__(self) -> bytes: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+def derive_ids(
+    key: NamespaceKey,
+    engine_hashes: Sequence[bytes],
+    fingerprint: ContentFingerprint,
+    head_slice: tuple[int, int] = (0, 1),
+    group: int = 0,
+) -> list[bytes]: ...
+def id_from_name(key: NamespaceKey, name: str) -> bytes: ...
+
+@final
+class GetResult:
+    @property
+    def outcome(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+
+@final
+class Pending(Generic[_T_co]):
+    def done(self) -> bool: ...
+    def result(self, timeout: float | None = None) -> _T_co: ...
+    def add_done_callback(self, callback: Callable[[], object]) -> None: ...
+    @classmethod
+    def __class_getitem__(cls, item: Any, /) -> Any: ...
+
+@final
+class Client:
+    def __new__(
+        cls,
+        endpoint: str,
+        namespace: str = "default",
+        key: NamespaceKey | None = None,
+        *,
+        key_file: str | PathLike[str] | None = None,
+        deadline_ms: int = 1000,
+        connect_timeout_ms: int = 1000,
+        links: int = 1,
+    ) -> Self: ...
+    @property
+    def endpoint(self) -> str: ...
+    def lookup(self, ids: Sequence[bytes], *, deadline_ms: int | None = None) -> int: ...
+    def present(self, ids: Sequence[bytes], *, deadline_ms: int | None = None) -> list[bool]: ...
+    def get(
+        self,
+        items: Iterable[tuple[bytes, Buffer | Sequence[Buffer]]],
+        *,
+        deadline_ms: int | None = None,
+        depth: int = 0,
+    ) -> list[GetResult]: ...
+    def get_bytes(self, id: bytes, *, deadline_ms: int | None = None) -> bytes | None: ...
+    def get_pages(
+        self,
+        ids: Sequence[bytes],
+        layers: Sequence[Buffer],
+        indices: Sequence[int],
+        page_bytes: int,
+        *,
+        deadline_ms: int | None = None,
+        depth: int = 0,
+    ) -> list[GetResult]: ...
+    def put(
+        self,
+        items: Iterable[tuple[bytes, Buffer | Sequence[Buffer]]],
+        *,
+        deadline_ms: int | None = None,
+        durable: bool = False,
+        depth: int = 0,
+    ) -> list[str]: ...
+    def put_pages(
+        self,
+        ids: Sequence[bytes],
+        layers: Sequence[Buffer],
+        indices: Sequence[int],
+        page_bytes: int,
+        *,
+        deadline_ms: int | None = None,
+        durable: bool = False,
+        depth: int = 0,
+    ) -> list[str]: ...
+    def remove(self, ids: Sequence[bytes], *, deadline_ms: int | None = None) -> int: ...
+    def flush(self, *, deadline_ms: int | None = None) -> None: ...
+    def status(self, *, deadline_ms: int | None = None) -> dict[str, Any]: ...
+    def submit_get(
+        self,
+        items: Iterable[tuple[bytes, Buffer | Sequence[Buffer]]],
+        *,
+        deadline_ms: int | None = None,
+        depth: int = 0,
+    ) -> Pending[list[GetResult]]: ...
+    def submit_put(
+        self,
+        items: Iterable[tuple[bytes, Buffer | Sequence[Buffer]]],
+        *,
+        deadline_ms: int | None = None,
+        durable: bool = False,
+        depth: int = 0,
+    ) -> Pending[list[str]]: ...
+    def submit_get_pages(
+        self,
+        ids: Sequence[bytes],
+        layers: Sequence[Buffer],
+        indices: Sequence[int],
+        page_bytes: int,
+        *,
+        deadline_ms: int | None = None,
+        depth: int = 0,
+    ) -> Pending[list[GetResult]]: ...
+    def submit_put_pages(
+        self,
+        ids: Sequence[bytes],
+        layers: Sequence[Buffer],
+        indices: Sequence[int],
+        page_bytes: int,
+        *,
+        deadline_ms: int | None = None,
+        durable: bool = False,
+        depth: int = 0,
+    ) -> Pending[list[str]]: ...
+    def close(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None: ...

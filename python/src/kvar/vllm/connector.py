@@ -1,0 +1,431 @@
+"""``KvarConnector``: the part that speaks vLLM. Thin; the decisions are in planner and worker.
+
+vLLM builds it twice, in processes of their own: once in the scheduler, once in each worker. They
+share no memory. What they share goes three ways: orders in each step's metadata, reports in each
+step's output, and the content fingerprint once at start, from the workers to the scheduler.
+
+```text
+scheduler process                              worker process (one a rank)
+  Planner --lookup--> store                      Mover --get/put pages--> store
+     |  StepOrders in KVConnectorMetadata  ------>  ^
+     ^  reports, received ids, bad pages   <------  |
+```
+
+Loads are asynchronous (the request waits outside the batch, other requests run on), saves too.
+Pages being saved are held by a reference in vLLM's own block pool, so that finishing, aborting or
+preempting their request takes them from nobody's hands.
+
+Left to vLLM: hashing of tokens (its chained block hashes, with LoRA, image and salt in them),
+what to recompute after a failed load, and the choice of what is loaded when.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
+
+import kvar
+from kvar.vllm.fingerprint import config_digest, fingerprint_text, model_name
+from kvar.vllm.link import Link
+from kvar.vllm.orders import SaveReport, StepOrders, merge_reports
+from kvar.vllm.pages import pages_of
+from kvar.vllm.planner import Planner
+from kvar.vllm.settings import Settings, SettingsError
+from kvar.vllm.worker import Ended, Mover, chain_names
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = init_logger("vllm.kvar")
+
+
+class Orders(KVConnectorMetadata):
+    """A step's orders, in the wrapping that vLLM carries from scheduler to workers."""
+
+    def __init__(self, orders: StepOrders) -> None:
+        self.orders = orders
+
+
+class Reports(KVConnectorWorkerMetadata):
+    """Ends of saves, in the wrapping that vLLM carries back."""
+
+    def __init__(self, reports: dict[int, SaveReport]) -> None:
+        self.reports = reports
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> Reports:
+        """Adds another rank's reports."""
+        assert isinstance(other, Reports)
+        return Reports(merge_reports(self.reports, other.reports))
+
+
+class Greeting(KVConnectorHandshakeMetadata):
+    """What a worker tells the scheduler at start: how it names its blocks."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+class KvarStats(KVConnectorStats):
+    """Token counts of a logging interval; all of them add up."""
+
+    def reset(self) -> None:
+        """Starts again at nothing."""
+        self.data.clear()
+
+    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
+        """Adds another interval, rank or role."""
+        for name, value in other.data.items():
+            self.data[name] = self.data.get(name, 0) + value
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """The figures of the log line."""
+        return {f"kvar_{name}": round(value, 3) for name, value in sorted(self.data.items())}
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing to say."""
+        return not self.data
+
+
+class KvarConnector(KVConnectorBase_V1):
+    """Keeps the KV of prompts and answers in a kvar store, and brings it back.
+
+    Set ``kv_connector`` to ``KvarConnector``, ``kv_connector_module_path`` to ``kvar.vllm``,
+    ``kv_role`` to ``kv_both`` and ``kv_load_failure_policy`` to ``recompute``; the settings of
+    ``kv_connector_extra_config`` are those of :class:`kvar.vllm.settings.Settings`.
+    """
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A save that is lost is a miss later; no request has to be run again for it."""
+        return False
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        role: KVConnectorRole,
+        kv_cache_config: KVCacheConfig,
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        transfer = self._kv_transfer_config
+        self._settings = Settings.from_extra_config(transfer.kv_connector_extra_config or {})
+        refuse_what_cannot_work(vllm_config, kv_cache_config)
+        self._key = kvar.NamespaceKey.from_file(self._settings.namespace_key_file)
+        self._link = Link.to(self._settings)
+        self._block_tokens: int = vllm_config.cache_config.block_size
+        parallel = vllm_config.parallel_config
+        self._ranks: int = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+        # Scheduler side.
+        self._text: str | None = None
+        self._pool: BlockPool | None = None
+        # Worker side.
+        self._mover: Mover | None = None
+        self._ended = Ended()
+        mode = self._settings.mode
+        self._planner = Planner(
+            block_tokens=self._block_tokens,
+            pool_blocks=kv_cache_config.num_blocks,
+            ranks=self._ranks,
+            loads=mode.loads and transfer.is_kv_consumer,
+            saves=mode.saves and transfer.is_kv_producer,
+            lookup=self._stored_positions,
+            hold=self._hold,
+            release=self._release,
+        )
+        logger.info(
+            "kvar: %s of namespace %s at %s, mode %s, key %s",
+            role.name.lower(),
+            self._settings.namespace,
+            self._settings.endpoint,
+            mode.value,
+            self._key.short_name,
+        )
+
+    # ---- scheduler ----
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        """Takes the workers' fingerprint, without which no block can be named."""
+        texts = {greeting.text for greeting in metadata.values() if isinstance(greeting, Greeting)}
+        if len(texts) != 1 or len(metadata) != self._ranks:
+            raise SettingsError(
+                f"kvar: {len(metadata)} of {self._ranks} ranks named their KV content, in "
+                f"{len(texts)} ways; all ranks need the same model, layer count and KV layout "
+                "(pipeline parallelism: a layer count that the stages divide)"
+            )
+        self._text = texts.pop()
+
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        """Takes vLLM's pool of pages, where pages being saved are held."""
+        self._pool = gpu_block_pool
+
+    def _hold(self, block_ids: Sequence[int]) -> None:
+        assert self._pool is not None
+        self._pool.touch([self._pool.blocks[block_id] for block_id in block_ids])
+
+    def _release(self, block_ids: Sequence[int]) -> None:
+        assert self._pool is not None
+        # The end of a chain is worth least: it goes to the front of what is reused.
+        self._pool.free_blocks(self._pool.blocks[block_id] for block_id in reversed(block_ids))
+
+    def _stored_positions(self, hashes: Sequence[bytes]) -> int | None:
+        if self._text is None or self._link.client() is None:
+            return None
+        ids = chain_names(self._key, hashes, self._text, self._planner.salt, self._ranks)
+        found = self._link.lookup(ids, self._settings.lookup_deadline_ms)
+        return None if found is None else found // self._ranks
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        """How much of the prompt is in the store beyond what the engine has itself."""
+        if not self._settings.mode.looks_up or request.skip_reading_prefix_cache:
+            return 0, False
+        tokens = self._planner.matched(request, num_computed_tokens)
+        return tokens, tokens > 0
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        """Orders the load, now that there are pages to load into."""
+        if not self._settings.mode.looks_up:
+            return
+        block_ids = blocks.get_block_ids()[0] if num_external_tokens else []
+        self._planner.allocated(request, block_ids, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        """The orders of this step."""
+        state = scheduler_output.kv_connector_block_state
+
+        def block_ids_of(request_id: str) -> Sequence[int] | None:
+            groups = state.get_block_ids(request_id) if state is not None else None
+            return groups[0] if groups else None
+
+        return Orders(self._planner.step(scheduler_output.num_scheduled_tokens, block_ids_of))
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        """Takes in what the workers reported."""
+        meta = connector_output.kv_connector_worker_meta
+        self._planner.worker_said(
+            reports=meta.reports if isinstance(meta, Reports) else {},
+            loaded=connector_output.finished_recving or (),
+            bad_block_ids=connector_output.invalid_block_ids,
+        )
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Orders what is left to save. The request's pages need not wait: we hold ours."""
+        self._planner.finished(request, block_ids)
+        return False, None
+
+    def has_pending_push_work(self) -> bool:
+        """Keeps the engine stepping while saves are under way, so that their holds end."""
+        return self._planner.has_work
+
+    def reset_cache(self) -> bool | None:
+        """Makes everything stored so far unreachable for this engine.
+
+        A reset is how callers say "the weights have changed": nothing older may come back.
+        """
+        self._planner.reset(uuid.uuid4().hex)
+        logger.info("kvar: cache reset; what was stored before is not used any more")
+        return True
+
+    # ---- worker ----
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Takes the engine's KV memory."""
+        # Layers that share another layer's KV appear twice; their bytes are stored once.
+        layers = list({layer.data_ptr(): layer for layer in kv_caches.values()}.values())
+        blocks = self._kv_cache_config.num_blocks
+        if any(layer.shape[0] != blocks for layer in layers):
+            raise SettingsError(
+                f"kvar: the attention backend's KV memory is of shape {tuple(layers[0].shape)}, "
+                f"which does not begin with the {blocks} pages; use another attention backend"
+            )
+        pages = pages_of(layers)
+        first = layers[0]
+        text = self._content_text(list(kv_caches), first, len(layers))
+        from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+        tensor_ranks = self._vllm_config.parallel_config.tensor_parallel_size
+        rank = get_pp_group().rank_in_group * tensor_ranks + get_tp_group().rank_in_group
+        self._text = text
+        self._mover = Mover(
+            link=self._link,
+            pages=pages,
+            key=self._key,
+            fingerprint_text=text,
+            head_slice=(rank, self._ranks),
+            deadline_ms=self._settings.deadline_ms,
+            bytes_a_block=first[0].numel() * first.element_size() * len(layers),
+        )
+        logger.info("kvar: rank %d of %d, %s", rank, self._ranks, text.replace("\n", " "))
+
+    def _content_text(self, names: list[str], first: torch.Tensor, layers: int) -> str:
+        import vllm
+
+        model = self._vllm_config.model_config
+        context = self._vllm_config.compilation_config.static_forward_context
+        layer = context.get(names[0])
+        backend = layer.get_attn_backend().get_name() if layer is not None else "unknown"
+        return fingerprint_text(
+            [
+                ("vllm", ".".join(vllm.__version__.split(".")[:2])),
+                ("model", model_name(model.model)),
+                ("revision", model.revision),
+                ("config", config_digest(model.hf_config.to_dict())),
+                ("dtype", model.dtype),
+                ("cache_dtype", first.dtype),
+                ("cache_kind", self._vllm_config.cache_config.cache_dtype),
+                ("quantization", model.quantization),
+                ("block_tokens", self._block_tokens),
+                ("layers", layers),
+                ("page", tuple(first.shape[1:])),
+                ("stride", tuple(first.stride()[1:])),
+                ("layout", self._kv_cache_config.kv_cache_layout),
+                # The CPU backend packs keys by instruction set; others have no such attribute.
+                ("backend", f"{backend}/{getattr(layer, 'isa', '')}"),
+            ]
+        )
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        """What the scheduler needs to name the same blocks."""
+        return Greeting(self._text) if self._text is not None else None
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Starts the loads of this step."""
+        orders = self._step_orders()
+        if self._mover is not None and orders is not None:
+            for order in orders.loads:
+                self._mover.start_load(order, orders.salt)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: requests run only once all of their load has arrived."""
+
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: Any,
+    ) -> None:
+        """Nothing: whole blocks are saved after the step."""
+
+    def wait_for_save(self) -> None:
+        """Starts the saves of this step; waits for none."""
+        orders = self._step_orders()
+        if self._mover is not None and orders is not None:
+            for order in orders.saves:
+                self._mover.start_save(order, orders.salt)
+
+    def _step_orders(self) -> StepOrders | None:
+        metadata = self._connector_metadata
+        return metadata.orders if isinstance(metadata, Orders) else None
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """Requests whose load has ended, well or not."""
+        if self._mover is not None:
+            self._ended = self._mover.ended()
+        return None, self._ended.loaded or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Pages that could not be loaded, of the loads that have just ended."""
+        return self._ended.bad_block_ids
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """Saves that have just ended."""
+        return Reports(self._ended.reports) if self._ended.reports else None
+
+    # ---- both ----
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        """Counts since the last call."""
+        data = self._planner.counters.take()
+        if self._mover is not None:
+            data.update(self._mover.counters.take())
+        return KvarStats(data=data) if data else None
+
+    @classmethod
+    def build_kv_connector_stats(
+        cls, data: dict[str, Any] | None = None
+    ) -> KVConnectorStats | None:
+        """Counts as they come out of another process."""
+        return KvarStats(data=data or {})
+
+    def shutdown(self) -> None:
+        """Lets go of the node; calls under way end by their deadlines."""
+        self._link.close()
+
+
+def refuse_what_cannot_work(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Raises :class:`SettingsError` for set-ups whose KV this connector would not keep right."""
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None and transfer.kv_load_failure_policy == "fail":
+        raise SettingsError(
+            'kvar: kv_load_failure_policy is "fail" (vLLM\'s default), so that a block lost '
+            "between lookup and load would end its request with an error. "
+            'Set "kv_load_failure_policy": "recompute" in --kv-transfer-config.'
+        )
+    if not vllm_config.cache_config.enable_prefix_caching:
+        raise SettingsError(
+            "kvar: prefix caching is off, and with it the block hashes that name KV. "
+            "Start vLLM with --enable-prefix-caching."
+        )
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1:
+        raise SettingsError(
+            f"kvar: the model's KV cache has {len(groups)} groups (layers of different kinds "
+            "managed apart). Start vLLM with --disable-hybrid-kv-cache-manager."
+        )
+    spec = groups[0].kv_cache_spec
+    specs = spec.kv_cache_specs.values() if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
+    for one in specs:
+        windowed = isinstance(one, SlidingWindowSpec | ChunkedLocalAttentionSpec)
+        if windowed or not isinstance(one, FullAttentionSpec):
+            raise SettingsError(
+                f"kvar: {type(one).__name__} layers drop or rewrite part of their KV while a "
+                "request runs; this connector keeps full-attention KV only. Run this model "
+                "without it."
+            )
+    block_tokens = vllm_config.cache_config.block_size
+    hashed_tokens = kv_cache_config.hash_block_size or block_tokens
+    if hashed_tokens != block_tokens or spec.block_size != block_tokens:
+        raise SettingsError(
+            f"kvar: blocks of {spec.block_size} tokens, hashed by {hashed_tokens}, configured as "
+            f"{block_tokens}: set --block-size to a size that the attention backend uses as it is"
+        )
+    parallel = vllm_config.parallel_config
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        raise SettingsError(
+            "kvar: context parallelism spreads one block over ranks by token, which this "
+            "connector does not store. Set the context-parallel sizes to 1."
+        )

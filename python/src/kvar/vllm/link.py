@@ -1,0 +1,143 @@
+"""The connector's hold on the store: a client that may be missing, and what that costs.
+
+```text
+              connected                       a call found the node gone or mute
+   down  ------------------>  up  ------------------------------------------------> down
+    ^  a thread tries again: after 0.25 s, then twice as long each time, at most 5 s   |
+    +----------------------------------------------------------------------------------+
+```
+
+While down every question is answered at once with "no": the engine pays one lookup deadline for
+the first failure and nothing after it. Trying again is the thread's work, never a request's.
+
+A wrong key or another protocol version is a mistake in the set-up, not weather: at start it is
+raised, later (the node was replaced) it is logged and tried again like the rest.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+
+import kvar
+from kvar.vllm.settings import Settings
+
+logger = logging.getLogger("vllm.kvar")
+
+RETRY_FIRST_S = 0.25
+RETRY_LAST_S = 5.0
+
+# What the first connection may take, at engine start or from the retry thread; both can wait.
+CONNECT_TIMEOUT_MS = 1_000
+
+# Asked about to see whether the node answers; ids are hashes, and no hash is all zeros.
+NOBODYS_ID = bytes(32)
+
+
+class Link:
+    """A client with a breaker. Thread-safe."""
+
+    def __init__(self, connect: Callable[[], kvar.Client], endpoint: str) -> None:
+        self._connect = connect
+        self._endpoint = endpoint
+        self._lock = threading.Lock()
+        self._client: kvar.Client | None = None
+        self._up = False
+        self._closed = threading.Event()
+        self._retry: threading.Thread | None = None
+
+    @classmethod
+    def to(cls, settings: Settings) -> Link:
+        """The link that the settings describe: connected if the node is there and wanted."""
+
+        def connect() -> kvar.Client:
+            return kvar.Client(
+                settings.endpoint,
+                namespace=settings.namespace,
+                key_file=settings.namespace_key_file,
+                deadline_ms=settings.deadline_ms,
+                connect_timeout_ms=CONNECT_TIMEOUT_MS,
+            )
+
+        link = cls(connect, settings.endpoint)
+        if settings.mode.looks_up:
+            link.start()
+        return link
+
+    def start(self) -> None:
+        """Connects; an unreachable node is a warning, a wrong key or version is raised."""
+        try:
+            self._client = self._connect()
+            self._up = True
+        except kvar.ConnectError as error:
+            logger.warning(
+                "kvar: %s is not reachable (%s); going on without it and trying again",
+                self._endpoint,
+                error,
+            )
+            self._retry_later()
+
+    def client(self) -> kvar.Client | None:
+        """The client, or None while the store is away."""
+        return self._client if self._up else None
+
+    def lookup(self, ids: Sequence[bytes], deadline_ms: int) -> int | None:
+        """How many leading blocks are there; None if the store is away or does not say in time."""
+        client = self.client()
+        if client is None:
+            return None
+        try:
+            return client.lookup(ids, deadline_ms=deadline_ms)
+        except kvar.KvarError as error:
+            self.failed(error)
+            return None
+
+    def failed(self, why: object) -> None:
+        """A call found the node gone or mute: open the breaker."""
+        with self._lock:
+            if not self._up or self._closed.is_set():
+                return
+            self._up = False
+        logger.warning(
+            "kvar: %s does not answer (%s); computing instead until it does", self._endpoint, why
+        )
+        self._retry_later()
+
+    def _retry_later(self) -> None:
+        with self._lock:
+            if self._retry is None and not self._closed.is_set():
+                self._retry = threading.Thread(target=self._run, name="kvar-link", daemon=True)
+                self._retry.start()
+
+    def _run(self) -> None:
+        wait_s = RETRY_FIRST_S
+        while not self._closed.wait(wait_s):
+            wait_s = min(2 * wait_s, RETRY_LAST_S)
+            try:
+                if self._client is None:
+                    self._client = self._connect()
+                else:
+                    self._client.lookup([NOBODYS_ID], deadline_ms=CONNECT_TIMEOUT_MS)
+            except kvar.ConnectError as error:
+                logger.debug("kvar: %s is still away: %s", self._endpoint, error)
+                continue
+            except kvar.KvarError as error:
+                logger.warning("kvar: %s answers, but: %s", self._endpoint, error)
+                continue
+            with self._lock:
+                self._up = True
+                self._retry = None
+            logger.info("kvar: %s answers again", self._endpoint)
+            return
+
+    def close(self) -> None:
+        """Ends the thread and the client. Calls under way end by their deadlines."""
+        self._closed.set()
+        with self._lock:
+            self._up = False
+            retry = self._retry
+        if retry is not None:
+            retry.join(timeout=CONNECT_TIMEOUT_MS / 1000 + 1)
+        if self._client is not None:
+            self._client.close()

@@ -1,0 +1,73 @@
+"""What the scheduler tells the workers in a step, and what they tell it back.
+
+```text
+scheduler                                 worker (one a rank)
+  StepOrders{loads, saves, salt}   --->     starts them in the background
+  SaveReports{job -> SaveReport}   <---     ends of saves; loads end through vLLM's own channel
+```
+
+Orders carry engine hashes, not block ids: every rank names its own blocks from them. These are
+plain data and know nothing of vLLM, so that they can be tested without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class LoadOrder:
+    """Fill these pages of a waiting request."""
+
+    request_id: str
+    hashes: list[bytes]
+    block_ids: list[int]
+    depth: int
+    """Position of the first block in its chain."""
+
+
+@dataclass
+class SaveOrder:
+    """Store these pages; the scheduler keeps them from being reused until the job's report."""
+
+    job: int
+    hashes: list[bytes]
+    block_ids: list[int]
+    depth: int
+    """Position of the first block in its chain."""
+
+
+@dataclass
+class StepOrders:
+    """All a worker is to start in one step."""
+
+    loads: list[LoadOrder] = field(default_factory=list)
+    saves: list[SaveOrder] = field(default_factory=list)
+    salt: str = ""
+    """Part of the fingerprint; a new one after the cache was reset from outside."""
+
+
+@dataclass
+class SaveReport:
+    """How one job ended on the ranks counted in it."""
+
+    ranks: int
+    stored_blocks: int
+    failed_blocks: int
+
+    def __add__(self, other: SaveReport) -> SaveReport:
+        return SaveReport(
+            self.ranks + other.ranks,
+            self.stored_blocks + other.stored_blocks,
+            self.failed_blocks + other.failed_blocks,
+        )
+
+
+def merge_reports(
+    mine: dict[int, SaveReport], theirs: dict[int, SaveReport]
+) -> dict[int, SaveReport]:
+    """Adds two ranks' reports job by job."""
+    merged = dict(mine)
+    for job, report in theirs.items():
+        merged[job] = merged[job] + report if job in merged else report
+    return merged

@@ -1,0 +1,375 @@
+"""How the bytes of the engine's pages get to the store and back.
+
+A kvar block is one engine block: one section a layer, in the order of the layers.
+
+```text
+layer 0  [page 0][page 1][page 2] ...        block of page 2 = (layer 0's page 2,
+layer 1  [page 0][page 1][page 2] ...                           layer 1's page 2,
+  ...                                                             ...           )
+```
+
+Two ways, chosen by what the engine's memory looks like:
+
+* **direct**: host memory, each layer's pages one behind the other (the CPU backend). The client
+  reads and writes the engine's memory itself; nothing is copied on the way.
+* **staged**: device memory, or pages that are not contiguous. Bytes go through pinned lanes of
+  host memory, copied on a stream of their own. *The device half has not been run on hardware
+  yet; the host half (no stream) is tested.*
+
+Transfers are pushed along by :meth:`Transfer.advance`, called once an engine step; it never waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import kvar
+
+if TYPE_CHECKING:
+    import torch
+
+# One lane of staging: enough blocks that a copy is worth its launch, few enough that a lane of a
+# large model (2 MiB a block) stays near 32 MiB.
+LANE_BLOCKS = 16
+
+# Lanes in all: while one is copied, another is on the link, for loads and saves at once.
+LANES = 4
+
+
+class Transfer(Protocol):
+    """A load or save under way."""
+
+    def advance(self) -> list[str] | None:
+        """Pushes it along; when it has ended, for each block its outcome."""
+
+
+class Pages(Protocol):
+    """The engine's pages as the store sees them."""
+
+    page_shape: tuple[int, ...]
+
+    def load(
+        self,
+        client: kvar.Client,
+        ids: Sequence[bytes],
+        blocks: Sequence[int],
+        deadline_ms: int,
+        depth: int,
+    ) -> Transfer:
+        """Starts filling pages."""
+
+    def save(
+        self,
+        client: kvar.Client,
+        ids: Sequence[bytes],
+        blocks: Sequence[int],
+        deadline_ms: int,
+        depth: int,
+    ) -> Transfer:
+        """Starts storing pages."""
+
+
+def pages_of(layers: Sequence[torch.Tensor]) -> Pages:
+    """The right kind for these tensors, each of shape (pages, ...)."""
+    first = layers[0]
+    for layer in layers:
+        if layer.shape != first.shape or layer.dtype != first.dtype:
+            raise ValueError(
+                "kvar: the layers' KV pages differ in shape or type "
+                f"({tuple(first.shape)} {first.dtype} and {tuple(layer.shape)} {layer.dtype}); "
+                "this connector needs one kind of attention layer"
+            )
+    if all(layer.device.type == "cpu" and layer.is_contiguous() for layer in layers):
+        return DirectPages(layers)
+    return StagedPages(layers)
+
+
+def _as_bytes(layer: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return layer.view(torch.uint8)
+
+
+def words_of(results: Sequence[kvar.GetResult | str]) -> list[str]:
+    """The outcomes of a get or a put as words."""
+    return [result if isinstance(result, str) else result.outcome for result in results]
+
+
+class _Pending:
+    """A transfer that is one call of the client."""
+
+    def __init__(self, pending: kvar.Pending[Any]) -> None:
+        self._pending = pending
+
+    def advance(self) -> list[str] | None:
+        return words_of(self._pending.result()) if self._pending.done() else None
+
+
+class DirectPages:
+    """Pages in contiguous host memory; the client works on them in place."""
+
+    def __init__(self, layers: Sequence[torch.Tensor]) -> None:
+        self.page_shape = tuple(layers[0].shape[1:])
+        self._layers = [_as_bytes(layer).reshape(-1).numpy() for layer in layers]
+        self._page_bytes = self._layers[0].size // layers[0].shape[0]
+
+    def load(
+        self,
+        client: kvar.Client,
+        ids: Sequence[bytes],
+        blocks: Sequence[int],
+        deadline_ms: int,
+        depth: int,
+    ) -> Transfer:
+        """Starts filling pages."""
+        pending = client.submit_get_pages(
+            ids, self._layers, blocks, self._page_bytes, deadline_ms=deadline_ms, depth=depth
+        )
+        return _Pending(pending)
+
+    def save(
+        self,
+        client: kvar.Client,
+        ids: Sequence[bytes],
+        blocks: Sequence[int],
+        deadline_ms: int,
+        depth: int,
+    ) -> Transfer:
+        """Starts storing pages."""
+        pending = client.submit_put_pages(
+            ids, self._layers, blocks, self._page_bytes, deadline_ms=deadline_ms, depth=depth
+        )
+        return _Pending(pending)
+
+
+class StagedPages:
+    """Pages on a device, or strewn in host memory: copied through lanes of host memory."""
+
+    def __init__(self, layers: Sequence[torch.Tensor]) -> None:
+        import torch
+
+        self.page_shape = tuple(layers[0].shape[1:])
+        self.layers = [_as_bytes(layer) for layer in layers]
+        first = self.layers[0]
+        self.page_bytes = first[0].numel()
+        self.device = first.device
+        # CUDA and ROCm share torch's interface; host memory needs neither stream nor pinning.
+        on_device = self.device.type == "cuda"
+        self.stream: Any = torch.cuda.Stream(self.device) if on_device else None
+        shape = (LANES, len(layers), LANE_BLOCKS * self.page_bytes)
+        memory = torch.empty(shape, dtype=torch.uint8, pin_memory=on_device)
+        self.free = [Lane(self, memory[lane]) for lane in range(LANES)]
+
+    def load(
+        self,
+        client: kvar.Client,
+        ids: Sequence[bytes],
+        blocks: Sequence[int],
+        deadline_ms: int,
+        depth: int,
+    ) -> Transfer:
+        """Starts filling pages."""
+        return _StagedLoad(self, client, ids, blocks, deadline_ms, depth)
+
+    def save(
+        self,
+        client: kvar.Client,
+        ids: Sequence[bytes],
+        blocks: Sequence[int],
+        deadline_ms: int,
+        depth: int,
+    ) -> Transfer:
+        """Starts storing pages, once what the engine has launched so far is done."""
+        return _StagedSave(self, client, ids, blocks, deadline_ms, depth)
+
+
+class Lane:
+    """Host memory for ``LANE_BLOCKS`` blocks, all layers; used by one piece of work at a time."""
+
+    def __init__(self, pages: StagedPages, memory: torch.Tensor) -> None:
+        self._pages = pages
+        self._memory = memory
+        self.sections = [layer.numpy() for layer in memory]
+
+    def _views(self, count: int) -> list[torch.Tensor]:
+        shape = self._pages.layers[0].shape[1:]
+        used = count * self._pages.page_bytes
+        return [layer[:used].view(count, *shape) for layer in self._memory]
+
+    def copy_in(self, blocks: Sequence[int], after: Any) -> Any:
+        """Starts copying pages into the lane; returns what tells when it is done."""
+        import torch
+
+        def copy() -> None:
+            index = torch.tensor(blocks, device=self._pages.device)
+            for layer, view in zip(self._pages.layers, self._views(len(blocks)), strict=True):
+                view.copy_(layer.index_select(0, index), non_blocking=True)
+
+        return self._on_stream(copy, after)
+
+    def copy_out(self, places: Sequence[int], blocks: Sequence[int]) -> Any:
+        """Starts copying the lane's ``places`` into pages; returns what tells when it is done."""
+        import torch
+
+        def copy() -> None:
+            index = torch.tensor(blocks, device=self._pages.device)
+            for layer, view in zip(self._pages.layers, self._views(LANE_BLOCKS), strict=True):
+                # Nearly always all of the first blocks arrived, and no copy is needed to say so.
+                whole = list(places) == list(range(len(places)))
+                chosen = view[: len(places)] if whole else view[list(places)]
+                layer.index_copy_(0, index, chosen.to(self._pages.device, non_blocking=True))
+
+        return self._on_stream(copy, None)
+
+    def _on_stream(self, copy: Any, after: Any) -> Any:
+        stream = self._pages.stream
+        if stream is None:
+            copy()
+            return None
+        import torch
+
+        with torch.cuda.stream(stream):
+            if after is not None:
+                stream.wait_event(after)
+            copy()
+            done = torch.cuda.Event()
+            done.record(stream)
+        return done
+
+
+def _is_done(event: Any) -> bool:
+    return event is None or bool(event.query())
+
+
+class _Piece:
+    """Up to ``LANE_BLOCKS`` blocks of a staged transfer, in one lane."""
+
+    def __init__(self, lane: Lane, first: int, count: int) -> None:
+        self.lane = lane
+        self.first = first
+        self.count = count
+        self.event: Any = None
+        self.pending: kvar.Pending[Any] | None = None
+
+
+class _Staged:
+    """What loads and saves through lanes share: pieces take lanes as they come free."""
+
+    def __init__(
+        self,
+        pages: StagedPages,
+        client: kvar.Client,
+        ids: Sequence[bytes],
+        blocks: Sequence[int],
+        deadline_ms: int,
+        depth: int,
+    ) -> None:
+        self.pages = pages
+        self.client = client
+        self.ids = ids
+        self.blocks = blocks
+        self.deadline_ms = deadline_ms
+        self.depth = depth
+        self.words = [""] * len(ids)
+        self._next = 0
+        self._pieces: list[_Piece] = []
+
+    def advance(self) -> list[str] | None:
+        """Starts what a lane is free for, pushes along what has one."""
+        for piece in list(self._pieces):
+            if self.push(piece):
+                self._pieces.remove(piece)
+                self.pages.free.append(piece.lane)
+        while self._next < len(self.ids) and self.pages.free:
+            count = min(LANE_BLOCKS, len(self.ids) - self._next)
+            piece = _Piece(self.pages.free.pop(), self._next, count)
+            self._next += count
+            self._pieces.append(piece)
+            self.begin(piece)
+        return self.words if self._next == len(self.ids) and not self._pieces else None
+
+    def begin(self, piece: _Piece) -> None:
+        """Starts a piece that has just got its lane."""
+        raise NotImplementedError
+
+    def push(self, piece: _Piece) -> bool:
+        """Pushes a piece along; True once it has ended."""
+        raise NotImplementedError
+
+    def ids_of(self, piece: _Piece) -> Sequence[bytes]:
+        """The ids of a piece."""
+        return self.ids[piece.first : piece.first + piece.count]
+
+    def blocks_of(self, piece: _Piece) -> Sequence[int]:
+        """The engine's pages of a piece."""
+        return self.blocks[piece.first : piece.first + piece.count]
+
+
+class _StagedLoad(_Staged):
+    """store -> lane -> pages."""
+
+    def begin(self, piece: _Piece) -> None:
+        piece.pending = self.client.submit_get_pages(
+            self.ids_of(piece),
+            piece.lane.sections,
+            range(piece.count),
+            self.pages.page_bytes,
+            deadline_ms=self.deadline_ms,
+            depth=self.depth + piece.first,
+        )
+
+    def push(self, piece: _Piece) -> bool:
+        if piece.pending is not None:
+            if not piece.pending.done():
+                return False
+            words = words_of(piece.pending.result())
+            piece.pending = None
+            self.words[piece.first : piece.first + piece.count] = words
+            places = [place for place, word in enumerate(words) if word == "hit"]
+            if places:
+                blocks = self.blocks_of(piece)
+                piece.event = piece.lane.copy_out(places, [blocks[place] for place in places])
+        return _is_done(piece.event)
+
+
+class _StagedSave(_Staged):
+    """pages -> lane -> store."""
+
+    def __init__(
+        self,
+        pages: StagedPages,
+        client: kvar.Client,
+        ids: Sequence[bytes],
+        blocks: Sequence[int],
+        deadline_ms: int,
+        depth: int,
+    ) -> None:
+        super().__init__(pages, client, ids, blocks, deadline_ms, depth)
+        self.computed: Any = None
+        if pages.stream is not None:
+            import torch
+
+            # The pages are filled by work that the engine has only launched: wait for it.
+            self.computed = torch.cuda.Event()
+            self.computed.record(torch.cuda.current_stream(pages.device))
+
+    def begin(self, piece: _Piece) -> None:
+        piece.event = piece.lane.copy_in(self.blocks_of(piece), self.computed)
+
+    def push(self, piece: _Piece) -> bool:
+        if piece.pending is None:
+            if not _is_done(piece.event):
+                return False
+            piece.pending = self.client.submit_put_pages(
+                self.ids_of(piece),
+                piece.lane.sections,
+                range(piece.count),
+                self.pages.page_bytes,
+                deadline_ms=self.deadline_ms,
+                depth=self.depth + piece.first,
+            )
+        if not piece.pending.done():
+            return False
+        self.words[piece.first : piece.first + piece.count] = words_of(piece.pending.result())
+        return True

@@ -1,0 +1,297 @@
+"""The scheduler's half: what is there, what to load, what to save. Decides; moves no bytes.
+
+What must always be true:
+* nothing here raises on the engine's path or waits longer than one lookup;
+* a page ordered to be saved is held until every rank has reported, so that it is neither freed nor
+  overwritten while it is read, whatever happens to its request (end, abort, preemption);
+* a request whose load failed is not sent to load again, so that it cannot go round for ever.
+
+A request's life here:
+
+```text
+          matched()            allocated(n > 0)           loaded / failed
+  new  --------------> known ------------------> loading ----------------> running
+                         |   allocated(0)                                    |
+                         +-----------------------------------------------> running --> finished()
+  preempted: back to new (matched() again); its ordered saves go on under their holds
+```
+
+``saved_blocks`` of a request counts its leading blocks that are in the store or on their way.
+Every step orders the full blocks beyond it, prompt and generated tokens alike. A local hit that
+the store has lost is thereby stored again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Protocol
+
+from kvar.vllm.orders import LoadOrder, SaveOrder, SaveReport, StepOrders
+
+# A request that finds no free memory is asked about in every step. Its answer stays good for half
+# of the two seconds that a lookup's lease lasts.
+LOOKUP_REUSE_S = 1.0
+
+# Pages held for saving are taken from the engine's pool when their request ends before they are
+# stored. Half of the pool leaves room for new work; saves beyond it wait for a later step.
+HELD_SHARE_MAX = 0.5
+
+
+class EngineRequest(Protocol):
+    """The part of vLLM's ``Request`` that is read here."""
+
+    @property
+    def request_id(self) -> str:
+        """Its name."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far, prompt and answer."""
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens whose KV is there, before the step that is being scheduled."""
+
+    @property
+    def block_hashes(self) -> Sequence[bytes]:
+        """Chained hashes of the full blocks of known tokens."""
+
+
+@dataclass
+class Tracked:
+    """What is known of one request."""
+
+    request: EngineRequest
+    saved_blocks: int = 0
+    local_blocks: int = 0
+    loading: list[int] | None = None
+    """Pages being filled, in order; they begin at ``local_blocks``."""
+    barred: bool = False
+    """A load of it failed: compute from now on."""
+    stale: bool = False
+    """Begun before the cache was reset: its pages may be of other weights, save none."""
+    lookup: tuple[float, int, int] | None = None
+    """When it was looked up, how many blocks were asked about, how many were there."""
+
+
+@dataclass
+class Counters:
+    """Token counts since they were last taken."""
+
+    values: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, amount: float) -> None:
+        """Adds to one counter."""
+        if amount:
+            self.values[name] = self.values.get(name, 0) + amount
+
+    def take(self) -> dict[str, float]:
+        """All counters; they start again at nothing."""
+        taken, self.values = self.values, {}
+        return taken
+
+
+class Planner:
+    """The scheduler-side state of a connector.
+
+    ``lookup`` answers how many leading positions of a chain of engine hashes are stored, or None
+    if the store cannot say right now. ``hold`` and ``release`` keep pages from being reused.
+    """
+
+    def __init__(
+        self,
+        *,
+        block_tokens: int,
+        pool_blocks: int,
+        ranks: int,
+        loads: bool,
+        saves: bool,
+        lookup: Callable[[Sequence[bytes]], int | None],
+        hold: Callable[[Sequence[int]], None],
+        release: Callable[[Sequence[int]], None],
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._block_tokens = block_tokens
+        self._held_blocks_max = int(pool_blocks * HELD_SHARE_MAX)
+        self._ranks = ranks
+        self._loads = loads
+        self._saves = saves
+        self._lookup = lookup
+        self._hold = hold
+        self._release = release
+        self._now = now
+        self._tracked: dict[str, Tracked] = {}
+        self._orders = StepOrders()
+        self._held: dict[int, list[int]] = {}
+        self._held_blocks = 0
+        self._reports: dict[int, SaveReport] = {}
+        self._next_job = 0
+        self.salt = ""
+        self.counters = Counters()
+
+    def matched(self, request: EngineRequest, computed_tokens: int) -> int:
+        """Tokens beyond ``computed_tokens`` that can be loaded. Asked once or many times."""
+        tracked = self._track(request)
+        tracked.local_blocks = computed_tokens // self._block_tokens
+        # The last token is always computed: its logits are what the request is after.
+        usable = min((request.num_tokens - 1) // self._block_tokens, len(request.block_hashes))
+        stored = self._stored_blocks(tracked, usable)
+        if stored is None:
+            # Not knowing is no reason to send again what was saved when it was computed.
+            tracked.saved_blocks = tracked.local_blocks
+            return 0
+        tracked.saved_blocks = stored
+        if not self._loads or tracked.barred:
+            return 0
+        return max(0, stored - tracked.local_blocks) * self._block_tokens
+
+    def _stored_blocks(self, tracked: Tracked, usable: int) -> int | None:
+        if usable <= 0:
+            return 0
+        if tracked.lookup is not None:
+            when, asked, found = tracked.lookup
+            if asked == usable and self._now() - when < LOOKUP_REUSE_S:
+                return found
+        found_now = self._lookup(tracked.request.block_hashes[:usable])
+        if found_now is None:
+            self.counters.add("failed_lookups", 1)
+            return None
+        tracked.lookup = (self._now(), usable, found_now)
+        self.counters.add("looked_up_tokens", usable * self._block_tokens)
+        self.counters.add("stored_tokens", found_now * self._block_tokens)
+        return found_now
+
+    def allocated(self, request: EngineRequest, block_ids: Sequence[int], tokens: int) -> None:
+        """The request has its pages; ``tokens`` of them are to be loaded (0: none)."""
+        tracked = self._track(request)
+        tracked.lookup = None
+        if tokens <= 0:
+            return
+        first = tracked.local_blocks
+        last = first + tokens // self._block_tokens
+        tracked.loading = list(block_ids[first:last])
+        self.counters.add("hit_tokens", tokens)
+        self._orders.loads.append(
+            LoadOrder(
+                request.request_id, list(request.block_hashes[first:last]), tracked.loading, first
+            )
+        )
+
+    def step(
+        self,
+        scheduled_tokens: Mapping[str, int],
+        block_ids_of: Callable[[str], Sequence[int] | None],
+    ) -> StepOrders:
+        """The orders of this step; called once a step, after everything was scheduled."""
+        for request_id, tokens in scheduled_tokens.items():
+            tracked = self._tracked.get(request_id)
+            if tracked is not None:
+                self._save(
+                    tracked,
+                    tracked.request.num_computed_tokens + tokens,
+                    partial(block_ids_of, request_id),
+                )
+        orders, self._orders = self._orders, StepOrders()
+        orders.salt = self.salt
+        return orders
+
+    def _save(
+        self,
+        tracked: Tracked,
+        computed_tokens: int,
+        block_ids: Callable[[], Sequence[int] | None],
+    ) -> None:
+        if not self._saves or tracked.stale:
+            return
+        # Only tokens that are known have a hash; drafts and placeholders are never saved.
+        full = min(computed_tokens // self._block_tokens, len(tracked.request.block_hashes))
+        first = tracked.saved_blocks
+        last = min(full, first + self._held_blocks_max - self._held_blocks)
+        if last <= first:
+            return
+        pages = list((block_ids() or ())[first:last])
+        if len(pages) != last - first:
+            return
+        self._hold(pages)
+        job, self._next_job = self._next_job, self._next_job + 1
+        self._held[job] = pages
+        self._held_blocks += len(pages)
+        tracked.saved_blocks = last
+        self._orders.saves.append(
+            SaveOrder(job, list(tracked.request.block_hashes[first:last]), pages, first)
+        )
+
+    def worker_said(
+        self,
+        *,
+        reports: Mapping[int, SaveReport],
+        loaded: Iterable[str],
+        bad_block_ids: set[int],
+    ) -> None:
+        """Takes in what the workers reported after a step."""
+        for job, report in reports.items():
+            known = self._reports.get(job)
+            total = report if known is None else known + report
+            if total.ranks < self._ranks:
+                self._reports[job] = total
+                continue
+            self._reports.pop(job, None)
+            pages = self._held.pop(job, None)
+            if pages is not None:
+                self._held_blocks -= len(pages)
+                self._release(pages)
+            tokens_a_rank = self._block_tokens / self._ranks
+            self.counters.add("saved_tokens", total.stored_blocks * tokens_a_rank)
+            self.counters.add("unsaved_tokens", total.failed_blocks * tokens_a_rank)
+        if bad_block_ids:
+            for tracked in self._tracked.values():
+                self._note_failed_load(tracked, bad_block_ids)
+        for request_id in loaded:
+            done = self._tracked.get(request_id)
+            if done is not None and done.loading is not None:
+                self.counters.add("loaded_tokens", len(done.loading) * self._block_tokens)
+                done.loading = None
+
+    def _note_failed_load(self, tracked: Tracked, bad_block_ids: set[int]) -> None:
+        if tracked.loading is None:
+            return
+        for index, block_id in enumerate(tracked.loading):
+            if block_id in bad_block_ids:
+                lost = len(tracked.loading) - index
+                self.counters.add("failed_load_tokens", lost * self._block_tokens)
+                del tracked.loading[index:]
+                tracked.barred = True
+                # The bad copy is gone from the store; what is computed instead takes its place.
+                tracked.saved_blocks = tracked.local_blocks + index
+                return
+
+    def finished(self, request: EngineRequest, block_ids: Sequence[int]) -> None:
+        """The request ended: orders what was not saved yet and forgets it."""
+        tracked = self._tracked.pop(request.request_id, None)
+        # Pages of a load that is still under way hold nothing worth keeping.
+        if tracked is not None and tracked.loading is None:
+            self._save(tracked, request.num_computed_tokens, lambda: block_ids)
+
+    def reset(self, salt: str) -> None:
+        """Forgets all that was stored so far: from now on every block has another name.
+
+        Pages under way keep their old names and are out of reach with them.
+        """
+        self.salt = salt
+        for tracked in self._tracked.values():
+            tracked.lookup = None
+            tracked.stale = True
+
+    @property
+    def has_work(self) -> bool:
+        """Whether holds are open or orders wait; the engine must keep stepping until not."""
+        return bool(self._held or self._orders.saves or self._orders.loads)
+
+    def _track(self, request: EngineRequest) -> Tracked:
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            tracked = self._tracked[request.request_id] = Tracked(request)
+        return tracked

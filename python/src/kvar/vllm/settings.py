@@ -1,0 +1,120 @@
+"""What an operator can say in ``kv_connector_extra_config``, checked before anything starts.
+
+| key                | default | meaning                                                      |
+|--------------------|---------|--------------------------------------------------------------|
+| endpoint           | needed  | ``host:port`` of a node                                      |
+| namespace          | default | whose blocks these are                                       |
+| namespace_key_file | needed  | key file of the namespace; the node writes one beside its data |
+| mode               | load    | off, observe, save or load, see :class:`Mode`                |
+| deadline_ms        | 2000    | longest time one load or save may take before it is given up |
+| lookup_deadline_ms | 20      | longest time the scheduler waits for a lookup                |
+
+An unknown key is an error: a misspelt one would otherwise be a silent default.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# A load of an 8k-token prompt of a mid-sized model is some hundred megabytes: a tenth of this on a
+# good link. Past it, computing the prompt again is the better deal almost everywhere.
+DEADLINE_MS_DEFAULT = 2_000
+
+# The scheduler serves all requests, so it may not wait long for one. A healthy node answers in
+# well under 1 ms; 20 ms outlast a context switch storm on a small machine.
+LOOKUP_DEADLINE_MS_DEFAULT = 20
+
+# No setting of a deadline makes sense beyond a minute: the request would be gone.
+DEADLINE_MS_MAX = 60_000
+
+
+class Mode(enum.Enum):
+    """How much the connector does. Each includes the one before it, save for loading."""
+
+    OFF = "off"
+    """Nothing at all; the connector is there and touches neither node nor cache."""
+    OBSERVE = "observe"
+    """Look up and count what would have been a hit; load and save nothing."""
+    SAVE = "save"
+    """Observe, and save what the engine computes; load nothing."""
+    LOAD = "load"
+    """Save and load: the normal way to run."""
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the scheduler asks the node at all."""
+        return self is not Mode.OFF
+
+    @property
+    def saves(self) -> bool:
+        """Whether computed blocks go to the store."""
+        return self in (Mode.SAVE, Mode.LOAD)
+
+    @property
+    def loads(self) -> bool:
+        """Whether stored blocks come back."""
+        return self is Mode.LOAD
+
+
+class SettingsError(ValueError):
+    """The connector cannot start like this; the message names the setting and what to write."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The checked settings of one connector."""
+
+    endpoint: str
+    namespace: str
+    namespace_key_file: str
+    mode: Mode
+    deadline_ms: int
+    lookup_deadline_ms: int
+
+    @classmethod
+    def from_extra_config(cls, extra: Mapping[str, Any]) -> Settings:
+        """Reads ``kv_connector_extra_config``; raises :class:`SettingsError` on anything odd."""
+        known = set(cls.__dataclass_fields__)
+        unknown = sorted(set(extra) - known)
+        if unknown:
+            raise SettingsError(
+                f"kv_connector_extra_config has unknown keys {', '.join(unknown)}; "
+                f"the known ones are {', '.join(sorted(known))}"
+            )
+        word = extra.get("mode", Mode.LOAD.value)
+        try:
+            mode = Mode(word)
+        except ValueError:
+            words = ", ".join(mode.value for mode in Mode)
+            raise SettingsError(f"mode is {word!r}; write one of {words}") from None
+        return cls(
+            endpoint=_text(extra, "endpoint", None),
+            namespace=_text(extra, "namespace", "default"),
+            namespace_key_file=_text(extra, "namespace_key_file", None),
+            mode=mode,
+            deadline_ms=_milliseconds(extra, "deadline_ms", DEADLINE_MS_DEFAULT),
+            lookup_deadline_ms=_milliseconds(
+                extra, "lookup_deadline_ms", LOOKUP_DEADLINE_MS_DEFAULT
+            ),
+        )
+
+
+def _text(extra: Mapping[str, Any], name: str, default: str | None) -> str:
+    value = extra.get(name, default)
+    if isinstance(value, str) and value:
+        return value
+    if value is None:
+        raise SettingsError(f"kv_connector_extra_config needs {name}")
+    raise SettingsError(f"{name} is {value!r}; write a text that is not empty")
+
+
+def _milliseconds(extra: Mapping[str, Any], name: str, default: int) -> int:
+    value = extra.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= DEADLINE_MS_MAX:
+        raise SettingsError(
+            f"{name} is {value!r}; write whole milliseconds from 1 to {DEADLINE_MS_MAX}"
+        )
+    return value

@@ -1,0 +1,190 @@
+"""The worker's half: moves pages as ordered, in the background, and says how it ended.
+
+What must always be true:
+* nothing here waits; every call is a look at what the client's threads have done meanwhile;
+* every order gets its answer, also when the store is away or a call raises: a load's request is
+  reported as received (with its bad pages), a save's job is reported, or the engine would wait
+  for ever;
+* a page is reported as loaded only if the client verified its bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import kvar
+from kvar.vllm.link import Link
+from kvar.vllm.orders import LoadOrder, SaveOrder, SaveReport
+from kvar.vllm.pages import Pages, Transfer
+from kvar.vllm.planner import Counters
+
+logger = logging.getLogger("vllm.kvar")
+
+# The store has the block now, by us or by another writer.
+STORED = ("stored", "exists", "in_progress")
+
+# Said by the client when the node is: gone, or mute.
+AWAY = ("unreachable", "deadline")
+
+
+@dataclass
+class _Load:
+    order: LoadOrder
+    transfer: Transfer
+    started: float
+
+
+@dataclass
+class _Save:
+    order: SaveOrder
+    transfer: Transfer
+
+
+@dataclass
+class Ended:
+    """What has ended since it was last asked."""
+
+    loaded: set[str] = field(default_factory=set)
+    bad_block_ids: set[int] = field(default_factory=set)
+    reports: dict[int, SaveReport] = field(default_factory=dict)
+
+
+class Mover:
+    """The loads and saves of one rank."""
+
+    def __init__(
+        self,
+        *,
+        link: Link,
+        pages: Pages,
+        key: kvar.NamespaceKey,
+        fingerprint_text: str,
+        head_slice: tuple[int, int],
+        deadline_ms: int,
+        bytes_a_block: int,
+    ) -> None:
+        self._link = link
+        self._pages = pages
+        self._key = key
+        self._fingerprint_text = fingerprint_text
+        self._head_slice = head_slice
+        self._deadline_ms = deadline_ms
+        self._bytes_a_block = bytes_a_block
+        self._loads: list[_Load] = []
+        self._saves: list[_Save] = []
+        self._ended = Ended()
+        self.counters = Counters()
+
+    def start_load(self, order: LoadOrder, salt: str) -> None:
+        """Starts one load; its end is in a later :meth:`ended`."""
+        client = self._link.client()
+        if client is not None:
+            try:
+                transfer = self._pages.load(
+                    client,
+                    self._ids(order.hashes, salt),
+                    order.block_ids,
+                    self._deadline_ms,
+                    order.depth,
+                )
+                self._loads.append(_Load(order, transfer, time.monotonic()))
+                return
+            except kvar.KvarError as error:
+                self._link.failed(error)
+        self._ended.loaded.add(order.request_id)
+        self._ended.bad_block_ids.update(order.block_ids)
+
+    def start_save(self, order: SaveOrder, salt: str) -> None:
+        """Starts one save; its end is in a later :meth:`ended`."""
+        client = self._link.client()
+        if client is not None:
+            try:
+                transfer = self._pages.save(
+                    client,
+                    self._ids(order.hashes, salt),
+                    order.block_ids,
+                    self._deadline_ms,
+                    order.depth,
+                )
+                self._saves.append(_Save(order, transfer))
+                return
+            except kvar.KvarError as error:
+                self._link.failed(error)
+        self._ended.reports[order.job] = SaveReport(1, 0, len(order.block_ids))
+
+    def _ids(self, hashes: Sequence[bytes], salt: str) -> list[bytes]:
+        return names(self._key, hashes, self._fingerprint_text, salt, self._head_slice)
+
+    def ended(self) -> Ended:
+        """Pushes everything along and hands over what has ended since the last call."""
+        for load in list(self._loads):
+            words = self._advance(load.transfer, len(load.order.block_ids))
+            if words is None:
+                continue
+            self._loads.remove(load)
+            self._ended.loaded.add(load.order.request_id)
+            pairs = zip(load.order.block_ids, words, strict=True)
+            self._ended.bad_block_ids.update(block for block, word in pairs if word != "hit")
+            self._count_others("load", words, ("hit",))
+            self.counters.add("load_seconds", time.monotonic() - load.started)
+            self.counters.add("loaded_bytes", words.count("hit") * self._bytes_a_block)
+        for save in list(self._saves):
+            words = self._advance(save.transfer, len(save.order.block_ids))
+            if words is None:
+                continue
+            self._saves.remove(save)
+            self._count_others("save", words, STORED)
+            stored = sum(word in STORED for word in words)
+            self._ended.reports[save.order.job] = SaveReport(1, stored, len(words) - stored)
+            self.counters.add("saved_bytes", stored * self._bytes_a_block)
+        ended, self._ended = self._ended, Ended()
+        return ended
+
+    def _advance(self, transfer: Transfer, count: int) -> list[str] | None:
+        try:
+            words = transfer.advance()
+        except kvar.KvarError as error:
+            self._link.failed(error)
+            return ["unreachable"] * count
+        away = [word for word in words or () if word in AWAY]
+        if away:
+            self._link.failed(away[0])
+        return words
+
+    def _count_others(self, what: str, words: Sequence[str], good: Sequence[str]) -> None:
+        for word in words:
+            if word not in good:
+                self.counters.add(f"{what}_{word}_blocks", 1)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way."""
+        return not self._loads and not self._saves
+
+
+def names(
+    key: kvar.NamespaceKey,
+    hashes: Sequence[bytes],
+    fingerprint_text: str,
+    salt: str,
+    head_slice: tuple[int, int],
+) -> list[bytes]:
+    """The block ids of one rank's share of these positions."""
+    text = f"{fingerprint_text}reset={salt}\n" if salt else fingerprint_text
+    fingerprint = kvar.ContentFingerprint.of_text(text)
+    return kvar.derive_ids(key, hashes, fingerprint, head_slice=head_slice, group=0)
+
+
+def chain_names(
+    key: kvar.NamespaceKey,
+    hashes: Sequence[bytes],
+    fingerprint_text: str,
+    salt: str,
+    ranks: int,
+) -> list[bytes]:
+    """The block ids of all ranks, position by position: what one lookup asks about."""
+    by_rank = [names(key, hashes, fingerprint_text, salt, (rank, ranks)) for rank in range(ranks)]
+    return [ids[position] for position in range(len(hashes)) for ids in by_rank]

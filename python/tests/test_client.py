@@ -1,0 +1,272 @@
+"""The client against a real node."""
+
+from __future__ import annotations
+
+import threading
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Node, until
+
+import kvar
+
+Name = Callable[[object], bytes]
+
+
+def outcomes(results: list[kvar.GetResult]) -> list[str]:
+    return [result.outcome for result in results]
+
+
+def test_what_is_put_comes_back(client: kvar.Client, name: Name) -> None:
+    data = bytes(range(256)) * 300
+    assert client.put([(name(1), data)]) == ["stored"]
+    buffer = bytearray(len(data))
+    (result,) = client.get([(name(1), buffer)])
+    assert (result.outcome, result.bytes, bytes(buffer)) == ("hit", len(data), data)
+    assert client.get_bytes(name(1)) == data
+    assert client.put([(name(1), b"other bytes")]) == ["exists"]
+    assert client.get_bytes(name(1)) == data
+
+
+def test_what_was_never_put_is_absent(client: kvar.Client, name: Name) -> None:
+    buffer = bytearray(b"mine")
+    (result,) = client.get([(name(1), buffer)])
+    assert (result.outcome, result.bytes, bytes(buffer)) == ("absent", 0, b"mine")
+    assert client.get_bytes(name(1)) is None
+
+
+def test_lookup_counts_leading_blocks_and_present_all(client: kvar.Client, name: Name) -> None:
+    ids = [name(n) for n in range(5)]
+    client.put([(ids[n], b"x" * 100) for n in (0, 1, 3)])
+    assert client.lookup(ids) == 2
+    assert client.lookup([]) == 0
+    assert client.present(ids) == [True, True, False, True, False]
+
+
+def test_sections_scatter_and_gather(client: kvar.Client, name: Name) -> None:
+    sections = [bytes([n]) * (1000 + n) for n in range(7)]
+    assert client.put([(name(1), sections)]) == ["stored"]
+    buffers = [bytearray(len(section)) for section in sections]
+    assert outcomes(client.get([(name(1), buffers)])) == ["hit"]
+    assert [bytes(buffer) for buffer in buffers] == sections
+    wrong = [bytearray(len(section)) for section in sections[:-1]]
+    assert outcomes(client.get([(name(1), wrong)])) == ["wrong_format"]
+
+
+def test_buffers_of_any_item_type_are_used_in_place(client: kvar.Client, name: Name) -> None:
+    numbers = array("d", [float(n) for n in range(1000)])
+    client.put([(name(1), numbers)])
+    back = array("d", bytes(8000))
+    assert outcomes(client.get([(name(1), memoryview(back))])) == ["hit"]
+    assert back == numbers
+
+
+def test_pages_of_layers_travel_as_blocks(client: kvar.Client, name: Name) -> None:
+    page, layer_count = 4096, 3
+    layers = [
+        bytearray(b"".join(bytes([16 * layer + n]) * page for n in range(10)))
+        for layer in range(layer_count)
+    ]
+    ids = [name(n) for n in range(4)]
+    assert client.put_pages(ids, layers, [7, 2, 9, 0], page) == ["stored"] * 4
+    empty = [bytearray(10 * page) for _ in range(layer_count)]
+    missing = name("missing")
+    got = client.get_pages([*ids, missing], empty, [1, 3, 5, 8, 4], page)
+    assert outcomes(got) == ["hit"] * 4 + ["absent"]
+    for layer in range(layer_count):
+        view = [empty[layer][n * page] for n in range(10)]
+        base = 16 * layer
+        assert view == [0, base + 7, 0, base + 2, 0, base + 9, 0, 0, base, 0]
+    # A block of pages is a block of sections.
+    single = [bytearray(page) for _ in range(layer_count)]
+    assert outcomes(client.get([(ids[0], single)])) == ["hit"]
+    assert single == [layer[7 * page : 8 * page] for layer in layers]
+
+
+def test_a_batch_larger_than_any_message(client: kvar.Client, name: Name) -> None:
+    ids = [name(n) for n in range(3000)]
+    client.put([(id, n.to_bytes(4, "little") * 8) for n, id in enumerate(ids)])
+    assert client.lookup(ids) == 3000
+    buffers = [bytearray(32) for _ in ids]
+    assert set(outcomes(client.get(list(zip(ids, buffers, strict=True))))) == {"hit"}
+    assert [int.from_bytes(buffer[:4], "little") for buffer in buffers] == list(range(3000))
+
+
+def test_removed_is_gone(client: kvar.Client, name: Name) -> None:
+    client.put([(name(1), b"x")])
+    assert client.remove([name(1), name(2)]) == 1
+    assert client.present([name(1)]) == [False]
+    assert client.put([(name(1), b"y")]) == ["stored"]
+    assert client.get_bytes(name(1)) == b"y"
+
+
+def test_pending_keeps_its_buffers_until_it_is_done(client: kvar.Client, name: Name) -> None:
+    data = bytearray(b"z" * (1 << 20))
+    pending = client.submit_put([(name(1), data)])
+    try:
+        # Exported memory cannot be resized: Python itself says whether it is still held.
+        data.clear()
+        assert pending.done(), "the buffer came free before the put was done"
+    except BufferError:
+        pass
+    assert pending.result(timeout=10) == ["stored"]
+    until(lambda: can_clear(data))
+    calls: list[int] = []
+    done = client.submit_get([(name(1), bytearray(1 << 20))])
+    done.result(timeout=10)
+    done.add_done_callback(lambda: calls.append(1))
+    until(lambda: calls == [1])
+
+
+def can_clear(data: bytearray) -> bool:
+    try:
+        data.clear()
+    except BufferError:
+        return False
+    return True
+
+
+def test_other_threads_run_while_a_call_waits(client: kvar.Client, name: Name) -> None:
+    data = bytearray(1 << 20)
+    ids = [name(n) for n in range(30)]
+    ticks = 0
+    stop = threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not stop.is_set():
+            ticks += 1
+            time.sleep(0)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    before = ticks
+    client.put([(id, data) for id in ids])
+    after = ticks
+    stop.set()
+    thread.join()
+    assert after > before
+
+
+@pytest.mark.parametrize(
+    ("break_it", "error", "words"),
+    [
+        (lambda c, i: c.lookup([b"short"]), ValueError, "32 bytes"),
+        (lambda c, i: c.put([(i, "text")]), TypeError, "buffer|bytes-like"),
+        (lambda c, i: c.get([(i, b"read-only")]), BufferError, "read-only"),
+        (lambda c, i: c.get([(i, memoryview(bytearray(10))[::2])]), BufferError, "contiguous"),
+        (lambda c, i: c.get_pages([i], [bytearray(10)], [1], 8), ValueError, "outside"),
+        (lambda c, i: c.get_pages([i], [bytearray(10)], [0, 1], 4), ValueError, "as many"),
+        (lambda c, i: c.get_pages([i, i], [bytearray(8)], [0, 0], 8), ValueError, "overlap"),
+        (lambda c, i: c.get_pages([i], [bytearray(8)], [-1], 8), OverflowError, "negative"),
+        (lambda c, i: c.get([(i, [])]), ValueError, "section"),
+        (lambda c, i: c.lookup([i], deadline_ms=-1), OverflowError, "negative"),
+    ],
+)
+def test_wrong_arguments_say_what_is_wrong(
+    client: kvar.Client,
+    name: Name,
+    break_it: Callable[[kvar.Client, bytes], object],
+    error: type[Exception],
+    words: str,
+) -> None:
+    with pytest.raises(error, match=words):
+        break_it(client, name(1))
+
+
+def test_two_destinations_may_not_overlap(client: kvar.Client, name: Name) -> None:
+    shared = memoryview(bytearray(100))
+    with pytest.raises(ValueError, match="overlap"):
+        client.get([(name(1), shared[:60]), (name(2), shared[50:])])
+
+
+def test_outcomes_of_puts_that_cannot_be(client: kvar.Client, name: Name) -> None:
+    assert client.put([(name(1), b"")]) == ["wrong_format"]
+    assert client.put([(name(2), bytes(17 << 20))]) == ["too_big"]
+
+
+def test_a_deadline_of_zero_is_over_at_once(client: kvar.Client, name: Name) -> None:
+    client.put([(name(1), b"x")])
+    started = time.monotonic()
+    assert outcomes(client.get([(name(1), bytearray(1))], deadline_ms=0)) == ["deadline"]
+    assert client.put([(name(2), b"x")], deadline_ms=0) == ["deadline"]
+    assert time.monotonic() - started < 5
+
+
+def test_durable_puts_flush_and_status(client: kvar.Client, name: Name) -> None:
+    assert client.put([(name(1), b"x" * 5000)], durable=True, depth=3) == ["stored"]
+    client.flush()
+    assert isinstance(client.status(), dict)
+
+
+def test_a_wrong_key_is_refused(node: Node) -> None:
+    with pytest.raises(kvar.WrongKeyError):
+        kvar.Client(node.endpoint, key=kvar.NamespaceKey.from_hex("ab" * 32))
+
+
+def test_nobody_there_is_a_connect_error(node: Node) -> None:
+    with pytest.raises(kvar.ConnectError):
+        kvar.Client("127.0.0.1:1", key=node.key, connect_timeout_ms=500)
+
+
+def test_settings_that_cannot_be_meant(node: Node, tmp_path: Path) -> None:
+    for arguments in ({}, {"key": node.key, "key_file": node.key_file}):
+        with pytest.raises(kvar.ConfigError, match="key"):
+            kvar.Client(node.endpoint, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(kvar.ConfigError):
+        kvar.Client("nowhere", key=node.key)
+    with pytest.raises(kvar.ConfigError, match=r"no\.key"):
+        kvar.NamespaceKey.from_file(tmp_path / "no.key")
+    with pytest.raises(kvar.ConfigError):
+        kvar.NamespaceKey.from_hex("12")
+
+
+def test_every_error_is_a_kvar_error() -> None:
+    kinds = ["ConnectError", "VersionError", "WrongKeyError", "ConfigError", "RequestError"]
+    assert all(issubclass(getattr(kvar, kind), kvar.KvarError) for kind in kinds)
+
+
+def test_a_node_that_dies_and_comes_back(own_node: Node) -> None:
+    block = kvar.id_from_name(own_node.key, "block")
+    with own_node.client(deadline_ms=2000, connect_timeout_ms=500) as client:
+        assert client.put([(block, b"still there")], durable=True) == ["stored"]
+        own_node.kill()
+        buffer = bytearray(11)
+        assert outcomes(client.get([(block, buffer)]))[0] in ("unreachable", "deadline")
+        assert client.put([(block, b"x")])[0] in ("unreachable", "deadline")
+        with pytest.raises(kvar.KvarError):
+            client.lookup([block])
+        own_node.start()
+        until(lambda: outcomes(client.get([(block, buffer)])) == ["hit"])
+        assert buffer == b"still there"
+
+
+def test_a_closed_client_says_so(node: Node) -> None:
+    client = node.client()
+    client.close()
+    client.close()
+    with pytest.raises(kvar.KvarError, match="closed"):
+        client.lookup([])
+
+
+def test_names_are_stable_and_distinct(node: Node) -> None:
+    key = kvar.NamespaceKey.from_hex("01" * 32)
+    text = kvar.ContentFingerprint.of_text("model=a")
+    ids = kvar.derive_ids(key, [b"one", b"two"], text)
+    assert ids == kvar.derive_ids(key, [b"one", b"two"], text, (0, 1), 0)
+    assert [len(id) for id in ids] == [32, 32]
+    others = [
+        kvar.derive_ids(node.key, [b"one"], text),
+        kvar.derive_ids(key, [b"one"], kvar.ContentFingerprint.of_text("model=b")),
+        kvar.derive_ids(key, [b"one"], text, head_slice=(0, 2)),
+        kvar.derive_ids(key, [b"one"], text, group=1),
+    ]
+    assert len({ids[0], *(other[0] for other in others)}) == 5
+    with pytest.raises(ValueError, match="slice"):
+        kvar.derive_ids(key, [b"one"], text, head_slice=(1, 1))
+    assert key == kvar.NamespaceKey.from_hex("01" * 32)
+    assert key != node.key
+    assert "01" * 8 not in repr(key)

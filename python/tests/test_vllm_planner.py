@@ -1,0 +1,304 @@
+"""The scheduler's half, without vLLM: a request is what vLLM's is here, four attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from kvar.vllm.orders import SaveReport, merge_reports
+from kvar.vllm.planner import LOOKUP_REUSE_S, Planner
+
+BLOCK = 32
+
+
+@dataclass
+class Request:
+    request_id: str
+    num_tokens: int
+    num_computed_tokens: int = 0
+    block_hashes: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.hash_known_tokens()
+
+    def hash_known_tokens(self) -> None:
+        self.block_hashes = [
+            f"{self.request_id}-{position}".encode() for position in range(self.num_tokens // BLOCK)
+        ]
+
+
+class Bench:
+    """A planner with a store and a pool that count."""
+
+    def __init__(self, *, ranks: int = 1, pool: int = 1000, loads: bool = True) -> None:
+        self.stored: set[bytes] = set()
+        self.away = False
+        self.lookups = 0
+        self.holds: dict[int, int] = {}
+        self.now = 100.0
+        self.planner = Planner(
+            block_tokens=BLOCK,
+            pool_blocks=pool,
+            ranks=ranks,
+            loads=loads,
+            saves=True,
+            lookup=self.lookup,
+            hold=self.hold,
+            release=self.release,
+            now=lambda: self.now,
+        )
+
+    def lookup(self, hashes: Sequence[bytes]) -> int | None:
+        self.lookups += 1
+        if self.away:
+            return None
+        found = 0
+        while found < len(hashes) and hashes[found] in self.stored:
+            found += 1
+        return found
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self.holds[block] = self.holds.get(block, 0) + 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self.holds[block] -= 1
+            if not self.holds[block]:
+                del self.holds[block]
+
+    def step(self, request: Request, tokens: int, pages: Sequence[int]):  # type: ignore[no-untyped-def]
+        orders = self.planner.step({request.request_id: tokens}, lambda _: pages)
+        request.num_computed_tokens += tokens
+        return orders
+
+    def say(
+        self,
+        *,
+        reports: dict[int, SaveReport] | None = None,
+        loaded: Sequence[str] = (),
+        bad: Sequence[int] = (),
+    ) -> None:
+        self.planner.worker_said(reports=reports or {}, loaded=loaded, bad_block_ids=set(bad))
+
+
+def pages(count: int, first: int = 1) -> list[int]:
+    return list(range(first, first + count))
+
+
+def test_a_new_prompt_is_saved_block_by_block_as_it_fills() -> None:
+    bench = Bench()
+    request = Request("a", num_tokens=100)
+    assert bench.planner.matched(request, 0) == 0
+    bench.planner.allocated(request, pages(4), 0)
+    first = bench.step(request, 70, pages(4))
+    assert [order.block_ids for order in first.saves] == [[1, 2]]
+    assert first.saves[0].hashes == [b"a-0", b"a-1"]
+    assert bench.step(request, 25, pages(4)).saves == []
+    assert [order.block_ids for order in bench.step(request, 5, pages(4)).saves] == [[3]]
+
+
+def test_generated_tokens_are_saved_once_their_hash_is_known() -> None:
+    bench = Bench()
+    request = Request("a", num_tokens=32)
+    bench.planner.matched(request, 0)
+    bench.planner.allocated(request, pages(1), 0)
+    assert len(bench.step(request, 32, pages(1)).saves) == 1
+    # An engine that schedules ahead computes tokens whose values it does not know yet.
+    assert bench.step(request, 32, pages(2)).saves == []
+    request.num_tokens = 64
+    request.hash_known_tokens()
+    assert [order.depth for order in bench.step(request, 1, pages(3)).saves] == [1]
+
+
+def test_what_is_stored_is_loaded_but_never_the_last_token() -> None:
+    bench = Bench()
+    request = Request("a", num_tokens=96)
+    bench.stored = set(request.block_hashes)
+    # Three blocks are there, but a prompt of exactly three blocks leaves one token to compute.
+    assert bench.planner.matched(request, 0) == 64
+    bench.planner.allocated(request, pages(3), 64)
+    orders = bench.planner.step({}, lambda _: None)
+    assert [(order.request_id, order.block_ids) for order in orders.loads] == [("a", [1, 2])]
+    bench.say(loaded=["a"])
+    request.num_computed_tokens = 64
+    # Nothing that came from the store goes back to it.
+    assert [order.block_ids for order in bench.step(request, 32, pages(3)).saves] == [[3]]
+    assert bench.planner.counters.take()["loaded_tokens"] == 64
+
+
+def test_only_what_goes_beyond_the_local_cache_is_loaded() -> None:
+    bench = Bench()
+    request = Request("a", num_tokens=200)
+    bench.stored = set(request.block_hashes[:5])
+    assert bench.planner.matched(request, 64) == 96
+    bench.planner.allocated(request, pages(7), 96)
+    (load,) = bench.planner.step({}, lambda _: None).loads
+    assert load.block_ids == [3, 4, 5]
+    assert load.hashes == [b"a-2", b"a-3", b"a-4"]
+
+
+def test_a_local_hit_that_the_store_has_lost_is_stored_again() -> None:
+    bench = Bench()
+    request = Request("a", num_tokens=130)
+    bench.stored = {b"a-0"}
+    assert bench.planner.matched(request, 96) == 0
+    bench.planner.allocated(request, pages(5), 0)
+    request.num_computed_tokens = 96
+    (save,) = bench.step(request, 34, pages(5)).saves
+    assert (save.depth, save.block_ids) == (1, [2, 3, 4])
+
+
+def test_a_store_that_is_away_costs_no_hit_and_no_error() -> None:
+    bench = Bench()
+    bench.away = True
+    request = Request("a", num_tokens=130)
+    assert bench.planner.matched(request, 64) == 0
+    bench.planner.allocated(request, pages(5), 0)
+    request.num_computed_tokens = 64
+    # What was in the local cache had been saved when it was computed.
+    (save,) = bench.step(request, 66, pages(5)).saves
+    assert save.depth == 2
+    assert bench.planner.counters.take()["failed_lookups"] == 1
+
+
+def test_a_waiting_request_is_not_looked_up_in_every_step() -> None:
+    bench = Bench()
+    request = Request("a", num_tokens=100)
+    for _ in range(50):
+        bench.planner.matched(request, 0)
+    assert bench.lookups == 1
+    bench.now += LOOKUP_REUSE_S
+    bench.planner.matched(request, 0)
+    assert bench.lookups == 2
+
+
+def test_pages_are_held_until_every_rank_has_reported() -> None:
+    bench = Bench(ranks=2)
+    request = Request("a", num_tokens=65)
+    bench.planner.matched(request, 0)
+    bench.planner.allocated(request, pages(3), 0)
+    (save,) = bench.step(request, 65, pages(3)).saves
+    bench.planner.finished(request, pages(3))
+    assert bench.holds == {1: 1, 2: 1}
+    assert bench.planner.has_work
+    bench.say(reports={save.job: SaveReport(1, 2, 0)})
+    assert bench.holds == {1: 1, 2: 1}
+    bench.say(reports={save.job: SaveReport(1, 0, 2)})
+    assert bench.holds == {}
+    assert not bench.planner.has_work
+    taken = bench.planner.counters.take()
+    assert (taken["saved_tokens"], taken["unsaved_tokens"]) == (32, 32)
+
+
+def test_ranks_that_report_together_are_added_up() -> None:
+    mine, theirs = {1: SaveReport(1, 2, 0)}, {1: SaveReport(1, 1, 1), 2: SaveReport(1, 5, 0)}
+    merged = merge_reports(mine, theirs)
+    assert merged == {1: SaveReport(2, 3, 1), 2: SaveReport(1, 5, 0)}
+
+
+def test_the_end_of_a_request_saves_what_filled_last() -> None:
+    bench = Bench()
+    request = Request("a", num_tokens=32)
+    bench.planner.matched(request, 0)
+    bench.planner.allocated(request, pages(1), 0)
+    bench.step(request, 32, pages(1))
+    request.num_computed_tokens = request.num_tokens = 64
+    request.hash_known_tokens()
+    bench.planner.finished(request, pages(2))
+    (save,) = bench.planner.step({}, lambda _: None).saves
+    assert (save.depth, save.block_ids) == (1, [2])
+    assert bench.holds == {1: 1, 2: 1}
+
+
+def test_a_request_aborted_while_it_loads_saves_nothing() -> None:
+    bench = Bench()
+    request = Request("a", num_tokens=100)
+    bench.stored = set(request.block_hashes)
+    bench.planner.allocated(request, pages(4), bench.planner.matched(request, 0))
+    request.num_computed_tokens = 96
+    bench.planner.finished(request, pages(3))
+    orders = bench.planner.step({}, lambda _: None)
+    assert orders.saves == []
+    # Its end of loading comes later, and finds nobody.
+    bench.say(loaded=["a"])
+    assert bench.holds == {}
+
+
+@pytest.mark.parametrize(("bad", "kept"), [([1], 0), ([3], 2), ([2, 3], 1)])
+def test_a_failed_load_is_not_tried_again_and_its_blocks_are_saved_anew(
+    bad: list[int], kept: int
+) -> None:
+    bench = Bench()
+    request = Request("a", num_tokens=100)
+    bench.stored = set(request.block_hashes)
+    bench.planner.allocated(request, pages(4), bench.planner.matched(request, 0))
+    bench.planner.step({}, lambda _: None)
+    bench.say(loaded=["a"], bad=bad)
+    taken = bench.planner.counters.take()
+    assert taken["failed_load_tokens"] == (3 - kept) * BLOCK
+    assert taken.get("loaded_tokens", 0) == kept * BLOCK
+    if kept == 0:
+        # vLLM gives the pages back and asks from the start; the store still says "all there".
+        assert bench.planner.matched(request, 0) == 0
+        bench.stored.clear()
+        bench.now += LOOKUP_REUSE_S
+        assert bench.planner.matched(request, 0) == 0
+        bench.planner.allocated(request, pages(4), 0)
+    request.num_computed_tokens = kept * BLOCK
+    (save,) = bench.step(request, 100 - kept * BLOCK, pages(4)).saves
+    assert save.depth == kept
+
+
+def test_saves_wait_when_too_much_of_the_pool_is_held() -> None:
+    bench = Bench(pool=8)
+    request = Request("a", num_tokens=6 * BLOCK)
+    bench.planner.matched(request, 0)
+    bench.planner.allocated(request, pages(6), 0)
+    (first,) = bench.step(request, 6 * BLOCK, pages(6)).saves
+    assert first.block_ids == [1, 2, 3, 4]
+    assert bench.step(request, 1, pages(7)).saves == []
+    bench.say(reports={first.job: SaveReport(1, 4, 0)})
+    (rest,) = bench.step(request, 1, pages(7)).saves
+    assert rest.block_ids == [5, 6]
+
+
+def test_a_preempted_request_starts_over_and_its_pages_stay_held() -> None:
+    bench = Bench()
+    request = Request("a", num_tokens=100)
+    bench.planner.matched(request, 0)
+    bench.planner.allocated(request, pages(4), 0)
+    (save,) = bench.step(request, 100, pages(4)).saves
+    request.num_computed_tokens = 0
+    assert bench.holds == {1: 1, 2: 1, 3: 1}
+    bench.stored = {b"a-0", b"a-1"}
+    bench.now += LOOKUP_REUSE_S
+    assert bench.planner.matched(request, 0) == 64
+    bench.planner.allocated(request, pages(4, first=11), 64)
+    (load,) = bench.planner.step({}, lambda _: None).loads
+    assert load.block_ids == [11, 12]
+    bench.say(reports={save.job: SaveReport(1, 3, 0)})
+    assert bench.holds == {}
+
+
+def test_after_a_reset_nothing_begun_before_is_saved() -> None:
+    bench = Bench()
+    old, new = Request("old", num_tokens=100), Request("new", num_tokens=100)
+    bench.planner.matched(old, 0)
+    bench.planner.allocated(old, pages(4), 0)
+    bench.planner.reset("salt")
+    assert bench.step(old, 100, pages(4)).saves == []
+    bench.planner.matched(new, 0)
+    bench.planner.allocated(new, pages(4), 0)
+    orders = bench.step(new, 100, pages(4))
+    assert (len(orders.saves), orders.salt) == (1, "salt")
+
+
+def test_a_connector_that_may_not_load_still_counts_what_is_there() -> None:
+    bench = Bench(loads=False)
+    request = Request("a", num_tokens=100)
+    bench.stored = {b"a-0", b"a-1"}
+    assert bench.planner.matched(request, 0) == 0
+    assert bench.planner.counters.take()["stored_tokens"] == 64

@@ -1,0 +1,118 @@
+#!/usr/bin/env python3
+"""Kills a node with SIGKILL at random moments of a replay, opens it again and asks for everything.
+
+    cargo build --release -p kvar && scripts/kill-loop.py [--rounds 20] [--seed 1]
+
+Each round: the conversation trace (blocks of another size, so of other ids) goes through the node
+with every acknowledged put and remove in a journal; kill -9 after 12 to 25 s; reopen; `kvar replay
+--verify` reads every journalled block back. Fails on a wrong byte, a removed block that is back,
+a settled block (acknowledged more than twice flush_after before the kill) that is a miss, or when
+settled blocks are fewer than 80 % of the acknowledged bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TRACE = ROOT / "traces" / "mooncake-conversation.jsonl.zst"
+SETTLED_SHARE_MIN = 0.80
+
+
+class Node:
+    def __init__(self, kvar: Path, folder: Path) -> None:
+        self.ready = folder / "ready"
+        self.ready.unlink(missing_ok=True)
+        self.key = folder / "data.key"
+        began = time.monotonic()
+        self.process = subprocess.Popen(
+            [kvar, "serve", "--data", folder / "data", "--size", "6GiB", "--dram", "256MiB", "--shards", "2"]
+            + ["--expected-block-bytes", "8KiB", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
+            + ["--flush-after", "1s", "--log", "error", "--ready-file", self.ready]
+        )
+        while not self.ready.exists():
+            if self.process.poll() is not None:
+                sys.exit(f"the node ended with {self.process.returncode} before it was ready")
+            time.sleep(0.01)
+        self.seconds = time.monotonic() - began
+        self.endpoint = json.loads(self.ready.read_text())["listen"]
+
+    def arguments(self) -> list[str]:
+        return ["--endpoint", self.endpoint, "--key-file", str(self.key)]
+
+    def kill(self) -> int:
+        """Kills it; when that was, in microseconds of the monotonic clock."""
+        self.process.kill()
+        moment = time.monotonic_ns() // 1000
+        self.process.wait()
+        return moment
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
+    parser.add_argument("--kvar", type=Path, default=target / "release" / "kvar")
+    options = parser.parse_args()
+    dice = random.Random(options.seed)
+    folder = Path(tempfile.mkdtemp(prefix="kvar-kills-"))
+    node = None
+    try:
+        node = Node(options.kvar, folder)
+        settled_bytes_share = []
+        for number in range(options.rounds):
+            journal = folder / f"journal-{number}"
+            replay = subprocess.Popen(
+                [options.kvar, "replay", TRACE, "--block-bytes", str(8192 + 512 * number), "--remove-every", "9"]
+                + ["--journal", journal, "--deadline", "3s", "--json"] + node.arguments(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            time.sleep(dice.uniform(12, 25))
+            killed = node.kill()
+            replay.wait()
+            node = Node(options.kvar, folder)
+            verified = subprocess.run(
+                [options.kvar, "replay", "--verify", journal, "--older-than", "2s", "--killed-at-us", str(killed)]
+                + ["--json"] + node.arguments(),
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if not verified.stdout:
+                sys.exit(f"round {number}: {verified.stderr}")
+            found = json.loads(verified.stdout)
+            settled_bytes_share.append(found["settled_share_of_bytes"])
+            print(
+                f"round {number:2}: {found['acknowledged']} acknowledged, {found['settled']} settled "
+                f"({100 * found['settled_share_of_bytes']:.0f} % of bytes), {found['settled_hits']} of them hits, "
+                f"{found['removed']} removed, {found['removed_but_back']} back, wrong bytes {found['wrong_bytes']}, "
+                f"ready again in {node.seconds:.2f} s",
+                flush=True,
+            )
+            bad = found["wrong_bytes"] or found["removed_but_back"] or found["settled_hits"] < found["settled"]
+            if bad:
+                sys.exit(f"round {number} broke a promise: {verified.stdout}")
+        share = min(settled_bytes_share)
+        print(f"{options.rounds} kills: 0 wrong bytes, nothing removed came back; settled at least {100 * share:.0f} %")
+        if sum(settled_bytes_share) / len(settled_bytes_share) < SETTLED_SHARE_MIN:
+            sys.exit(f"settled blocks are less than {100 * SETTLED_SHARE_MIN:.0f} % of the acknowledged bytes")
+    finally:
+        if node is not None:
+            node.process.kill()
+            node.process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
