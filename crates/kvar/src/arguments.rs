@@ -266,7 +266,7 @@ pub(crate) struct NodeArguments {
         default_value = "127.0.0.1:7411"
     )]
     pub(crate) endpoint: String,
-    /// The node's key file: <data>.key beside its data.
+    /// The node's key file: DATA.key beside its data.
     #[arg(
         long,
         value_name = "FILE",
