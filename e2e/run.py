@@ -59,8 +59,9 @@ STORED_WAIT_S_MAX = 120
 # The breaker tries again at the latest after 5 s; a slow machine needs some more.
 FOUND_AGAIN_S_MAX = 60
 
-# A Unix socket's path has at most 107 characters; the source tree may lie deep.
-SOCKET_FOLDER_CHARACTERS_MAX = 70
+# A Unix socket's path has at most 107 characters, of which the run's folder and vLLM's own names
+# (a uuid) take 50; the source tree may lie deep.
+SOCKET_FOLDER_CHARACTERS_MAX = 57
 
 
 class Run:

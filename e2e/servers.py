@@ -249,6 +249,8 @@ class Engine(Server):
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_NO_USAGE_STATS": "1",
+            # Sockets between its processes, which a kill -9 leaves behind: gone with the folder.
+            "VLLM_RPC_BASE_PATH": str(self._folder),
             "HF_HUB_OFFLINE": "1",
         }
         self._socket.unlink(missing_ok=True)

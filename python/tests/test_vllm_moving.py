@@ -17,7 +17,7 @@ import kvar
 from kvar.vllm.link import Link
 from kvar.vllm.orders import LoadOrder, SaveOrder, SaveReport
 from kvar.vllm.pages import LANE_BLOCKS, LANES, DirectPages, StagedPages, pages_of
-from kvar.vllm.settings import Mode, Settings
+from kvar.vllm.settings import Mode, Settings, SettingsError
 from kvar.vllm.worker import Ended, Mover, chain_names
 
 torch: Any = pytest.importorskip("torch")
@@ -146,7 +146,7 @@ def test_the_scheduler_finds_only_what_all_ranks_have_stored(node: Node, link: L
 
 
 def test_layers_of_several_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match="one kind of attention layer"):
+    with pytest.raises(SettingsError, match="one kind of attention layer"):
         pages_of([torch.zeros(4, 2), torch.zeros(4, 3)])
 
 

@@ -163,12 +163,12 @@ fn no_edge_is_lost_between_two_threads() {
                 other => panic!("{other:?}"),
             }
         }
-        if link.arm() == Armed::Wait && (asked == FRAMES || asked - answered == 32) {
+        // After the last answer nothing more comes: waiting for it would be waiting for the echo to
+        // lose its patience.
+        let waits = answered < FRAMES && (asked == FRAMES || asked - answered == 32);
+        if waits && link.arm() == Armed::Wait {
             poll.poll(&mut events, Some(PATIENCE)).unwrap();
-            assert!(
-                answered == FRAMES || !events.is_empty(),
-                "an edge was lost at the client"
-            );
+            assert!(!events.is_empty(), "an edge was lost at the client");
             events.iter().for_each(|event| link.on_event(event));
         }
     }

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import kvar
+from kvar.vllm.settings import SettingsError
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +76,7 @@ def pages_of(layers: Sequence[torch.Tensor]) -> Pages:
     first = layers[0]
     for layer in layers:
         if layer.shape != first.shape or layer.dtype != first.dtype:
-            raise ValueError(
+            raise SettingsError(
                 "kvar: the layers' KV pages differ in shape or type "
                 f"({tuple(first.shape)} {first.dtype} and {tuple(layer.shape)} {layer.dtype}); "
                 "this connector needs one kind of attention layer"

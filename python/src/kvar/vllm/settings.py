@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import kvar
+
 # A load of an 8k-token prompt of a mid-sized model is some hundred megabytes: a tenth of this on a
 # good link. Past it, computing the prompt again is the better deal almost everywhere.
 DEADLINE_MS_DEFAULT = 2_000
@@ -59,7 +61,7 @@ class Mode(enum.Enum):
         return self is Mode.LOAD
 
 
-class SettingsError(ValueError):
+class SettingsError(kvar.ConfigError):
     """The connector cannot start like this; the message names the setting and what to write."""
 
 
