@@ -26,7 +26,7 @@ import json, pathlib, subprocess, sys
 work, block, kvar, trace = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
 node = json.loads((work / "node.json").read_text())
 status = json.loads((work / "status.json").read_text())
-shard = status["shards"][0] if isinstance(status["shards"], list) else status["shard_status"][0]
+shard = status["shards"][0]["engine"]
 dram = shard["dram_bytes_max"] // block
 flash = shard["flash_bytes_max"] * (shard["segments"] - 1) // shard["segments"] // block
 distinct = 182_790
