@@ -21,6 +21,7 @@ Transfers are pushed along by :meth:`Transfer.advance`, called once an engine st
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -254,7 +255,7 @@ class _Piece:
         self.pending: kvar.Pending[Any] | None = None
 
 
-class _Staged:
+class _Staged(ABC):
     """What loads and saves through lanes share: pieces take lanes as they come free."""
 
     def __init__(
@@ -290,13 +291,13 @@ class _Staged:
             self.begin(piece)
         return self.words if self._next == len(self.ids) and not self._pieces else None
 
+    @abstractmethod
     def begin(self, piece: _Piece) -> None:
         """Starts a piece that has just got its lane."""
-        raise NotImplementedError
 
+    @abstractmethod
     def push(self, piece: _Piece) -> bool:
         """Pushes a piece along; True once it has ended."""
-        raise NotImplementedError
 
     def ids_of(self, piece: _Piece) -> Sequence[bytes]:
         """The ids of a piece."""
