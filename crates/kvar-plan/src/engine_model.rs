@@ -64,7 +64,7 @@ impl FlashShape {
         }
     }
 
-    fn payload_bytes(&self) -> u64 {
+    pub(crate) fn payload_bytes(&self) -> u64 {
         self.blocks_per_segment.saturating_mul(self.block_bytes)
     }
 }

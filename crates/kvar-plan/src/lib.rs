@@ -11,12 +11,14 @@
 //! What is absent: files, compression, clocks, chance. The caller opens and decompresses.
 
 mod engine_model;
+mod learned_model;
 pub mod offline;
+mod optimum;
 pub mod trace;
 
 pub use engine_model::FlashShape;
 pub use offline::{
-    Capacity, CapacityError, Model, OfflineError, OfflineOptions, OfflineReport, OfflineRow,
-    replay_offline, replay_offline_with,
+    Admit, Capacity, CapacityError, Model, OfflineError, OfflineOptions, OfflineReport, OfflineRow,
+    Policy, replay_offline, replay_offline_with,
 };
 pub use trace::{Coverage, Request, Trace, TraceError, TraceOptions};

@@ -14,6 +14,8 @@
 //! hits never exceed the ceiling of the pure model with unlimited room.
 
 use crate::engine_model::{EngineModel, FlashShape};
+use crate::learned_model::LearnedModel;
+use crate::optimum::Optimum;
 use crate::trace::Trace;
 use kvar_policy::{RecentlyUsed, ReclaimPolicy, TailFirstLru};
 use serde::Serialize;
@@ -28,6 +30,29 @@ pub enum Model {
     Blocks,
     /// DRAM tier, segments, reserve and rewriting, as the engine does.
     Engine,
+}
+
+/// Who decides what stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Policy {
+    /// What a node runs: for unit blocks LRU with tails first, for the engine the same in DRAM and
+    /// what was used recently on flash.
+    #[default]
+    Production,
+    /// The engine with worth learned from what comes back.
+    Learned,
+    /// Who knows the future (unit blocks): the bound of all policies.
+    Optimum,
+}
+
+/// When a block is written to flash.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Admit {
+    /// At its put: what a node does while its write budget has room.
+    All,
+    /// When it leaves memory, if it is worth a place then: while the budget is short.
+    #[default]
+    ByWorth,
 }
 
 /// A capacity to test: a number of blocks, or a share of the trace's distinct blocks.
@@ -97,6 +122,12 @@ pub struct OfflineOptions {
     pub dram_share: f64,
     /// Engine model: bytes of a block, padding included.
     pub block_bytes: u64,
+    /// Who decides.
+    pub policy: Policy,
+    /// With [`Policy::Learned`]: when a block is written.
+    pub admit: Admit,
+    /// The share (0 to below 1) of the requests that warm the store up and are not counted.
+    pub warmup_share: f64,
 }
 
 impl Default for OfflineOptions {
@@ -109,6 +140,9 @@ impl Default for OfflineOptions {
             // A node has some fifty times as much flash as DRAM.
             dram_share: 0.02,
             block_bytes: 64 << 10,
+            policy: Policy::default(),
+            admit: Admit::default(),
+            warmup_share: 0.0,
         }
     }
 }
@@ -125,6 +159,20 @@ pub enum OfflineError {
     /// Zero, or larger than the largest block.
     #[error("a block of {0} bytes does not fit a segment: give 1 byte to {max} bytes", max = FlashShape::BLOCK_BYTES_MAX)]
     BlockBytes(u64),
+    /// Not a share that leaves something to count.
+    #[error("the warm-up share {0} must lie between 0 and 1, and below 1")]
+    WarmupShare(f64),
+    /// A policy that this model cannot run.
+    #[error(
+        "the policy {policy} is for --model {model}: the optimum is a bound for unit blocks, and \
+         the learned policy decides about DRAM and flash"
+    )]
+    PolicyModel {
+        /// As the command line spells it.
+        policy: &'static str,
+        /// The model it is for.
+        model: &'static str,
+    },
     /// More blocks than the model numbers.
     #[error("the trace names more than {max} blocks: replay a part of it", max = u32::MAX)]
     TooManyBlocks,
@@ -197,23 +245,36 @@ pub fn replay_offline_with<P: ReclaimPolicy>(
     {
         return Err(OfflineError::Capacity(*wrong));
     }
-    let numbered = Numbered::new(trace)?;
+    if !(0.0..1.0).contains(&options.warmup_share) {
+        return Err(OfflineError::WarmupShare(options.warmup_share));
+    }
+    let wrong = match (options.policy, options.model) {
+        (Policy::Learned, Model::Blocks) => Some(("learned", "engine")),
+        (Policy::Optimum, Model::Engine) => Some(("optimum", "blocks")),
+        _ => None,
+    };
+    if let Some((policy, model)) = wrong {
+        return Err(OfflineError::PolicyModel { policy, model });
+    }
+    let numbered = Numbered::new(trace, options.warmup_share)?;
     let distinct = numbered.distinct;
     let rows = options.capacities.iter().map(|capacity| {
         let capacity_blocks = capacity.blocks(distinct);
-        let tally = match options.model {
-            Model::Blocks => numbered.replay(&mut UnitBlocks::new(capacity_blocks)),
-            Model::Engine => {
-                let dram = (distinct as f64 * options.dram_share) as u64;
-                let dram_blocks = dram.min(capacity_blocks / 2);
-                let flash_blocks = capacity_blocks - dram_blocks;
-                let shape = FlashShape::new(flash_blocks, options.block_bytes);
-                numbered.replay(&mut EngineModel::new(
-                    distinct,
-                    dram_blocks,
-                    shape,
-                    policy(),
-                ))
+        let dram = (distinct as f64 * options.dram_share) as u64;
+        let dram_blocks = dram.min(capacity_blocks / 2);
+        let shape = FlashShape::new(capacity_blocks - dram_blocks, options.block_bytes);
+        let tally = match (options.model, options.policy) {
+            (Model::Blocks, Policy::Optimum) => {
+                numbered.replay(&mut numbered.optimum(capacity_blocks))
+            }
+            (Model::Blocks, _) => numbered.replay(&mut UnitBlocks::new(capacity_blocks)),
+            (Model::Engine, Policy::Learned) => {
+                let admit = options.admit;
+                numbered.replay(&mut LearnedModel::new(distinct, dram_blocks, shape, admit))
+            }
+            (Model::Engine, _) => {
+                let policy = policy();
+                numbered.replay(&mut EngineModel::new(distinct, dram_blocks, shape, policy))
             }
         };
         OfflineRow {
@@ -279,6 +340,8 @@ struct Numbered<'a> {
     /// Where each request's blocks lie.
     ranges: Vec<Range<usize>>,
     distinct: u64,
+    /// Requests before the first that is counted.
+    warmup_requests: usize,
 }
 
 #[derive(Default)]
@@ -291,7 +354,7 @@ struct Tally {
 }
 
 impl<'a> Numbered<'a> {
-    fn new(trace: &'a Trace) -> Result<Self, OfflineError> {
+    fn new(trace: &'a Trace, warmup_share: f64) -> Result<Self, OfflineError> {
         let mut numbers = HashMap::new();
         let (mut blocks, mut ranges) = (Vec::new(), Vec::with_capacity(trace.requests.len()));
         for request in &trace.requests {
@@ -311,7 +374,20 @@ impl<'a> Numbered<'a> {
             blocks,
             ranges,
             distinct: numbers.len() as u64,
+            warmup_requests: (trace.requests.len() as f64 * warmup_share) as usize,
         })
+    }
+
+    fn optimum(&self, capacity_blocks: u64) -> Optimum<'_> {
+        let lookups = self.trace.requests.iter();
+        let lookups = lookups.map(|request| request.lookup_blocks);
+        Optimum::new(
+            capacity_blocks,
+            self.distinct,
+            &self.blocks,
+            &self.ranges,
+            lookups,
+        )
     }
 
     fn replay(&self, store: &mut impl Store) -> Tally {
@@ -326,6 +402,9 @@ impl<'a> Numbered<'a> {
             let blocks = &self.blocks[range];
             let hits = store.lookup(&blocks[..request.lookup_blocks], number as u64);
             store.put(&blocks[hits..], hits, number as u64);
+            if number < self.warmup_requests {
+                continue;
+            }
             tally.hit_blocks += hits as u64;
             tally.lookup_blocks += request.lookup_blocks as u64;
             tally.hit_tokens += request.hit_tokens(hits, self.trace.block_tokens);

@@ -2,7 +2,8 @@
 //! traces or the policy has changed its meaning.
 
 use kvar_plan::{
-    Capacity, Model, OfflineOptions, Trace, TraceOptions, replay_offline, replay_offline_with,
+    Admit, Capacity, Model, OfflineOptions, Policy, Trace, TraceOptions, replay_offline,
+    replay_offline_with,
 };
 use kvar_policy::DropAll;
 use std::fs::File;
@@ -80,6 +81,61 @@ fn rewriting_earns_its_wear() {
         assert!(
             kept.block_hit_rate > ring.block_hit_rate + 0.02,
             "{kept:?} against {ring:?}"
+        );
+    }
+}
+
+#[test]
+fn the_optimum_reaches_the_published_hit_rates() {
+    let options = OfflineOptions {
+        model: Model::Blocks,
+        policy: Policy::Optimum,
+        capacities: [1.0, 2.0, 5.0, 10.0].map(Capacity::Percent).to_vec(),
+        ..OfflineOptions::default()
+    };
+    let report = replay_offline(&CONVERSATION, &options).unwrap();
+    let rates: Vec<_> = report
+        .rows
+        .iter()
+        .map(|row| percent(row.block_hit_rate))
+        .collect();
+    assert_eq!(rates, ["24.6", "31.4", "36.6", "36.6"]);
+}
+
+/// Memory inside the capacity, worth learned: what `docs/decisions/0003-learned-worth.md` says of
+/// this trace.
+#[test]
+fn learned_worth_beats_exact_lru_where_room_is_short() {
+    let options = OfflineOptions {
+        model: Model::Engine,
+        policy: Policy::Learned,
+        capacities: [2.0, 5.0, 20.0].map(Capacity::Percent).to_vec(),
+        ..OfflineOptions::default()
+    };
+    let learned = replay_offline(&CONVERSATION, &options).unwrap();
+    let exact = [0.079, 0.196, 0.345];
+    let gains: Vec<f64> = learned
+        .rows
+        .iter()
+        .zip(exact)
+        .map(|(row, exact)| row.block_hit_rate - exact)
+        .collect();
+    assert!(gains[..2].iter().sum::<f64>() / 2.0 > 0.03, "{gains:?}");
+    assert!(gains.iter().all(|gain| *gain > -0.01), "{gains:?}");
+    for row in &learned.rows {
+        assert!(row.write_amplification < 1.85, "{row:?}");
+    }
+    // Deciding late saves writes, and costs no hits.
+    let all = OfflineOptions {
+        admit: Admit::All,
+        ..options
+    };
+    let all = replay_offline(&CONVERSATION, &all).unwrap();
+    for (late, all) in learned.rows.iter().zip(&all.rows) {
+        assert!(late.flash_write_blocks < all.flash_write_blocks, "{late:?}");
+        assert!(
+            late.block_hit_rate > all.block_hit_rate - 0.001,
+            "{late:?} {all:?}"
         );
     }
 }

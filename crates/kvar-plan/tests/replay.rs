@@ -1,7 +1,8 @@
 //! Offline replay and the reading of traces, from outside: small traces in, reports out.
 
 use kvar_plan::{
-    Capacity, Model, OfflineError, OfflineOptions, Trace, TraceOptions, replay_offline,
+    Admit, Capacity, Model, OfflineError, OfflineOptions, Policy, Trace, TraceOptions,
+    replay_offline,
 };
 use proptest::prelude::*;
 
@@ -82,6 +83,25 @@ fn options_that_mean_nothing_are_refused() {
         ..good.clone()
     };
     assert_eq!(refuse(&wrong), OfflineError::DramShare(-0.1));
+    for share in [-0.1, 1.0, f64::INFINITY] {
+        let wrong = OfflineOptions {
+            warmup_share: share,
+            ..good.clone()
+        };
+        assert_eq!(refuse(&wrong), OfflineError::WarmupShare(share));
+    }
+    for (policy, model) in [
+        (Policy::Optimum, Model::Engine),
+        (Policy::Learned, Model::Blocks),
+    ] {
+        let wrong = OfflineOptions {
+            policy,
+            model,
+            ..good.clone()
+        };
+        let error = refuse(&wrong).to_string();
+        assert!(error.contains("is for --model"), "{error}");
+    }
     for capacity in [Capacity::Blocks(0), Capacity::Percent(-1.0)] {
         let wrong = OfflineOptions {
             capacities: vec![capacity],
@@ -141,6 +161,57 @@ proptest! {
             prop_assert!(row.flash_write_blocks >= report.distinct_blocks);
             prop_assert_eq!(roomy.block_hit_rate, report.ceiling_block_hit_rate);
             prop_assert_eq!(roomy.flash_write_blocks, report.distinct_blocks);
+        }
+    }
+}
+
+#[test]
+fn warming_up_is_not_counted() {
+    let trace = trace(&[vec![1, 2], vec![1, 2], vec![1, 2], vec![3, 4]]);
+    let options = OfflineOptions {
+        warmup_share: 0.5,
+        ..options_of(Model::Blocks, &[Capacity::Blocks(4)])
+    };
+    let report = replay_offline(&trace, &options).unwrap();
+    assert_eq!(report.rows[0].block_hit_rate, 0.5);
+    assert_eq!(report.ceiling_block_hit_rate, 0.5);
+}
+
+proptest! {
+    // Each case is eight replays.
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn nobody_beats_the_optimum_and_the_learned_engine_holds_its_bounds(
+        prompts in prop::collection::vec((0..12_u64, 1..30_u64), 1..120),
+        capacity in 1..400_u64,
+        dram_share in 0.0..1.0_f64,
+        block_kib in 16..700_u64,
+    ) {
+        let prompts: Vec<Vec<u64>> = prompts
+            .into_iter()
+            .map(|(chat, length)| (0..length).map(|depth| chat * 100 + depth).collect())
+            .collect();
+        let trace = trace(&prompts);
+        let replay = |model, policy, admit| {
+            let options = OfflineOptions {
+                dram_share,
+                block_bytes: block_kib << 10,
+                policy,
+                admit,
+                ..options_of(model, &[Capacity::Blocks(capacity)])
+            };
+            let report = replay_offline(&trace, &options).unwrap();
+            assert_eq!(report, replay_offline(&trace, &options).unwrap());
+            report.rows[0].clone()
+        };
+        let optimum = replay(Model::Blocks, Policy::Optimum, Admit::ByWorth);
+        let lru = replay(Model::Blocks, Policy::Production, Admit::ByWorth);
+        prop_assert!(lru.block_hit_rate <= optimum.block_hit_rate);
+        for admit in [Admit::ByWorth, Admit::All] {
+            let learned = replay(Model::Engine, Policy::Learned, admit);
+            prop_assert!(learned.block_hit_rate <= optimum.block_hit_rate);
+            prop_assert!(learned.write_amplification <= 4.0 + 2.0);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What to keep: the order in which DRAM lets go, and what a reclaimed flash segment passes on.
+//! What to keep: the order in which DRAM lets go, and who gets and keeps a place on flash.
 //!
 //! | question | answer | file |
 //! |---|---|---|
@@ -6,21 +6,42 @@
 //! | which blocks of the oldest flash segment are written again? | those touched recently enough | [`RecentlyUsed`] behind [`ReclaimPolicy`] |
 //! | how long ago was that, in a byte of the index entry? | 1/64 of a turnover of the flash | [`CoarseClock`] |
 //!
+//! The same questions, answered by what blocks of their kind did so far:
+//!
+//! | question | answer | file |
+//! |---|---|---|
+//! | when do blocks of this kind come back? | counted on a sample of all that is asked for | [`ReuseModel`] |
+//! | which block leaves DRAM next? | the tail of the prompt that is worth least | [`WorthOrder`] |
+//! | which blocks are written to flash, and which again? | those worth more than a threshold that finds itself | [`FlashKeeper`] |
+//! | was a block here before? | two bytes for each that was let go | [`GhostList`] |
+//! | may flash be written at all? | within so many bytes a day | [`WriteBudget`], [`admit`] |
+//!
 //! What must always be true:
 //! * nothing here does I/O, reads a clock or decides by chance: the same calls give the same
 //!   answers, so that the offline replay shows what a node would do;
-//! * a reclaim always frees a stated share of its segment ([`KEPT_SHARE_MAX`]), whatever is asked.
+//! * a reclaim always frees a stated share of its segment ([`KEPT_SHARE_MAX`]), whatever is asked
+//!   ([`FlashKeeper`]: on the average of its segments, and something of each).
 //!
 //! What is absent: devices, leases and expiry (the engine asks here only about blocks that are
 //! free to go), tokens, placement.
 
+mod budget;
 mod clock;
+mod flash;
+mod ghost;
 mod lru;
 mod reclaim;
+mod reuse;
+mod worth;
 
+pub use budget::{Admission, AdmitReason, DropReason, WriteBudget, admit};
 pub use clock::{AGE_MAX, CoarseClock, TICKS_PER_TURNOVER};
+pub use flash::{Asking, FlashKeeper, KEPT_SHARE_TARGET};
+pub use ghost::GhostList;
 pub use lru::TailFirstLru;
 pub use reclaim::{
     BlockFacts, DropAll, FREQUENCY_MAX, KEEP_AGE_MAX, KEPT_SHARE_MAX, RecentlyUsed, ReclaimPolicy,
     SegmentFacts, Verdict,
 };
+pub use reuse::{BlockClass, CLASSES, ReuseModel, SAMPLE_MAX};
+pub use worth::{Candidate, WorthOrder};

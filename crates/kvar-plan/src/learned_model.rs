@@ -1,0 +1,326 @@
+//! The engine, with the policy that learns: what [`EngineModel`](crate::engine_model) is for the
+//! policy that nodes run.
+//!
+//! ```text
+//!                    ┌──────────────── DRAM, D blocks ────────────────┐
+//!   put ───────────> │ unwritten, by worth  ·  on flash, too, by worth │ <── read from flash
+//!                    └───────┬──────────────────────────┬─────────────┘
+//!        worth a place? ── no ─> gone                   └─> gone from DRAM; flash has it
+//!                    │ yes, and its whole prompt with it
+//!                    v
+//!   flash:  | sealed | sealed | ... | open |  + 1 free, the reserve
+//!            oldest: what is worth a further turnover is written again, by worth, heads first
+//! ```
+//!
+//! * DRAM is part of the capacity, so a block need not be in both: a copy of what flash holds
+//!   leaves first, and a kept block that DRAM holds unwritten costs nothing.
+//! * A block is written when it leaves DRAM ([`Admit::ByWorth`], what a node does while its write
+//!   budget is short) or at its put ([`Admit::All`], while there is room).
+//!
+//! What it leaves out: as the engine model, and the write budget itself.
+
+use crate::engine_model::FlashShape;
+use crate::offline::{Admit, Store, Writes};
+use kvar_policy::{Asking, BlockClass, FlashKeeper, GhostList, ReuseModel, WorthOrder};
+use std::cmp::Reverse;
+use std::collections::{HashSet, VecDeque};
+
+/// Uses a class tells apart; more are counted as so many.
+const USES_MAX: u8 = 3;
+
+#[derive(Clone, Copy)]
+struct Block {
+    /// The number of its segment, counted up for ever; [`NOWHERE`] if it is not on flash.
+    segment: u64,
+    used_at: u64,
+    request: u64,
+    depth: u32,
+    class: BlockClass,
+    in_dram: bool,
+}
+
+const NOWHERE: u64 = u64::MAX;
+
+impl Block {
+    fn is_here(&self) -> bool {
+        self.in_dram || self.segment != NOWHERE
+    }
+}
+
+struct Segment {
+    /// Demand when it was opened.
+    opened_at: u64,
+    blocks: Vec<u32>,
+}
+
+/// The store under replay.
+pub(crate) struct LearnedModel {
+    admit: Admit,
+    dram_blocks: u64,
+    shape: FlashShape,
+    blocks: Vec<Block>,
+    unwritten: WorthOrder<u32>,
+    copies: WorthOrder<u32>,
+    /// Requests of which something was written: the rest follows.
+    written: HashSet<u64>,
+    segments: VecDeque<Segment>,
+    oldest: u64,
+    /// Bytes asked for and put so far.
+    demand: u64,
+    looked_up: usize,
+    reuse: ReuseModel,
+    ghosts: GhostList,
+    keeper: FlashKeeper,
+    writes: Writes,
+}
+
+impl LearnedModel {
+    pub(crate) fn new(distinct: u64, dram_blocks: u64, shape: FlashShape, admit: Admit) -> Self {
+        let flash_blocks = shape.segments.saturating_mul(shape.blocks_per_segment);
+        let capacity_blocks = dram_blocks.saturating_add(flash_blocks);
+        let blank = Block {
+            segment: NOWHERE,
+            used_at: 0,
+            request: 0,
+            depth: 0,
+            class: BlockClass::new(0, 1),
+            in_dram: false,
+        };
+        Self {
+            admit,
+            dram_blocks,
+            shape,
+            blocks: vec![blank; distinct as usize],
+            unwritten: WorthOrder::new(),
+            copies: WorthOrder::new(),
+            written: HashSet::new(),
+            segments: VecDeque::from([Segment {
+                opened_at: 0,
+                blocks: Vec::new(),
+            }]),
+            oldest: 0,
+            demand: 0,
+            looked_up: 0,
+            reuse: ReuseModel::new(capacity_blocks.saturating_mul(shape.block_bytes)),
+            ghosts: GhostList::new(
+                capacity_blocks
+                    .min(distinct)
+                    .saturating_mul(GhostList::ENTRIES_PER_BLOCK),
+            ),
+            keeper: FlashKeeper::new(shape.segments, shape.payload_bytes()),
+            writes: Writes::default(),
+        }
+    }
+
+    fn block(&self, block: u32) -> &Block {
+        &self.blocks[block as usize]
+    }
+
+    fn order_of(&mut self, segment: u64) -> &mut WorthOrder<u32> {
+        if segment == NOWHERE {
+            &mut self.unwritten
+        } else {
+            &mut self.copies
+        }
+    }
+
+    /// A request of so many blocks uses this one: found it, or puts it.
+    fn use_block(&mut self, number: u32, request: u64, depth: u32, length: usize, found: bool) {
+        let before = *self.block(number);
+        let known = if before.is_here() {
+            Some(before.class.uses())
+        } else {
+            self.ghosts.take(u64::from(number))
+        };
+        let uses = known.map_or(0, |uses| (uses + 1).min(USES_MAX));
+        let class = BlockClass::new(uses, u32::try_from(length).unwrap_or(u32::MAX));
+        let demand = self.demand;
+        self.reuse.observe(u64::from(number), class, demand);
+        // What is found on flash is read into DRAM; a put of something there is no read.
+        let in_dram = before.in_dram || found || before.segment == NOWHERE;
+        self.blocks[number as usize] = Block {
+            segment: before.segment,
+            used_at: demand,
+            request,
+            depth,
+            class,
+            in_dram,
+        };
+        if in_dram {
+            let order = self.order_of(before.segment);
+            order.touch(number, request, depth, class, demand);
+        }
+    }
+
+    fn asking(&self, number: u32) -> Asking {
+        let block = self.block(number);
+        Asking {
+            class: block.class,
+            age: self.demand - block.used_at,
+            depth: block.depth,
+        }
+    }
+
+    /// A block that is neither in DRAM nor on flash any more.
+    fn gone(&mut self, number: u32) {
+        let uses = self.block(number).class.uses();
+        self.ghosts.insert(u64::from(number), uses);
+    }
+
+    fn set_turnover(&mut self) {
+        let oldest = self.segments.front();
+        let opened_at = oldest.map_or(self.demand, |segment| segment.opened_at);
+        self.keeper.set_turnover(self.demand - opened_at);
+    }
+
+    /// DRAM lets go until it holds what it may.
+    fn shrink_dram(&mut self) {
+        while (self.unwritten.len() + self.copies.len()) as u64 > self.dram_blocks {
+            if let Some(copy) = self.copies.least(&self.reuse, self.demand) {
+                self.copies.remove(&copy.key);
+                self.blocks[copy.key as usize].in_dram = false;
+                continue;
+            }
+            let Some(least) = self.unwritten.least(&self.reuse, self.demand) else {
+                return;
+            };
+            self.unwritten.remove(&least.key);
+            self.blocks[least.key as usize].in_dram = false;
+            self.set_turnover();
+            let asking = self.asking(least.key);
+            let is_chain = self.written.contains(&least.request);
+            if is_chain || self.keeper.is_worth(&self.reuse, &asking, self.demand) {
+                self.written.insert(least.request);
+                let rest: Vec<u32> = self.unwritten.of_request(least.request).collect();
+                self.append(least.key);
+                rest.into_iter()
+                    .for_each(|block| self.write_resident(block));
+            } else {
+                self.gone(least.key);
+            }
+        }
+    }
+
+    /// Writes a block that stays in DRAM, too.
+    fn write_resident(&mut self, number: u32) {
+        if !self.unwritten.remove(&number) {
+            return;
+        }
+        self.append(number);
+        let block = *self.block(number);
+        let order = self.order_of(block.segment);
+        order.touch(
+            number,
+            block.request,
+            block.depth,
+            block.class,
+            block.used_at,
+        );
+    }
+
+    /// Writes a block that is not on flash. A full open segment is sealed first, the free one
+    /// opened, and the oldest reclaimed, which makes it the free one.
+    fn append(&mut self, number: u32) {
+        while self.open_is_full() {
+            self.segments.push_back(Segment {
+                opened_at: self.demand,
+                blocks: Vec::new(),
+            });
+            if self.segments.len() as u64 > self.shape.segments {
+                self.reclaim();
+            }
+        }
+        self.writes.put += 1;
+        self.place(number);
+    }
+
+    fn open_is_full(&self) -> bool {
+        self.segments
+            .back()
+            .is_none_or(|open| open.blocks.len() as u64 >= self.shape.blocks_per_segment)
+    }
+
+    fn place(&mut self, number: u32) {
+        let position = self.oldest + self.segments.len() as u64 - 1;
+        if let Some(open) = self.segments.back_mut() {
+            open.blocks.push(number);
+            self.blocks[number as usize].segment = position;
+        }
+    }
+
+    fn reclaim(&mut self) {
+        self.set_turnover();
+        let number = self.oldest;
+        let Some(segment) = self.segments.pop_front() else {
+            return;
+        };
+        self.oldest += 1;
+        let mut live = Vec::new();
+        for block in segment.blocks {
+            let Block { segment, depth, .. } = *self.block(block);
+            if segment != number {
+                continue;
+            }
+            self.blocks[block as usize].segment = NOWHERE;
+            if self.copies.remove(&block) {
+                // DRAM has it: whether it is written again is decided when it leaves.
+                let Block {
+                    used_at,
+                    request,
+                    class,
+                    ..
+                } = *self.block(block);
+                self.unwritten.touch(block, request, depth, class, used_at);
+                continue;
+            }
+            let worth = self.keeper.worth(&self.reuse, &self.asking(block));
+            live.push((worth, Reverse(depth), Reverse(block)));
+        }
+        live.sort_by(|a, b| b.0.total_cmp(&a.0).then((b.1, b.2).cmp(&(a.1, a.2))));
+        self.keeper.begin_reclaim();
+        for (worth, _, Reverse(block)) in live {
+            // A reclaim that frees nothing would never end, as where a block fills a segment.
+            if !self.open_is_full() && self.keeper.keeps(worth, self.shape.block_bytes) {
+                self.writes.again += 1;
+                self.place(block);
+            } else {
+                self.gone(block);
+            }
+        }
+        self.keeper.end_reclaim(self.demand);
+    }
+}
+
+impl Store for LearnedModel {
+    fn lookup(&mut self, blocks: &[u32], request: u64) -> usize {
+        self.looked_up = blocks.len();
+        let hits = blocks
+            .iter()
+            .take_while(|block| self.block(**block).is_here())
+            .count();
+        for (depth, block) in blocks[..hits].iter().enumerate() {
+            self.use_block(*block, request, depth as u32, blocks.len(), true);
+        }
+        hits
+    }
+
+    fn put(&mut self, blocks: &[u32], depth: usize, request: u64) {
+        let length = self.looked_up.max(depth + blocks.len());
+        for (depth, block) in (depth as u32..).zip(blocks) {
+            self.use_block(*block, request, depth, length, false);
+        }
+        let used = (depth + blocks.len()) as u64;
+        self.demand += used.saturating_mul(self.shape.block_bytes);
+        if self.admit == Admit::All {
+            blocks.iter().for_each(|block| self.write_resident(*block));
+        }
+        self.shrink_dram();
+    }
+
+    fn writes(&self) -> Writes {
+        self.writes
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,133 @@
+use super::*;
+
+/// Three segments of four blocks each.
+const SHAPE: FlashShape = FlashShape {
+    segments: 3,
+    blocks_per_segment: 4,
+    block_bytes: 64 << 10,
+};
+
+fn store(dram_blocks: u64, admit: Admit) -> LearnedModel {
+    LearnedModel::new(10_000, dram_blocks, SHAPE, admit)
+}
+
+/// One request: looks all of it up, puts what is missing.
+fn ask(store: &mut LearnedModel, blocks: std::ops::Range<u32>, request: u64) -> usize {
+    let blocks: Vec<u32> = blocks.collect();
+    let hits = store.lookup(&blocks, request);
+    store.put(&blocks[hits..], hits, request);
+    hits
+}
+
+/// Every block is where the model thinks, once, and no more than fit.
+fn check(store: &LearnedModel) {
+    let dram = store.unwritten.len() + store.copies.len();
+    assert!(dram as u64 <= store.dram_blocks);
+    for (number, block) in (0..).zip(&store.blocks) {
+        let on_flash = block.segment != NOWHERE;
+        assert_eq!(store.copies.contains(&number), block.in_dram && on_flash);
+        assert_eq!(
+            store.unwritten.contains(&number),
+            block.in_dram && !on_flash
+        );
+        if on_flash {
+            let segment = &store.segments[(block.segment - store.oldest) as usize];
+            assert!(segment.blocks.contains(&number));
+        }
+    }
+    for segment in &store.segments {
+        assert!(segment.blocks.len() as u64 <= SHAPE.blocks_per_segment);
+    }
+    assert!(store.segments.len() as u64 <= SHAPE.segments);
+}
+
+#[test]
+fn what_fits_memory_is_never_written() {
+    let mut store = store(8, Admit::ByWorth);
+    for request in 0..50 {
+        assert_eq!(
+            ask(&mut store, 0..8, request),
+            if request == 0 { 0 } else { 8 }
+        );
+    }
+    check(&store);
+    assert_eq!(store.writes(), Writes { put: 0, again: 0 });
+}
+
+#[test]
+fn dram_and_flash_together_hold_their_sum() {
+    let mut store = store(4, Admit::ByWorth);
+    for chain in 0..4 {
+        ask(&mut store, chain * 10..chain * 10 + 4, u64::from(chain));
+    }
+    check(&store);
+    // Three chains fill the flash, the last is in memory alone.
+    let found: usize = (0..4)
+        .map(|chain| {
+            ask(
+                &mut store,
+                chain * 10..chain * 10 + 4,
+                100 + u64::from(chain),
+            )
+        })
+        .sum();
+    assert_eq!(found, 16);
+    check(&store);
+}
+
+#[test]
+fn a_chain_is_written_whole_once_its_tail_is() {
+    let mut store = store(6, Admit::ByWorth);
+    ask(&mut store, 0..6, 1);
+    ask(&mut store, 10..11, 2);
+    assert_eq!(store.writes().put, 6);
+    check(&store);
+}
+
+#[test]
+fn admit_all_writes_every_block_at_its_put() {
+    let mut store = store(4, Admit::All);
+    for request in 0..20_u32 {
+        ask(
+            &mut store,
+            request * 10..request * 10 + 3,
+            u64::from(request),
+        );
+        check(&store);
+    }
+    assert_eq!(store.writes().put, 60);
+}
+
+#[test]
+fn a_loop_that_does_not_fit_is_hit_in_part() {
+    // Ten chains in turn, four of which fit: LRU hits none of them.
+    let mut store = store(4, Admit::ByWorth);
+    let (mut hits, rounds) = (0, 400);
+    for request in 0..rounds * 10_u32 {
+        let chain = request % 10;
+        let found = ask(&mut store, chain * 10..chain * 10 + 4, u64::from(request));
+        if request >= rounds * 5 {
+            hits += found;
+        }
+    }
+    check(&store);
+    let rate = hits as f64 / f64::from(rounds * 5 * 4);
+    assert!(rate > 0.05, "{rate}; LRU has none");
+}
+
+#[test]
+fn blocks_as_large_as_segments_are_no_trouble() {
+    let shape = FlashShape {
+        segments: 2,
+        blocks_per_segment: 1,
+        block_bytes: 16 << 20,
+    };
+    let mut store = LearnedModel::new(1000, 1, shape, Admit::ByWorth);
+    for request in 0..500_u32 {
+        ask(
+            &mut store,
+            request % 7 * 10..request % 7 * 10 + 2,
+            u64::from(request),
+        );
+    }
+}

@@ -1,0 +1,136 @@
+//! What the reuse model learns from rows of uses whose intervals are known.
+//!
+//! What must always be true: it comes near the truth of the row it was shown, and says LRU before
+//! it was shown any.
+
+use super::*;
+
+const CAPACITY: u64 = 1 << 20;
+const SHORT: u32 = 1;
+const LONG: u32 = 64;
+
+/// Every 1/256 capacity a fresh block of a prompt of `blocks` is used, and once more after `back`.
+fn teach(model: &mut ReuseModel, blocks: u32, back: Option<u64>, from: u64, until: u64) {
+    teach_class(model, BlockClass::new(0, blocks), back, from, until);
+}
+
+/// The same for blocks of any class; their second use is of the class of the most uses.
+fn teach_class(
+    model: &mut ReuseModel,
+    class: BlockClass,
+    back: Option<u64>,
+    from: u64,
+    until: u64,
+) {
+    let mut uses: Vec<(u64, u64, BlockClass)> = Vec::new();
+    for now in (from..until).step_by(CAPACITY as usize / 256) {
+        uses.push((now, now, class));
+        let again = BlockClass::new(3, class.request_blocks_max());
+        uses.extend(back.map(|back| (now + back, now, again)));
+    }
+    uses.sort_unstable();
+    for (now, id, class) in uses {
+        model.observe(id, class, now);
+    }
+}
+
+#[test]
+fn before_anything_is_known_it_is_lru() {
+    let model = ReuseModel::new(CAPACITY);
+    for uses in 0..4 {
+        let class = BlockClass::new(uses, LONG);
+        let mut last = f64::INFINITY;
+        for age in [0, CAPACITY / 16, CAPACITY / 2, 2 * CAPACITY, 9 * CAPACITY] {
+            let worth = model.worth(class, age);
+            assert!(worth < last, "{worth} at {age}, {last} before");
+            last = worth;
+        }
+    }
+}
+
+#[test]
+fn what_comes_back_is_worth_more_than_what_does_not() {
+    let mut model = ReuseModel::new(CAPACITY);
+    let (comes, stays_away) = (BlockClass::new(0, LONG), BlockClass::new(0, SHORT));
+    teach(&mut model, LONG, Some(CAPACITY / 4), 0, 4 * CAPACITY);
+    teach(&mut model, SHORT, None, 5 * CAPACITY, 12 * CAPACITY);
+    assert!(model.worth(comes, 0) > 2.0 * model.worth(stays_away, 0));
+    assert!(model.chance(comes, 0, CAPACITY) > 0.5);
+    assert!(model.chance(stays_away, 0, CAPACITY) < 0.2);
+}
+
+#[test]
+fn what_is_about_to_come_back_is_worth_more_than_what_has_just_been_used() {
+    // All come back after two capacities: LRU would hit none of them.
+    let mut model = ReuseModel::new(CAPACITY);
+    let class = BlockClass::new(0, LONG);
+    teach(&mut model, LONG, Some(2 * CAPACITY), 0, 12 * CAPACITY);
+    assert!(model.worth(class, CAPACITY * 3 / 2) > 2.0 * model.worth(class, 0));
+    assert!(model.worth(class, 4 * CAPACITY) < model.worth(class, 0));
+}
+
+#[test]
+fn heads_are_never_worth_less_than_their_tails() {
+    let mut model = ReuseModel::new(CAPACITY);
+    teach(&mut model, LONG, Some(CAPACITY / 8), 0, 8 * CAPACITY);
+    teach_class(
+        &mut model,
+        BlockClass::new(2, LONG),
+        None,
+        9 * CAPACITY,
+        15 * CAPACITY,
+    );
+    for age in (0..4 * CAPACITY).step_by(CAPACITY as usize / 8) {
+        let worth: Vec<f64> = (0..4)
+            .map(|uses| model.worth(BlockClass::new(uses, LONG), age))
+            .collect();
+        assert!(worth.is_sorted(), "{worth:?} at {age}");
+    }
+}
+
+#[test]
+fn chances_are_chances_and_grow_with_the_time_given() {
+    let mut model = ReuseModel::new(CAPACITY);
+    let class = BlockClass::new(0, LONG);
+    teach(&mut model, LONG, Some(CAPACITY), 0, 6 * CAPACITY);
+    for age in [0, 1, CAPACITY, 40 * CAPACITY, u64::MAX] {
+        let mut last = 0.0;
+        for span in [0, 1, CAPACITY / 9, CAPACITY, 7 * CAPACITY, u64::MAX] {
+            let chance = model.chance(class, age, span);
+            assert!(
+                (last..=1.0).contains(&chance),
+                "{chance} after {last} at {age}"
+            );
+            last = chance;
+        }
+    }
+}
+
+#[test]
+fn memory_stays_bounded_and_what_is_learned_stays() {
+    let mut model = ReuseModel::new(CAPACITY);
+    let class = BlockClass::new(0, LONG);
+    // A million ids in flight at once, each used again after a quarter of a capacity.
+    let mut now = 0;
+    for id in 0..400_000_u64 {
+        now = id * 4;
+        model.observe(id, class, now);
+        if let Some(again) = id.checked_sub(CAPACITY / 16) {
+            model.observe(again, BlockClass::new(1, LONG), now);
+        }
+        assert!(model.open.len() <= SAMPLE_MAX && model.order.len() <= 4 * SAMPLE_MAX + 1);
+    }
+    assert!(model.sample_zeros > 0, "it had to sample, at {now}");
+    let chance = model.chance(class, 0, CAPACITY);
+    assert!(chance > 0.8, "{chance}");
+}
+
+#[test]
+fn time_that_stands_still_and_capacities_of_nothing_are_no_trouble() {
+    let mut model = ReuseModel::new(0);
+    for id in 0..100_000 {
+        model.observe(id, BlockClass::new(9, u32::MAX), 7);
+    }
+    assert!(model.worth(BlockClass::new(0, 0), u64::MAX).is_finite());
+    assert!(model.open.len() <= SAMPLE_MAX);
+}

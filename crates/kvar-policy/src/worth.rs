@@ -1,0 +1,276 @@
+//! Which block leaves memory next, where worth is learned: the tail of the prompt worth least.
+//!
+//! ```text
+//!   request 7:  depth 0  1  2  3 | 4  5  6     used together, by request 7 last
+//!               class a  a  a  a | b  b  b  <- its tail stands for it, and leaves first
+//!
+//!   class a:  request 2, request 9, ...        oldest ... newest
+//!   class b:  request 5, request 7, ...        worth is asked at both ends
+//! ```
+//!
+//! Within a class, worth is a curve over age that rises to a summit at most once in practice, so
+//! the least stands at an end: the oldest (nobody will come any more), or, where prompts return
+//! later than memory could hold all of them, the newest (the others are nearer to their return).
+//!
+//! What must always be true: `groups`, `tails` and `places` speak of the same blocks; of one
+//! request's blocks the deepest leaves first, so that no head leaves before its tail.
+//!
+//! Cost: O(log n) for a touch, O(classes) for [`least`](WorthOrder::least).
+
+use crate::reuse::{BlockClass, CLASSES, ReuseModel};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::hash::Hash;
+
+/// A place in a request; the arrival tells apart the head slices of one position.
+type Place = (u32, u32);
+
+#[derive(Clone, Debug)]
+struct Group<K> {
+    /// When the request used its blocks.
+    used_at: u64,
+    blocks: BTreeMap<Place, (K, BlockClass)>,
+}
+
+impl<K> Group<K> {
+    fn tail(&self) -> Option<BlockClass> {
+        self.blocks.last_key_value().map(|(_, block)| block.1)
+    }
+}
+
+/// The block that leaves next.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Candidate<K> {
+    /// The block.
+    pub key: K,
+    /// The request that used it last.
+    pub request: u64,
+    /// Its class then.
+    pub class: BlockClass,
+    /// Its position in that request.
+    pub depth: u32,
+    /// Time since that use, in bytes of demand.
+    pub age: u64,
+    /// As [`ReuseModel::worth`] says.
+    pub worth: f64,
+}
+
+/// Blocks in the order of what they are worth.
+#[derive(Clone, Debug)]
+pub struct WorthOrder<K> {
+    groups: HashMap<u64, Group<K>>,
+    /// By class: the requests whose tail is of it.
+    tails: Vec<BTreeSet<u64>>,
+    places: HashMap<K, (u64, Place)>,
+    arrivals: u32,
+}
+
+impl<K: Copy + Eq + Hash> WorthOrder<K> {
+    /// An empty order.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            groups: HashMap::new(),
+            tails: vec![BTreeSet::new(); CLASSES],
+            places: HashMap::new(),
+            arrivals: 0,
+        }
+    }
+
+    /// Inserts `key`, or says that `request` (a number that grows with time) used it at `now`.
+    /// A request older than the one that used it last changes nothing.
+    pub fn touch(&mut self, key: K, request: u64, depth: u32, class: BlockClass, now: u64) {
+        if let Some((before, _)) = self.places.get(&key) {
+            if *before > request {
+                return;
+            }
+            self.remove(&key);
+        }
+        self.arrivals = self.arrivals.wrapping_add(1);
+        let mut place = (depth, self.arrivals);
+        let group = self.groups.entry(request).or_insert_with(|| Group {
+            used_at: now,
+            blocks: BTreeMap::new(),
+        });
+        while group.blocks.contains_key(&place) {
+            place.1 = place.1.wrapping_add(1);
+        }
+        let before = group.tail();
+        group.blocks.insert(place, (key, class));
+        let after = group.tail();
+        self.places.insert(key, (request, place));
+        self.move_tail(request, before, after);
+    }
+
+    /// Takes `key` out; whether it was there.
+    pub fn remove(&mut self, key: &K) -> bool {
+        let Some((request, place)) = self.places.remove(key) else {
+            return false;
+        };
+        if let Some(group) = self.groups.get_mut(&request) {
+            let before = group.tail();
+            group.blocks.remove(&place);
+            let after = group.tail();
+            if after.is_none() {
+                self.groups.remove(&request);
+            }
+            self.move_tail(request, before, after);
+        }
+        true
+    }
+
+    fn move_tail(&mut self, request: u64, before: Option<BlockClass>, after: Option<BlockClass>) {
+        if before == after {
+            return;
+        }
+        if let Some(class) = before {
+            self.tails[class.number()].remove(&request);
+        }
+        if let Some(class) = after {
+            self.tails[class.number()].insert(request);
+        }
+    }
+
+    /// The block worth least at `now`: of equals, the one of the oldest request.
+    #[must_use]
+    pub fn least(&self, model: &ReuseModel, now: u64) -> Option<Candidate<K>> {
+        let ends = self
+            .tails
+            .iter()
+            .flat_map(|requests| [requests.first(), requests.last()])
+            .flatten();
+        let candidates = ends.filter_map(|request| {
+            let group = self.groups.get(request)?;
+            let ((depth, _), (key, class)) = group.blocks.last_key_value()?;
+            let age = now.saturating_sub(group.used_at);
+            Some(Candidate {
+                key: *key,
+                request: *request,
+                class: *class,
+                depth: *depth,
+                age,
+                worth: model.worth(*class, age),
+            })
+        });
+        candidates.min_by(|a, b| a.worth.total_cmp(&b.worth).then(a.request.cmp(&b.request)))
+    }
+
+    /// The blocks that `request` used last of all, deepest first.
+    pub fn of_request(&self, request: u64) -> impl Iterator<Item = K> + '_ {
+        let group = self.groups.get(&request);
+        group
+            .into_iter()
+            .flat_map(|group| group.blocks.values().rev().map(|block| block.0))
+    }
+
+    /// How many blocks there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.places.len()
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.places.is_empty()
+    }
+
+    /// Whether `key` is in it. Does not touch it.
+    #[must_use]
+    pub fn contains(&self, key: &K) -> bool {
+        self.places.contains_key(key)
+    }
+}
+
+impl<K: Copy + Eq + Hash> Default for WorthOrder<K> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::TailFirstLru;
+    use proptest::prelude::*;
+
+    const CAPACITY: u64 = 1000;
+
+    fn drain(order: &mut WorthOrder<u8>, model: &ReuseModel, now: u64) -> Vec<u8> {
+        std::iter::from_fn(|| {
+            let least = order.least(model, now)?;
+            assert!(order.remove(&least.key));
+            Some(least.key)
+        })
+        .collect()
+    }
+
+    #[test]
+    fn the_tail_leaves_before_its_head_whatever_they_are_worth() {
+        let mut order = WorthOrder::new();
+        // The head is of a class that is worth no more than the tail's.
+        for (depth, uses) in [(0, 0), (1, 3), (2, 3)] {
+            order.touch(depth as u8, 1, depth, BlockClass::new(uses, 3), 0);
+        }
+        assert_eq!(order.of_request(1).collect::<Vec<_>>(), [2, 1, 0]);
+        let model = ReuseModel::new(CAPACITY);
+        assert_eq!(drain(&mut order, &model, 10), [2, 1, 0]);
+    }
+
+    #[test]
+    fn where_prompts_return_too_late_the_newest_makes_way() {
+        let mut model = ReuseModel::new(CAPACITY);
+        let class = BlockClass::new(0, 4);
+        for number in 0..8 * CAPACITY {
+            model.observe(number, class, number);
+            if let Some(again) = number.checked_sub(2 * CAPACITY) {
+                model.observe(again, BlockClass::new(1, 4), number);
+            }
+        }
+        let mut order = WorthOrder::new();
+        order.touch(1_u8, 1, 0, class, 0);
+        order.touch(2, 2, 0, class, 1500);
+        order.touch(3, 3, 0, class, 1600);
+        assert_eq!(order.least(&model, 1600).unwrap().key, 3);
+        // Nobody came back to the oldest after all.
+        order.touch(3, 4, 0, class, 4900);
+        order.touch(2, 5, 0, class, 4950);
+        assert_eq!(order.least(&model, 5000).unwrap().key, 1);
+    }
+
+    proptest! {
+        /// With one class and nothing learned it is LRU with tails first.
+        #[test]
+        fn before_anything_is_learned_it_is_lru(
+            touches in prop::collection::vec((0..20_u8, 0..6_u32, any::<bool>()), 1..120),
+            removed in prop::collection::vec(0..20_u8, 0..4),
+        ) {
+            let model = ReuseModel::new(CAPACITY);
+            let class = BlockClass::new(0, 1);
+            let (mut order, mut lru, mut request) = (WorthOrder::new(), TailFirstLru::new(), 0);
+            for (key, depth, next) in touches {
+                request += u64::from(next);
+                // Far enough apart for every request to be of an age of its own.
+                let now = 1 << (request % 60);
+                if request >= 60 {
+                    break;
+                }
+                order.touch(key, request, depth, class, now);
+                lru.remove(&key);
+                lru.touch(key, request, depth);
+            }
+            for key in removed {
+                prop_assert_eq!(order.remove(&key), lru.remove(&key));
+            }
+            prop_assert_eq!(order.len(), lru.len());
+            prop_assert!((0..20).all(|key| order.contains(&key) == lru.contains(&key)));
+            let sorted = lru.iter_coldest_first().collect::<Vec<_>>();
+            let mut left = drain(&mut order, &model, 1 << 60);
+            prop_assert!(order.is_empty());
+            // Of one depth the later arrival leaves first here: compare as sets of a request.
+            left.sort_unstable();
+            let mut keys = sorted.clone();
+            keys.sort_unstable();
+            prop_assert_eq!(left, keys);
+        }
+    }
+}
