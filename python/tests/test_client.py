@@ -31,6 +31,18 @@ def test_what_is_put_comes_back(client: kvar.Client, name: Name) -> None:
     assert client.get_bytes(name(1)) == data
 
 
+def test_a_block_with_a_time_to_live_ends(client: kvar.Client, name: Name) -> None:
+    assert client.put([(name(1), b"short")], ttl_s=1) == ["stored"]
+    assert client.put([(name(2), b"long")], ttl_s=3600) == ["stored"]
+    assert client.get_bytes(name(1)) == b"short"
+    until(lambda: client.get_bytes(name(1)) is None)
+    buffer = bytearray(5)
+    assert outcomes(client.get([(name(1), buffer)])) == ["expired"]
+    assert client.get_bytes(name(2)) == b"long"
+    with pytest.raises(kvar.RequestError, match="ttl_s is 0"):
+        client.put([(name(3), b"never")], ttl_s=0)
+
+
 def test_what_was_never_put_is_absent(client: kvar.Client, name: Name) -> None:
     buffer = bytearray(b"mine")
     (result,) = client.get([(name(1), buffer)])

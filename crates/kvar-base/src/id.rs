@@ -85,6 +85,43 @@ impl FromStr for BlockId {
     }
 }
 
+/// Names a lease, and is the only proof of it: whoever knows the token may use, renew or release
+/// the lease, from whatever connection. Hence drawn at random.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct LeaseToken([u8; 16]);
+
+impl LeaseToken {
+    /// A token from its bytes.
+    #[must_use]
+    pub const fn new(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+
+    /// The bytes.
+    #[must_use]
+    pub const fn as_bytes(&self) -> &[u8; 16] {
+        &self.0
+    }
+
+    /// A new one from the operating system's randomness.
+    ///
+    /// # Panics
+    /// When the operating system has no randomness to give.
+    #[must_use]
+    pub fn random() -> Self {
+        let mut bytes = [0; 16];
+        getrandom::fill(&mut bytes).expect("the operating system gives randomness");
+        Self(bytes)
+    }
+}
+
+impl fmt::Debug for LeaseToken {
+    /// Enough to tell two apart in a log, too little to use one.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write_hex(f, &self.0[..3])
+    }
+}
+
 /// Which device this is; drawn at format, part of every `check64`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct DeviceUuid([u8; 16]);

@@ -15,7 +15,7 @@ mod time;
 
 pub use check::{ContentCheck, Crc64};
 pub use fingerprint::ContentFingerprint;
-pub use id::{BlockId, DeviceUuid, NamespaceKey, NamespaceKeyError};
+pub use id::{BlockId, DeviceUuid, LeaseToken, NamespaceKey, NamespaceKeyError};
 pub use outcome::{MissReason, PutOutcome, Refusal};
 pub use size::{ByteSize, ByteSizeError, PAGE_BYTES, page_round_up};
 pub use time::{Clock, Moment, SystemClock};

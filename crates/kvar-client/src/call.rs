@@ -5,13 +5,16 @@
 //! the link, or by the call's deadline, whichever comes first, and never twice.
 
 use crate::config::ClientError;
-use crate::items::{Answer, Filled, GetItem, GetOutcome, GetResult, Lookup, PreparedPut, Request};
+use crate::items::{
+    Answer, Filled, GetItem, GetOutcome, GetResult, Lease, Leased, Lookup, PreparedPut, Request,
+};
 use crate::session::{Completion, Ticket};
 use crate::stats::{Counters, add};
-use kvar_base::{BlockId, MissReason, Moment, PutOutcome, Refusal, SECTIONS_MAX};
+use kvar_base::{BlockId, LeaseToken, MissReason, Moment, PutOutcome, Refusal, SECTIONS_MAX};
 use kvar_wire::{Finished, IDS_MAX, LookupAnswer, Message};
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Why a part has no answer of the node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +77,21 @@ pub(crate) enum Ask {
         first_depth: u32,
         touch_request: u64,
     },
+    Lease {
+        ids: Vec<BlockId>,
+        first_depth: u32,
+        touch_request: u64,
+        token: LeaseToken,
+        client: u64,
+        ttl: Duration,
+    },
+    Renew {
+        token: LeaseToken,
+        ttl: Duration,
+    },
+    Release {
+        token: LeaseToken,
+    },
     Present {
         ids: Vec<BlockId>,
     },
@@ -108,11 +126,22 @@ pub(crate) struct PutSlot {
 impl Ask {
     fn parts(&self) -> usize {
         match self {
-            Self::Lookup { ids, .. } | Self::Present { ids } | Self::Remove { ids } => {
-                ids.len().div_ceil(IDS_MAX)
-            }
-            Self::Flush | Self::Purge | Self::Stat { .. } | Self::Status => 1,
+            Self::Lookup { ids, .. }
+            | Self::Lease { ids, .. }
+            | Self::Present { ids }
+            | Self::Remove { ids } => ids.len().div_ceil(IDS_MAX),
+            Self::Flush
+            | Self::Purge
+            | Self::Stat { .. }
+            | Self::Status
+            | Self::Renew { .. }
+            | Self::Release { .. } => 1,
         }
+    }
+
+    /// Whether it is about a lease that stands.
+    pub(crate) fn is_about_a_lease(&self) -> bool {
+        matches!(self, Self::Renew { .. } | Self::Release { .. })
     }
 
     /// Whether the node may take long over it without being ill: it waits for a device.
@@ -166,6 +195,26 @@ impl Board {
                     touch_request,
                 })
             }
+            Request::Lease {
+                ids,
+                first_depth,
+                touch_request,
+                token,
+                client,
+                ttl,
+            } => {
+                add(&self.counters.lookups, 1);
+                small(Ask::Lease {
+                    ids,
+                    first_depth,
+                    touch_request,
+                    token,
+                    client,
+                    ttl,
+                })
+            }
+            Request::Renew { token, ttl } => small(Ask::Renew { token, ttl }),
+            Request::Release { token } => small(Ask::Release { token }),
             Request::Present { ids } => {
                 add(&self.counters.lookups, 1);
                 small(Ask::Present { ids })
@@ -382,6 +431,17 @@ fn small_answer(ask: &Ask, replies: Vec<Option<Reply>>, why: &str) -> Answer {
         .map(|reply| reply.unwrap_or(Reply::Lost(Lost::Unreachable)));
     match ask {
         Ask::Lookup { ids, .. } => Answer::Lookup(leading(ids, replies)),
+        Ask::Lease { ids, token, .. } => Answer::Leased(leased(ids, *token, replies.collect())),
+        Ask::Renew { .. } => Answer::Renewed(match { replies }.next() {
+            Some(Reply::Message(Message::RenewAnswer(answer))) => Ok(lasting(answer.lasts_ms)),
+            Some(Reply::Lost(lost)) => Err(lost.error(why)),
+            _ => Err(Lost::Unreachable.error(why)),
+        }),
+        Ask::Release { .. } => Answer::Released(match { replies }.next() {
+            Some(Reply::Message(Message::ReleaseAnswer(answer))) => Ok(answer.released),
+            Some(Reply::Lost(lost)) => Err(lost.error(why)),
+            _ => Err(Lost::Unreachable.error(why)),
+        }),
         Ask::Present { ids } => {
             let mut present = Vec::with_capacity(ids.len());
             for (part, reply) in ids.chunks(IDS_MAX).zip(replies) {
@@ -427,6 +487,34 @@ fn finished_result(finished: Finished) -> Result<u64, ClientError> {
             "the node has too much to do; try again later".to_owned(),
         )),
         Finished::Failed(why) => Err(ClientError::Failed(why)),
+    }
+}
+
+fn lasting(lasts_ms: u32) -> Option<Duration> {
+    (lasts_ms > 0).then(|| Duration::from_millis(lasts_ms.into()))
+}
+
+/// A chain is promised as far as each part is there whole, and for as long as the shortest promise.
+fn leased(ids: &[BlockId], token: LeaseToken, replies: Vec<Reply>) -> Leased {
+    let mut lasts: Option<Duration> = None;
+    let mut as_lookups = Vec::with_capacity(replies.len());
+    for reply in replies {
+        as_lookups.push(match reply {
+            Reply::Message(Message::LeaseAnswer(answer)) => {
+                if let Some(this) = lasting(answer.lasts_ms) {
+                    lasts = Some(lasts.map_or(this, |other| other.min(this)));
+                }
+                let leading = LookupAnswer::Leading(answer.leading, answer.reason);
+                Reply::Message(Message::LookupAnswer(leading))
+            }
+            other => other,
+        });
+    }
+    let Lookup { leading, reason } = leading(ids, as_lookups.into_iter());
+    Leased {
+        leading,
+        reason,
+        lease: lasts.map(|lasts| Lease { token, lasts }),
     }
 }
 

@@ -6,12 +6,12 @@
 use crate::breaker::BreakerState;
 use crate::call::{Board, Lost};
 use crate::config::{ClientConfig, ClientError};
-use crate::items::{Answer, GetItem, GetOutcome, GetResult, Lookup, PutItem, Request};
+use crate::items::{Answer, GetItem, GetOutcome, GetResult, Leased, Lookup, PutItem, Request};
 use crate::pending::{Completer, Pending, pair};
 use crate::session::{Completion, Session, Ticket};
 use crate::stats::{ClientStats, Counters};
 use crossbeam_channel::{Receiver, Sender, TryRecvError, unbounded};
-use kvar_base::{BlockId, Clock, MissReason, Moment, PutOutcome, Refusal, SystemClock};
+use kvar_base::{BlockId, Clock, LeaseToken, MissReason, Moment, PutOutcome, Refusal, SystemClock};
 use kvar_wire::{BlockStat, Limits};
 use mio::Waker;
 use std::collections::HashMap;
@@ -60,6 +60,8 @@ struct Handle {
     clock: SystemClock,
     deadline: Duration,
     endpoint: String,
+    /// Who this is towards the node, for the share of leases that one client may hold.
+    number: u64,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -117,6 +119,12 @@ impl Client {
             .name("kvar-client".to_owned())
             .spawn(move || worker.run())
             .map_err(|error| ClientError::Config(format!("cannot start a thread: {error}")))?;
+        let random = LeaseToken::random();
+        let number = random
+            .as_bytes()
+            .iter()
+            .take(8)
+            .fold(0, |number, byte| number << 8 | u64::from(*byte));
         let commands = Some(commands);
         let thread = Some(thread);
         Ok(Self(Arc::new(Handle {
@@ -128,6 +136,7 @@ impl Client {
             clock,
             deadline,
             endpoint,
+            number,
             thread,
         })))
     }
@@ -158,6 +167,90 @@ impl Client {
                 reason: Some(MissReason::Unreachable),
             },
         })
+    }
+
+    /// As [`lookup`](Self::lookup), and what is there stays for `ttl` (at most 30 s), unless it is
+    /// removed: promised equals delivered. Fewer are promised than are there when the node's budget
+    /// for leases is used up (`overloaded`). Renew or release it from any client of the namespace;
+    /// it ends by itself, whatever becomes of the connection.
+    #[must_use]
+    pub fn lookup_leased(&self, ids: &[BlockId], ttl: Duration) -> Leased {
+        self.submit_lookup_leased(ids.to_vec(), ttl, CallOptions::default())
+            .wait()
+    }
+
+    /// As [`lookup_leased`](Self::lookup_leased), without waiting.
+    pub fn submit_lookup_leased(
+        &self,
+        ids: Vec<BlockId>,
+        ttl: Duration,
+        options: CallOptions,
+    ) -> Pending<Leased> {
+        let CallOptions {
+            touch_request,
+            first_depth,
+            ..
+        } = options;
+        let request = Request::Lease {
+            ids,
+            first_depth,
+            touch_request,
+            token: LeaseToken::random(),
+            client: self.0.number,
+            ttl,
+        };
+        self.submit(request, options, 1, |answer, _| match answer {
+            Some(Answer::Leased(leased)) => leased,
+            _ => Leased {
+                leading: 0,
+                reason: Some(MissReason::Unreachable),
+                lease: None,
+            },
+        })
+    }
+
+    /// Lets a lease last `ttl` from now (at most 30 s, and never shorter than it did); `None`: it
+    /// has ended.
+    ///
+    /// # Errors
+    /// Why the node did not say.
+    pub fn renew(
+        &self,
+        token: LeaseToken,
+        ttl: Duration,
+        options: CallOptions,
+    ) -> Result<Option<Duration>, ClientError> {
+        let request = Request::Renew { token, ttl };
+        let pending = self.submit(request, options, 1, |answer, _| match answer {
+            Some(Answer::Renewed(renewed)) => renewed,
+            _ => Err(thread_died()),
+        });
+        pending.wait()
+    }
+
+    /// Ends a lease; whether there was one.
+    ///
+    /// # Errors
+    /// Why the node did not say. The lease ends by itself all the same.
+    pub fn release(&self, token: LeaseToken, options: CallOptions) -> Result<bool, ClientError> {
+        self.submit_release(token, options).wait()
+    }
+
+    /// As [`release`](Self::release), without waiting.
+    pub fn submit_release(
+        &self,
+        token: LeaseToken,
+        options: CallOptions,
+    ) -> Pending<Result<bool, ClientError>> {
+        self.submit(
+            Request::Release { token },
+            options,
+            1,
+            |answer, _| match answer {
+                Some(Answer::Released(released)) => released,
+                _ => Err(thread_died()),
+            },
+        )
     }
 
     /// Which of these blocks are there; what could not be asked for is not.

@@ -14,6 +14,8 @@ pub(crate) type NodeLink = TcpLink<Box<dyn PutSource>, Filled>;
 pub(crate) struct Connection {
     pub(crate) link: NodeLink,
     pub(crate) phase: Phase,
+    /// The version of the protocol both speak; 0 until it is agreed.
+    pub(crate) version: u16,
     /// Requests the node has not answered, by number.
     pub(crate) open: HashMap<u64, Open>,
     /// The payload that is on its way into a destination.
@@ -99,6 +101,7 @@ impl Connection {
         let mut connection = Self {
             link,
             phase: Phase::Connecting(handshake),
+            version: 0,
             open: HashMap::new(),
             receiving: None,
             requests_open: 0,
@@ -119,6 +122,11 @@ impl Connection {
             Phase::Open(limits) if self.fault.is_none() => Some(limits),
             _ => None,
         }
+    }
+
+    /// Whether the node knows leases.
+    pub(crate) fn leases(&self) -> bool {
+        self.version >= kvar_wire::VERSION_WITH_LEASES
     }
 
     pub(crate) fn is_open(&self) -> bool {

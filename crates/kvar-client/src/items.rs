@@ -2,11 +2,12 @@
 
 use crate::check::SectionChecks;
 use crate::config::ClientError;
-use kvar_base::{BlockId, MissReason, PutOutcome, SECTIONS_MAX};
+use kvar_base::{BlockId, LeaseToken, MissReason, PutOutcome, SECTIONS_MAX};
 use kvar_transport::{Sink, Source};
 use kvar_wire::{BlockStat, Lengths, PutHints, Section};
 use std::fmt;
 use std::ops::Range;
+use std::time::Duration;
 
 /// Memory that a block is read into, in any number of pieces: any [`Sink`] that may move to the
 /// client's thread. The client owns it until the call has ended.
@@ -275,6 +276,33 @@ pub enum Request {
         /// Recency; 0 for the node's clock.
         touch_request: u64,
     },
+    /// How many leading blocks of a chain are there, and that they stay.
+    Lease {
+        /// The chain.
+        ids: Vec<BlockId>,
+        /// Depth of its first block.
+        first_depth: u32,
+        /// Recency; 0 for the node's clock.
+        touch_request: u64,
+        /// Names the lease; random.
+        token: LeaseToken,
+        /// For the share of one client.
+        client: u64,
+        /// How long.
+        ttl: Duration,
+    },
+    /// Let a lease last longer.
+    Renew {
+        /// Which.
+        token: LeaseToken,
+        /// How long from now.
+        ttl: Duration,
+    },
+    /// End a lease.
+    Release {
+        /// Which.
+        token: LeaseToken,
+    },
     /// Which of these blocks are there.
     Present {
         /// The blocks.
@@ -319,11 +347,38 @@ pub struct Lookup {
     pub reason: Option<MissReason>,
 }
 
+/// How many leading blocks of a chain are there and promised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leased {
+    /// So many.
+    pub leading: usize,
+    /// Why the next is not: it is not there, or (overloaded) was not promised.
+    pub reason: Option<MissReason>,
+    /// The promise; `None`: there is none. (A node that knows no leases says what is there and
+    /// promises nothing.)
+    pub lease: Option<Lease>,
+}
+
+/// A promise: these blocks stay readable for so long, unless they are removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lease {
+    /// Names it, towards the node, from any client of the namespace.
+    pub token: LeaseToken,
+    /// How long it lasts from the answer on; ends sooner rather than later by this clock.
+    pub lasts: Duration,
+}
+
 /// What came back; the kind is the request's.
 #[derive(Debug)]
 pub enum Answer {
     /// To a lookup.
     Lookup(Lookup),
+    /// To a lease.
+    Leased(Leased),
+    /// To a renewal: how long it lasts now, or `None` when it has ended.
+    Renewed(Result<Option<Duration>, ClientError>),
+    /// To a release: whether there was such a lease.
+    Released(Result<bool, ClientError>),
     /// To a presence question, a word each; blocks that could not be asked for are not there.
     Present(Vec<bool>),
     /// To a get, in the order of its items.

@@ -53,8 +53,8 @@ pub use breaker::BreakerState;
 pub use client::{CallOptions, Client};
 pub use config::{ClientConfig, ClientError, LINKS_MAX};
 pub use items::{
-    Answer, Destination, Filled, GetItem, GetOutcome, GetResult, Lookup, PreparedPut, PutItem,
-    PutSource, Request,
+    Answer, Destination, Filled, GetItem, GetOutcome, GetResult, Lease, Leased, Lookup,
+    PreparedPut, PutItem, PutSource, Request,
 };
 pub use kvar_transport::{Sink, Source};
 pub use kvar_wire::{BlockStat, Lengths, Limits, PutHints};

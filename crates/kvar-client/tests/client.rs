@@ -451,3 +451,72 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_lookup_can_be_leased_renewed_and_released_by_another_client() {
+    let peer = Peer::start();
+    let (client, other) = (connect(&peer), connect(&peer));
+    // More ids than one message takes: one lease all the same.
+    let count = kvar_wire::IDS_MAX + 10;
+    let ids: Vec<BlockId> = (0..count as u64).map(id).collect();
+    for n in [0, 1, 2] {
+        client.put(vec![PutItem::of_bytes(id(n), bytes(n, 100))]);
+    }
+    let leased = client.lookup_leased(&ids, Duration::from_secs(60));
+    assert_eq!(
+        (leased.leading, leased.reason),
+        (3, Some(MissReason::Absent))
+    );
+    let lease = leased.lease.unwrap();
+    assert_eq!(lease.lasts, Duration::from_secs(30));
+    assert_eq!(peer.leases(), 1);
+    let again = client
+        .lookup_leased(&ids[..2], Duration::from_secs(1))
+        .lease
+        .unwrap();
+    assert_ne!(again.token, lease.token, "tokens are drawn anew");
+    let options = CallOptions::default();
+    let renewed = other.renew(lease.token, Duration::from_secs(9), options);
+    assert_eq!(renewed.unwrap(), Some(Duration::from_secs(9)));
+    assert!(other.release(lease.token, options).unwrap());
+    assert!(!other.release(lease.token, options).unwrap());
+    assert_eq!(
+        client
+            .renew(lease.token, Duration::from_secs(9), options)
+            .unwrap(),
+        None
+    );
+    let none = client.lookup_leased(&[id(77)], Duration::from_secs(1));
+    assert_eq!((none.leading, none.lease), (0, None));
+    // A node that is gone promises nothing, at once or by the deadline.
+    peer.kill();
+    let lost = client.lookup_leased(&ids[..2], Duration::from_secs(1));
+    assert_eq!((lost.leading, lost.lease), (0, None));
+    assert!(
+        client
+            .release(again.token, CallOptions::within(Duration::from_secs(1)))
+            .is_err()
+    );
+}
+
+#[test]
+fn an_old_node_says_what_is_there_and_promises_nothing() {
+    let peer = Peer::start();
+    peer.grow_old();
+    let client = connect(&peer);
+    client.put(vec![PutItem::of_bytes(id(1), bytes(1, 100))]);
+    let leased = client.lookup_leased(&[id(1), id(2)], Duration::from_secs(1));
+    assert_eq!(
+        (leased.leading, leased.reason),
+        (1, Some(MissReason::Absent))
+    );
+    assert_eq!(leased.lease, None);
+    let (token, options) = (kvar_base::LeaseToken::new([1; 16]), CallOptions::default());
+    assert_eq!(
+        client
+            .renew(token, Duration::from_secs(1), options)
+            .unwrap(),
+        None
+    );
+    assert!(!client.release(token, options).unwrap());
+}

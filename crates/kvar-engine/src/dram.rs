@@ -8,13 +8,15 @@
 //! ```
 //!
 //! Only Clean and Volatile residents stand in the order of recency; the others keep the number of
-//! their last touch and get their place when they become evictable.
+//! their last touch and get their place when they become evictable. A Volatile one that is leased
+//! is the only copy there is, and stays until its lease ends; a Clean one may go, its bytes are
+//! safe on the device.
 
-use crate::layout::Section;
+use crate::layout::{RecordHints, Section};
 use kvar_base::BlockId;
 use kvar_io::Shared;
 use kvar_policy::TailFirstLru;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 /// Where a resident stands on its way to the device.
@@ -41,6 +43,10 @@ pub(crate) struct Resident {
     pub(crate) arrival: u64,
     /// Touches before it had an index entry to count them.
     pub(crate) early_touches: u8,
+    /// What its writer said.
+    pub(crate) hints: RecordHints,
+    /// Promised to somebody.
+    pub(crate) leased: bool,
 }
 
 impl Resident {
@@ -53,7 +59,11 @@ impl Resident {
     }
 
     fn may_leave(&self) -> bool {
-        matches!(self.state, State::Clean | State::Volatile)
+        match self.state {
+            State::Clean => true,
+            State::Volatile => !self.leased,
+            State::Dirty | State::Writing => false,
+        }
     }
 }
 
@@ -61,6 +71,8 @@ impl Resident {
 pub(crate) struct Dram {
     residents: HashMap<BlockId, Resident>,
     order: TailFirstLru<BlockId>,
+    /// Those that expire, by when.
+    expiring: BTreeSet<(u32, BlockId)>,
     /// Bytes of residents, tickets and reads under way, in whole pages.
     used_bytes: u64,
     /// Bytes of residents that may leave.
@@ -73,6 +85,7 @@ impl Dram {
         Self {
             residents: HashMap::new(),
             order: TailFirstLru::new(),
+            expiring: BTreeSet::new(),
             used_bytes: 0,
             evictable_bytes: 0,
             limit_bytes,
@@ -128,6 +141,7 @@ impl Dram {
             .residents
             .remove(&id)
             .expect("what stands in the order is resident");
+        self.expiring.remove(&(gone.hints.expires_unix_s, id));
         self.used_bytes -= gone.bytes();
         self.evictable_bytes -= gone.bytes();
         Some((id, gone.state))
@@ -139,6 +153,9 @@ impl Dram {
             self.order.touch(id, resident.arrival, resident.depth);
             self.evictable_bytes += resident.bytes();
         }
+        if resident.hints.expires_unix_s != 0 {
+            self.expiring.insert((resident.hints.expires_unix_s, id));
+        }
         let before = self.residents.insert(id, resident);
         debug_assert!(
             before.is_none(),
@@ -149,6 +166,7 @@ impl Dram {
     pub(crate) fn remove(&mut self, id: &BlockId) -> Option<Resident> {
         let gone = self.residents.remove(id)?;
         self.order.remove(id);
+        self.expiring.remove(&(gone.hints.expires_unix_s, *id));
         self.used_bytes -= gone.bytes();
         if gone.may_leave() {
             self.evictable_bytes -= gone.bytes();
@@ -157,13 +175,22 @@ impl Dram {
     }
 
     pub(crate) fn set_state(&mut self, id: &BlockId, state: State) {
+        self.change(id, |resident| resident.state = state);
+    }
+
+    /// Whether somebody was promised this resident.
+    pub(crate) fn set_leased(&mut self, id: &BlockId, leased: bool) {
+        self.change(id, |resident| resident.leased = leased);
+    }
+
+    fn change(&mut self, id: &BlockId, change: impl FnOnce(&mut Resident)) {
         let Some(resident) = self.residents.get_mut(id) else {
             return;
         };
         if resident.may_leave() {
             self.evictable_bytes -= resident.bytes();
         }
-        resident.state = state;
+        change(resident);
         if resident.may_leave() {
             self.evictable_bytes += resident.bytes();
             self.order.touch(*id, resident.arrival, resident.depth);
@@ -184,6 +211,14 @@ impl Dram {
         if resident.may_leave() {
             self.order.touch(*id, arrival, depth);
         }
+    }
+
+    /// Residents that expired before a second of wall time, the longest ago first.
+    pub(crate) fn expired_before(&self, unix_s: u64) -> impl Iterator<Item = BlockId> {
+        self.expiring
+            .iter()
+            .take_while(move |(expires, _)| u64::from(*expires) < unix_s)
+            .map(|(_, id)| *id)
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&BlockId, &Resident)> {

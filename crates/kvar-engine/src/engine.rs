@@ -1,16 +1,17 @@
 //! A shard and its device: the small reactor around the state machine.
 
-use crate::format::{OpenError, mend_superblock};
+use crate::format::{OpenError, mend_superblock, run};
 use crate::index::Index;
 use crate::layout::{PAGE, Superblock};
 use crate::recovery::{RecoveryReport, recover};
 use crate::shard::{
-    BlockStat, Counters, EngineConfig, Event, GetRequest, PutRequest, PutTicket, Shard,
-    ShardStatus, ShutdownReport,
+    BlockStat, Change, Counters, EngineConfig, Event, GetRequest, LeaseGrant, LeaseRequest,
+    PutRequest, PutTicket, Shard, ShardStatus, ShutdownReport,
 };
-use kvar_base::{BlockId, Moment, PutOutcome, SECTIONS_MAX};
-use kvar_io::{Arena, Completion, Device};
+use kvar_base::{BlockId, LeaseToken, Moment, PutOutcome, SECTIONS_MAX};
+use kvar_io::{Arena, Completion, Device, Op};
 use std::os::fd::RawFd;
+use std::time::Duration;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 /// Memory for directories, footers, checkpoint chunks and the gaps between blocks.
@@ -24,6 +25,13 @@ const MOVING_BYTES: usize = 8 << 20;
 pub fn arena_bytes(config: &EngineConfig, superblock: &Superblock) -> usize {
     let largest = superblock.block_bytes_max() as usize + SECTIONS_MAX * PAGE;
     config.dram_bytes as usize + RESERVE_BYTES + MOVING_BYTES + 2 * largest
+}
+
+/// A shard as it was found on its device. Can be handed to the thread that will drive it.
+pub struct Loaded {
+    shard: Shard,
+    /// What recovery found.
+    pub report: RecoveryReport,
 }
 
 /// One shard with its device. Nothing blocks after [`open`](Self::open).
@@ -50,19 +58,46 @@ impl Engine {
         config: EngineConfig,
         now: Moment,
     ) -> Result<(Self, RecoveryReport), OpenError> {
-        let (shard, mut report) = Self::load(&mut *device, arena, superblock, shard, config)?;
+        let loaded = Self::recover(&mut *device, arena, superblock, shard, config)?;
+        let report = loaded.report.clone();
+        Ok((Self::start(device, loaded, now), report))
+    }
+
+    /// The first half of [`open`](Self::open): reads the shard and mends superblock copies. Blocks
+    /// for as long as recovery takes, so a server does it on another thread than the one that will
+    /// drive the shard, with a device of that thread's own over the same storage.
+    ///
+    /// # Errors
+    /// When the device fails or has no such shard.
+    pub fn recover(
+        device: &mut dyn Device,
+        arena: Arena,
+        superblock: &Superblock,
+        shard: u32,
+        config: EngineConfig,
+    ) -> Result<Loaded, OpenError> {
+        let (shard, mut report) = Self::load(device, arena, superblock, shard, config)?;
         if shard.number == 0 {
             // A copy that cannot be written is a lost copy; two others agreed.
             report.superblock_copies_mended =
-                mend_superblock(&mut *device, &shard.arena, superblock).unwrap_or(0);
+                mend_superblock(device, &shard.arena, superblock).unwrap_or(0);
         }
+        // What a killed process wrote may lie in the drive's cache alone. From here on what was
+        // found counts as flushed.
+        run(device, Op::Flush).1?;
+        Ok(Loaded { shard, report })
+    }
+
+    /// The second half: drives a shard that was read, with the device of the calling thread.
+    #[must_use]
+    pub fn start(device: Box<dyn Device>, loaded: Loaded, now: Moment) -> Self {
         let mut engine = Self {
             device,
-            shard,
+            shard: loaded.shard,
             completions: Vec::new(),
         };
         engine.turn(now);
-        Ok((engine, report))
+        engine
     }
 
     /// The shard as it is on the device; writes nothing.
@@ -87,12 +122,40 @@ impl Engine {
     }
 
     /// Which ids are visible, in order; refreshes them. `request` as in [`crate::Touch`].
-    pub fn lookup(&mut self, ids: &[BlockId], request: u64) -> Vec<bool> {
-        self.shard.lookup(ids, request)
+    pub fn lookup(&mut self, now: Moment, ids: &[BlockId], request: u64) -> Vec<bool> {
+        self.shard.called(now);
+        self.shard.lookup(now, ids, request)
+    }
+
+    /// As a lookup that stops at the first block that is not there, and promises the ones before:
+    /// they stay readable until the lease ends, unless they are removed. Fewer are promised when
+    /// a budget is used up: a tenth of memory and of the device, a quarter of it a client.
+    pub fn lease(&mut self, now: Moment, request: &LeaseRequest<'_>) -> LeaseGrant {
+        self.shard.called(now);
+        self.shard.lease(now, request)
+    }
+
+    /// Lets a lease last `ttl` from now (at most [`LEASE_MAX`](crate::LEASE_MAX), and never shorter
+    /// than it did); until when it does. `None`: there is no such lease any more.
+    pub fn renew(&mut self, now: Moment, token: LeaseToken, ttl: Duration) -> Option<Moment> {
+        self.shard.called(now);
+        self.shard.renew(now, token, ttl)
+    }
+
+    /// Ends a lease; whether there was one.
+    pub fn release(&mut self, token: LeaseToken) -> bool {
+        self.shard.release(token)
+    }
+
+    /// The machine's clock was set: it is so many seconds since 1970 now. Times to live become
+    /// longer or shorter by that.
+    pub fn set_wall_clock(&mut self, now: Moment, unix_s: u64) {
+        self.shard.set_wall_clock(now, unix_s);
     }
 
     /// Reads a block; ends in [`Event::Get`].
     pub fn get(&mut self, now: Moment, token: u64, request: GetRequest) {
+        self.shard.called(now);
         self.shard.get(now, token, request);
     }
 
@@ -105,11 +168,13 @@ impl Engine {
         now: Moment,
         request: &PutRequest,
     ) -> Result<PutTicket, PutOutcome> {
+        self.shard.called(now);
         self.shard.put_begin(now, request)
     }
 
     /// The bytes are in the ticket: verifies them; ends in [`Event::Put`].
     pub fn put_commit(&mut self, now: Moment, token: u64, ticket: PutTicket) {
+        self.shard.called(now);
         self.shard.put_commit(now, token, ticket);
     }
 
@@ -135,8 +200,8 @@ impl Engine {
 
     /// What is known of a block without reading it.
     #[must_use]
-    pub fn stat(&self, id: &BlockId) -> Option<BlockStat> {
-        self.shard.stat(id)
+    pub fn stat(&self, now: Moment, id: &BlockId) -> Option<BlockStat> {
+        self.shard.stat(now, id)
     }
 
     /// Completions in, due work, operations out. Never blocks.
@@ -180,8 +245,24 @@ impl Engine {
 
     /// Blocks until a completion waits, nothing is under way, or `timeout` has passed; for callers
     /// that have nothing else to wait for.
-    pub fn wait(&mut self, timeout: std::time::Duration) {
+    pub fn wait(&mut self, timeout: Duration) {
         self.device.wait(timeout);
+    }
+
+    /// From now on [`journal`](Self::journal) tells what happens to blocks without a call: for tests.
+    pub fn keep_journal(&mut self) {
+        self.shard.keep_journal();
+    }
+
+    /// What happened since the last call; nothing unless it was asked for.
+    pub fn journal(&mut self) -> Vec<Change> {
+        self.shard.take_journal()
+    }
+
+    /// Things remembered on behalf of calls and operations under way; none at rest.
+    #[must_use]
+    pub fn bookkeeping(&self) -> usize {
+        self.shard.bookkeeping()
     }
 
     /// Operations under way.

@@ -14,8 +14,10 @@
 
 use crate::layout::SLOTS_PER_BUCKET;
 use crate::snapshot::Snapshot;
+use crate::table::Table;
 use kvar_base::BlockId;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_seed};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 const SLOTS: usize = SLOTS_PER_BUCKET as usize;
 const POSITION_BITS: u32 = 30;
@@ -26,7 +28,9 @@ const TOUCHED: u64 = 1 << 60;
 const FREQUENCY_SHIFT: u32 = 61;
 const SECTIONED: u64 = 1 << 63;
 
-#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+#[derive(
+    Clone, Copy, Default, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
 #[repr(C, align(64))]
 struct Bucket {
     check: [u64; SLOTS],
@@ -36,6 +40,9 @@ struct Bucket {
 }
 
 const _: () = assert!(size_of::<Bucket>() == 64);
+
+/// Lookups that wait for memory together: about what a core keeps under way.
+const BATCH: usize = 16;
 
 /// Bytes of a bucket, in memory and in a checkpoint.
 pub(crate) const BUCKET_BYTES: usize = size_of::<Bucket>();
@@ -78,11 +85,13 @@ pub enum Inserted {
     Replaced(Entry),
     /// Another block's entry had to go.
     Evicted(Entry),
+    /// Nothing changed: the places are full and all of them are held.
+    Held,
 }
 
 /// The table of one shard.
 pub struct Index {
-    buckets: Vec<Bucket>,
+    buckets: Table<Bucket>,
     seed: u64,
     entries: usize,
     snapshot: Option<Snapshot>,
@@ -94,12 +103,20 @@ struct Home {
     tag: u64,
 }
 
+impl Home {
+    const NONE: Self = Self {
+        first: 0,
+        second: 0,
+        tag: 0,
+    };
+}
+
 impl Index {
     /// An empty table; `seed` keeps outsiders from choosing ids that collide.
     #[must_use]
     pub fn new(buckets: u64, seed: u64) -> Self {
         Self {
-            buckets: vec![Bucket::default(); buckets.max(1) as usize],
+            buckets: Table::zeroed(buckets.max(1) as usize),
             seed,
             entries: 0,
             snapshot: None,
@@ -138,7 +155,7 @@ impl Index {
 
     fn home(&self, id: &BlockId) -> Home {
         let hash = xxh3_128_with_seed(id.as_bytes(), self.seed);
-        let tag = (hash >> 64) as u64 & TAG_MASK;
+        let tag = (hash >> 64) as u64 & TAG_MASK & crate::mutation::tag_mask();
         let first = ((u128::from(hash as u64) * self.buckets.len() as u128) >> 64) as usize;
         Home {
             first,
@@ -151,19 +168,34 @@ impl Index {
     fn other(&self, bucket: usize, tag: u64) -> usize {
         let count = self.buckets.len();
         let sum = (xxh3_64(&tag.to_le_bytes()) % count as u64) as usize;
-        (sum + count - bucket) % count
+        // (sum - bucket) modulo count, without a second division.
+        if sum >= bucket {
+            sum - bucket
+        } else {
+            sum + count - bucket
+        }
+    }
+
+    /// The words of both buckets: asked for before either is looked at, they arrive together.
+    fn words(&self, home: &Home) -> [[u64; SLOTS]; 2] {
+        [home.first, home.second].map(|bucket| self.buckets[bucket].word)
     }
 
     fn find_slot(&self, home: &Home) -> Option<SlotRef> {
-        for bucket in [home.first, home.second] {
-            for slot in 0..SLOTS {
-                let word = self.buckets[bucket].word[slot];
-                if word & POSITION_MASK != 0 && word >> POSITION_BITS & TAG_MASK == home.tag {
-                    return Some(SlotRef { bucket, slot });
-                }
-            }
-        }
-        None
+        Self::slot_in(home, &self.words(home))
+    }
+
+    fn slot_in(home: &Home, words: &[[u64; SLOTS]; 2]) -> Option<SlotRef> {
+        let holds =
+            |word: &u64| word & POSITION_MASK != 0 && word >> POSITION_BITS & TAG_MASK == home.tag;
+        let slot = words.as_flattened().iter().position(holds)?;
+        let bucket = if slot < SLOTS {
+            home.first
+        } else {
+            home.second
+        };
+        let slot = slot % SLOTS;
+        Some(SlotRef { bucket, slot })
     }
 
     /// The entry of an id. Cost: one hash, one or two cache lines.
@@ -171,6 +203,23 @@ impl Index {
     pub fn find(&self, id: &BlockId) -> Option<(SlotRef, Entry)> {
         let at = self.find_slot(&self.home(id))?;
         Some((at, self.entry(at)))
+    }
+
+    /// The entries of many ids, in order. A lookup of one id waits for memory; here up to
+    /// sixteen wait together.
+    pub fn find_all(&self, ids: &[BlockId], found: &mut Vec<Option<(SlotRef, Entry)>>) {
+        for ids in ids.chunks(BATCH) {
+            let mut homes = [const { Home::NONE }; BATCH];
+            let mut words = [[[0; SLOTS]; 2]; BATCH];
+            for (number, id) in ids.iter().enumerate() {
+                homes[number] = self.home(id);
+                words[number] = self.words(&homes[number]);
+            }
+            found.extend((0..ids.len()).map(|number| {
+                let at = Self::slot_in(&homes[number], &words[number])?;
+                Some((at, self.entry(at)))
+            }));
+        }
     }
 
     fn entry(&self, at: SlotRef) -> Entry {
@@ -212,6 +261,17 @@ impl Index {
     /// Adds or moves the entry of an id. `age` tells how old a stamp is; it is asked only when the
     /// six places of the id are full.
     pub fn insert(&mut self, id: &BlockId, entry: &Entry, age: impl Fn(u8) -> u8) -> Inserted {
+        self.insert_beside(id, entry, age, |_| false)
+    }
+
+    /// As [`insert`](Self::insert), but an entry whose position is `held` is not evicted.
+    pub fn insert_beside(
+        &mut self,
+        id: &BlockId,
+        entry: &Entry,
+        age: impl Fn(u8) -> u8,
+        held: impl Fn(u32) -> bool,
+    ) -> Inserted {
         debug_assert!(
             entry.position != 0 && u64::from(entry.position) <= POSITION_MASK && entry.len > 0
         );
@@ -245,11 +305,14 @@ impl Index {
             }
         }
         let coldest = taken
+            .filter(|at| !held(self.entry(*at).position))
             .max_by_key(|at| {
                 let entry = self.entry(*at);
                 (!entry.touched, age(entry.stamp), 3 - entry.frequency)
-            })
-            .expect("a pair of buckets has slots");
+            });
+        let Some(coldest) = coldest else {
+            return Inserted::Held;
+        };
         let before = self.entry(coldest);
         self.set(coldest, home.tag, entry);
         Inserted::Evicted(before)
@@ -338,7 +401,7 @@ impl Index {
 
     /// Forgets everything.
     pub fn clear(&mut self) {
-        self.buckets.fill(Bucket::default());
+        self.buckets.clear();
         self.entries = 0;
     }
 

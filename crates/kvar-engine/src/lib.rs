@@ -15,13 +15,17 @@
 //! | `layout` | what does a byte on the device mean? (`docs/internals/disk.md`): `superblock`, `page`, `image`, `checkpoint` |
 //! | `index`, `snapshot` | where on the device is a block? How is that table copied while it changes? |
 //! | `dram` | what is in memory, and what may leave it? |
+//! | `expiry`, `leases` | when is a block over; who was promised which? |
 //! | `segments` | which segment is in which state; where does the next block go? |
 //! | `shard`, `shard/types` | the state machine; what callers hand in and get back |
-//! | `shard/put`, `shard/read`, `shard/remove` | its calls: how does a block come in, get out, go? |
+//! | `shard/put`, `shard/read`, `shard/sections`, `shard/remove` | its calls: how does a block come in, get out whole or in part, go? |
+//! | `shard/lease`, `shard/expiry` | how long is what promised; what is over? |
+//! | `shard/scrub` | is what lies on the device still what was written? |
 //! | `shard/write`, `shard/prepare`, `shard/sync` | how does a block get onto the device: queues and payload; segments; directory, flush, answers |
 //! | `shard/trouble` | what if the device refuses? |
 //! | `shard/reclaim`, `shard/checkpoint` | how does space come back; how is recovery kept short? |
 //! | `shard/shutdown`, `shard/status` | how does it end; what does it say of itself? |
+//! | `shard/journal`, `mutation` | for tests: where did every block go? Is every check needed? |
 //! | `recovery` | what was here when the process died? |
 //! | `format`, `check`, `engine` | making a device, verifying a stopped one, driving a live one |
 //!
@@ -33,21 +37,27 @@
 mod check;
 mod dram;
 mod engine;
+mod expiry;
 mod format;
 mod index;
 pub mod layout;
+mod leases;
+pub mod mutation;
 mod recovery;
 mod segments;
 mod shard;
 mod snapshot;
+mod table;
 
 pub use check::{CheckReport, Damage, InspectReport, SegmentReport, check, inspect};
-pub use engine::{Engine, arena_bytes};
+pub use engine::{Engine, Loaded, arena_bytes};
 pub use format::{FormatOptions, OpenError, format, read_superblock};
 pub use index::{Entry, Index, Inserted};
 pub use layout::{FormatError, Superblock};
+pub use leases::{LEASE_DEFAULT, LEASE_MAX};
 pub use recovery::RecoveryReport;
 pub use shard::{
-    BlockStat, Copy, Counters, EngineConfig, Event, GetRequest, PutHints, PutRequest, PutTicket,
-    SectionRef, ShardStatus, ShutdownReport, Tier, Touch,
+    BlockStat, Change, Copy, Counters, Displaced, EngineConfig, Event, GetRequest, LeaseGrant,
+    LeaseRequest, PutHints, PutRequest, PutTicket, SectionRef, ShardStatus, ShutdownReport, Tier,
+    Touch,
 };

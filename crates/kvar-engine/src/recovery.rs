@@ -8,19 +8,23 @@
 //! segment after it: that one is prepared only after the second after it was opened, which happens
 //! only when this one was sealed. So segments that a checkpoint covers can be left out, and records
 //! are sorted in a window of a few segments: memory stays bounded however many there are.
+//!
+//! The index has no room for the time at which a block expires. It stands in the block's record;
+//! the checkpoint says which segments hold such records, and these are read too.
 
 use crate::format::{OpenError, read};
-use crate::index::{BUCKET_BYTES, Entry};
+use crate::index::{BUCKET_BYTES, Entry, Inserted};
 use crate::layout::{
     CHUNK_BYTES, CHUNK_PAYLOAD_BYTES, CheckpointHead, NUMBERS_END, PAGE, PageKind, RECORD_BLOCK,
     RECORD_PURGE, RECORD_TOMBSTONE, Record, SegmentState, decode_chunk, decode_page,
 };
+use crate::mutation::{Check, is_disabled};
 use crate::segments::SegmentPhase;
 use crate::shard::{Shard, checkpoint_prefix_bytes, directory_records, footer_records};
 use kvar_base::page_round_up;
 use kvar_io::{Device, Op};
 use serde::Serialize;
-use std::collections::VecDeque;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
 use zerocopy::FromBytes;
 
@@ -40,7 +44,9 @@ pub struct RecoveryReport {
     pub segments: u32,
     /// Segments whose records were read.
     pub segments_replayed: u32,
-    /// Of these, without a whole footer.
+    /// Segments whose records were read only for the times at which blocks expire.
+    pub segments_read_for_expiry: u32,
+    /// Of the segments replayed, those without a whole footer.
     pub segments_unsealed: u32,
     /// Segment headers that were damaged.
     pub headers_damaged: u32,
@@ -48,6 +54,8 @@ pub struct RecoveryReport {
     pub records: u64,
     /// Blocks that are visible now.
     pub blocks: u64,
+    /// Index entries that made room for others during replay.
+    pub bucket_evicted: u64,
     /// Superblock copies that were lost and written again (by shard 0).
     pub superblock_copies_mended: u32,
 }
@@ -58,9 +66,6 @@ pub(crate) fn recover(
 ) -> Result<RecoveryReport, OpenError> {
     let mut report = RecoveryReport::default();
     let checkpoint = load_checkpoint(device, shard, &mut report)?;
-    let replay_from = checkpoint
-        .as_ref()
-        .map_or(0, |checkpoint| checkpoint.head.replay_from.get());
     let headers = read_headers(device, shard)?;
     let mut used: Vec<(u64, u32)> = Vec::new();
     let mut lost = Vec::new();
@@ -106,7 +111,9 @@ pub(crate) fn recover(
     for number in &lost {
         shard.segments.get(*number).generation = newest.unwrap_or(0);
     }
-    used.sort_unstable();
+    if !is_disabled(Check::SequenceOrder) {
+        used.sort_unstable();
+    }
     report.segments = used.len() as u32;
     if let Some(checkpoint) = &checkpoint {
         let Shard {
@@ -122,11 +129,12 @@ pub(crate) fn recover(
                 .all
                 .get(segment as usize)
                 .is_some_and(|now| Some(now.generation) == then)
+                || is_disabled(Check::CheckpointGeneration)
         });
         shard.appended_bytes = checkpoint.head.appended_bytes.get();
         shard.next_sequence = checkpoint.head.next_sequence.get().max(1);
     }
-    let mut empty = replay(device, shard, &used, replay_from, &mut report)?;
+    let mut empty = replay(device, shard, &used, checkpoint.as_ref(), &mut report)?;
     // Numbers drawn from here on are above those of every segment that was ever opened.
     let opened_last = used.last().map_or(0, |(sequence, _)| *sequence);
     shard.next_sequence = shard.next_sequence.max(opened_last + 1);
@@ -342,14 +350,22 @@ fn replay(
     device: &mut dyn Device,
     shard: &mut Shard,
     used: &[(u64, u32)],
-    replay_from: u64,
+    checkpoint: Option<&Checkpoint>,
     report: &mut RecoveryReport,
 ) -> Result<Vec<u32>, OpenError> {
+    let replay_from = checkpoint.map_or(0, |checkpoint| checkpoint.head.replay_from.get());
+    let mut unnamed = Unnamed::default();
     let opened = |at: usize| used.get(at).map(|(sequence, _)| *sequence);
     let mut empty = Vec::new();
     let mut window: VecDeque<(u32, Record)> = VecDeque::new();
     for (at, (_, number)) in used.iter().enumerate() {
+        let expiring = expiring_then(shard, checkpoint, *number);
         if opened(at + OVERLAP).is_some_and(|sequence| sequence <= replay_from) {
+            if expiring > 0 {
+                report.segments_read_for_expiry += 1;
+                let (records, _) = segment_records(device, shard, *number)?;
+                unnamed.note(shard, *number, &records, replay_from, expiring);
+            }
             continue;
         }
         report.segments_replayed += 1;
@@ -358,19 +374,81 @@ fn replay(
         if records.is_empty() && !sealed {
             empty.push(*number);
         }
+        unnamed.note(shard, *number, &records, replay_from, expiring);
         let fresh = records
             .into_iter()
             .filter(|record| record.sequence() >= replay_from);
         window.extend(fresh.map(|record| (*number, record)));
         // Records still to be read have numbers from the opening of the next segment on.
         let ready_below = opened(at + 1).unwrap_or(u64::MAX);
-        window
-            .make_contiguous()
-            .sort_by_key(|(_, record)| record.sequence());
+        if !is_disabled(Check::SequenceOrder) {
+            window
+                .make_contiguous()
+                .sort_by_key(|(_, record)| record.sequence());
+        }
         apply_below(shard, &mut window, ready_below, report);
     }
     apply_below(shard, &mut window, u64::MAX, report);
+    unnamed.drop_entries(shard);
     Ok(empty)
+}
+
+/// How many blocks of a segment expired some time when the checkpoint was begun; 0 if the segment
+/// was opened anew since.
+fn expiring_then(shard: &Shard, checkpoint: Option<&Checkpoint>, number: u32) -> u32 {
+    checkpoint
+        .and_then(|checkpoint| checkpoint.segments.get(number as usize))
+        .filter(|state| state.generation.get() == shard.segments.all[number as usize].generation)
+        .map_or(0, |state| state.expiring.get())
+}
+
+/// Segments of which the checkpoint knows blocks that expire and whose records are not all there:
+/// an entry that no record names might be one of them, and would live for ever.
+#[derive(Default)]
+struct Unnamed {
+    /// Pages that records name, by segment.
+    named: HashMap<u32, HashSet<u32>>,
+}
+
+impl Unnamed {
+    /// Takes the expiries of a segment's records; whether all that the checkpoint knew are there.
+    fn note(
+        &mut self,
+        shard: &mut Shard,
+        number: u32,
+        records: &[Record],
+        replay_from: u64,
+        expiring: u32,
+    ) {
+        let mut known = HashSet::new();
+        for record in records.iter().filter(|record| record.kind == RECORD_BLOCK) {
+            let expires_unix_s = record.hints().expires_unix_s;
+            let page = record.place.get();
+            shard.expiries.add(number, page, expires_unix_s);
+            if expires_unix_s != 0 && record.sequence() < replay_from {
+                known.insert(page);
+            }
+        }
+        if known.len() < expiring as usize {
+            let pages = records.iter().map(|record| record.place.get());
+            self.named.insert(number, pages.collect());
+        }
+    }
+
+    fn drop_entries(&self, shard: &mut Shard) {
+        if self.named.is_empty() {
+            return;
+        }
+        let Shard {
+            index, segments, ..
+        } = shard;
+        index.retain(|entry| {
+            let (segment, page) = segments.locate(entry.position);
+            self.named
+                .get(&segment)
+                .is_none_or(|pages| pages.contains(&page))
+        });
+    }
 }
 
 fn apply_below(
@@ -403,8 +481,10 @@ fn apply_below(
                 };
                 shard.appended_bytes += page_round_up(u64::from(len));
                 let age = shard.age_now();
-                shard.index.insert(&record.id(), &entry, age);
+                let inserted = shard.index.insert(&record.id(), &entry, age);
+                report.bucket_evicted += u64::from(matches!(inserted, Inserted::Evicted(_)));
             }
+            RECORD_TOMBSTONE | RECORD_PURGE if is_disabled(Check::Tombstone) => {}
             RECORD_TOMBSTONE => {
                 shard.index.remove(&record.id());
             }

@@ -95,7 +95,7 @@ impl Area {
                 self.written = 0;
                 self.next_place = self.unused_place;
                 self.unused_place += 1;
-            } else {
+            } else if !crate::mutation::is_disabled(crate::mutation::Check::TwoPlaces) {
                 std::mem::swap(&mut self.next_place, &mut self.other_place);
             }
         }

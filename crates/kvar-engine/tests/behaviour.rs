@@ -40,14 +40,26 @@ fn a_block_is_visible_at_once_then_on_the_device_then_after_a_restart() {
     let mut store = store();
     assert_eq!(store.put(1, 1, false), None);
     assert!(store.outcome_of_get(1).is_ok());
-    assert_eq!(store.engine.stat(&id(1)).unwrap().tier, Tier::Dram);
+    assert_eq!(
+        store.engine.stat(store.now, &id(1)).unwrap().tier,
+        Tier::Dram
+    );
     store.settle();
-    assert_eq!(store.engine.stat(&id(1)).unwrap().tier, Tier::DramAndFlash);
+    assert_eq!(
+        store.engine.stat(store.now, &id(1)).unwrap().tier,
+        Tier::DramAndFlash
+    );
     let image = store.disk.crash(Survival::Flushed);
     let mut store = store.reopen(image, SimOptions::default());
-    assert_eq!(store.engine.stat(&id(1)).unwrap().tier, Tier::Flash);
+    assert_eq!(
+        store.engine.stat(store.now, &id(1)).unwrap().tier,
+        Tier::Flash
+    );
     assert!(store.outcome_of_get(1).is_ok());
-    assert_eq!(store.engine.stat(&id(1)).unwrap().tier, Tier::DramAndFlash);
+    assert_eq!(
+        store.engine.stat(store.now, &id(1)).unwrap().tier,
+        Tier::DramAndFlash
+    );
 }
 
 #[test]
@@ -61,7 +73,7 @@ fn the_first_commit_wins() {
     let again = store.engine.put_begin(store.now, &request(&[&second], 1));
     assert_eq!(again.unwrap_err(), PutOutcome::InProgress);
     assert_eq!(
-        store.engine.lookup(&[id(1)], 0),
+        store.engine.lookup(store.now, &[id(1)], 0),
         [false],
         "filling is not visible"
     );
@@ -88,7 +100,7 @@ fn an_aborted_put_leaves_nothing() {
         .put_begin(store.now, &request(&[b"abc"], 1))
         .unwrap();
     store.engine.put_abort(ticket);
-    assert_eq!(store.engine.lookup(&[id(1)], 0), [false]);
+    assert_eq!(store.engine.lookup(store.now, &[id(1)], 0), [false]);
     assert_eq!(store.engine.status(store.now).dram_bytes, 0);
     assert!(
         store
@@ -118,7 +130,7 @@ fn bytes_that_are_not_what_the_writer_said_are_refused() {
             ..
         }]
     ));
-    assert_eq!(store.engine.lookup(&[id(1)], 0), [false]);
+    assert_eq!(store.engine.lookup(store.now, &[id(1)], 0), [false]);
 }
 
 #[test]
@@ -303,7 +315,7 @@ fn ephemeral_blocks_stay_off_the_device() {
     let mut ticket = store.engine.put_begin(store.now, &put).unwrap();
     ticket.buffer_mut().copy_from_slice(&bytes);
     store.engine.put_commit(store.now, 1, ticket);
-    assert_eq!(store.engine.lookup(&[id(1)], 0), [true]);
+    assert_eq!(store.engine.lookup(store.now, &[id(1)], 0), [true]);
     store.engine.events().for_each(drop);
     store.settle();
     assert_eq!(store.engine.counters().block_write_bytes, 0);

@@ -140,7 +140,10 @@ fn holds_what_was_put(store: &mut Store) {
         if REMOVED.contains(&number) {
             assert_eq!(read(store, number), Err(MissReason::Absent), "{number}");
         } else {
-            assert_eq!(store.engine.stat(&id(number)).unwrap().tier, Tier::Flash);
+            assert_eq!(
+                store.engine.stat(store.now, &id(number)).unwrap().tier,
+                Tier::Flash
+            );
             assert!(read(store, number) == Ok(bytes_of(number)), "{number}");
         }
     }

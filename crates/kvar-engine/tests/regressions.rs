@@ -70,7 +70,7 @@ fn reclaim_always_ends_whatever_else_wants_the_open_segment() {
             store.put_sections(number, 1, &[len], false);
             // Wanted blocks, so that reclaim keeps some of every segment.
             let hot: Vec<_> = (0..40).map(|_| id(dice.below(2000))).collect();
-            store.engine.lookup(&hot, step + 1);
+            store.engine.lookup(store.now, &hot, step + 1);
             if dice.below(60) == 0 {
                 let many: Vec<u64> = (0..150).map(|_| dice.below(4000)).collect();
                 store.remove(&many);
@@ -134,7 +134,10 @@ fn entries_that_move_during_a_checkpoint_are_in_it_once() {
             let mut again = Store::open(disk, store.config.clone(), Oracle::default());
             assert!(again.recovery.checkpoint.is_some());
             let ids: Vec<_> = (0..number).map(id).collect();
-            let (before, after) = (store.engine.lookup(&ids, 0), again.engine.lookup(&ids, 0));
+            let (before, after) = (
+                store.engine.lookup(store.now, &ids, 0),
+                again.engine.lookup(again.now, &ids, 0),
+            );
             let status = store.engine.status(store.now);
             assert_eq!(status.counters.reclaim_dropped, 0, "all of it fits");
             let lost = before.iter().filter(|hit| **hit).count() as u64
@@ -506,10 +509,14 @@ fn recovery_replays_only_what_is_newer_than_the_checkpoint() {
     assert!((43..43 + 170).contains(&recovery.records), "{recovery:?}");
     assert_eq!(recovery.blocks, number - 3);
     for number in [1, 2, first_newer] {
-        assert_eq!(store.engine.lookup(&[id(number)], 0), [false]);
+        assert_eq!(store.engine.lookup(store.now, &[id(number)], 0), [false]);
     }
     for number in [3, 1700, first_newer + 1, number] {
-        assert_eq!(store.engine.lookup(&[id(number)], 0), [true], "{number}");
+        assert_eq!(
+            store.engine.lookup(store.now, &[id(number)], 0),
+            [true],
+            "{number}"
+        );
     }
     // Headers, both first chunks, the checkpoint, and the records of those few segments.
     let read = store.disk.counters().read_bytes;

@@ -121,7 +121,12 @@ impl Blocks {
     }
 
     /// As blocks to write; the first stands at `depth` in its chain, the others behind it.
-    pub(crate) fn into_puts(self, depth: u32, durable: bool) -> (Vec<PutItem>, Arc<Exported>) {
+    pub(crate) fn into_puts(
+        self,
+        depth: u32,
+        durable: bool,
+        ttl_s: Option<u32>,
+    ) -> (Vec<PutItem>, Arc<Exported>) {
         let items = self
             .blocks
             .into_iter()
@@ -130,6 +135,7 @@ impl Blocks {
                 durable,
                 hints: PutHints {
                     depth,
+                    ttl_s,
                     ..PutHints::default()
                 },
                 ..PutItem::of_pieces(id, pieces)

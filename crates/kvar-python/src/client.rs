@@ -85,9 +85,15 @@ impl PyClient {
         deadline_ms: Option<u64>,
         durable: bool,
         depth: u32,
+        ttl_s: Option<u32>,
     ) -> PyResult<PyPending> {
+        if ttl_s == Some(0) {
+            return Err(RequestError::new_err(
+                "ttl_s is 0: a block lives for a second at least; leave it out to keep the block",
+            ));
+        }
         let open = self.open()?;
-        let (items, exported) = blocks.into_puts(depth, durable);
+        let (items, exported) = blocks.into_puts(depth, durable, ttl_s);
         let options = self.options(deadline_ms);
         Ok(PyPending::of_put(
             &open.preparer,
@@ -234,8 +240,9 @@ impl PyClient {
     /// Stores blocks: items are (id, buffer) or (id, [buffer of each section]).
     ///
     /// An outcome word for each, in order. `durable` waits until it is safe against power loss;
-    /// `depth` is the place of the first item in its chain, the others stand behind it.
-    #[pyo3(signature = (items, *, deadline_ms = None, durable = false, depth = 0))]
+    /// `depth` is the place of the first item in its chain, the others stand behind it; `ttl_s` is
+    /// how many seconds the blocks live (None: until they make room for others).
+    #[pyo3(signature = (items, *, deadline_ms = None, durable = false, depth = 0, ttl_s = None))]
     fn put<'py>(
         &self,
         py: Python<'py>,
@@ -243,14 +250,16 @@ impl PyClient {
         deadline_ms: Option<u64>,
         durable: bool,
         depth: u32,
+        ttl_s: Option<u32>,
     ) -> PyResult<Bound<'py, PyList>> {
-        self.submit_put(items, deadline_ms, durable, depth)?
+        self.submit_put(items, deadline_ms, durable, depth, ttl_s)?
             .wait(py, None)
     }
 
     /// Stores bytes indices[i] * page_bytes onwards of every layer as block i, a section each.
     #[pyo3(signature = (
         ids, layers, indices, page_bytes, *, deadline_ms = None, durable = false, depth = 0,
+        ttl_s = None,
     ))]
     #[allow(clippy::too_many_arguments)]
     fn put_pages<'py>(
@@ -263,6 +272,7 @@ impl PyClient {
         deadline_ms: Option<u64>,
         durable: bool,
         depth: u32,
+        ttl_s: Option<u32>,
     ) -> PyResult<Bound<'py, PyList>> {
         self.submit_put_pages(
             ids,
@@ -272,6 +282,7 @@ impl PyClient {
             deadline_ms,
             durable,
             depth,
+            ttl_s,
         )?
         .wait(py, None)
     }
@@ -325,15 +336,17 @@ impl PyClient {
     }
 
     /// As put, without waiting, not even for the content checks.
-    #[pyo3(signature = (items, *, deadline_ms = None, durable = false, depth = 0))]
+    #[pyo3(signature = (items, *, deadline_ms = None, durable = false, depth = 0, ttl_s = None))]
     fn submit_put(
         &self,
         items: &Bound<'_, PyAny>,
         deadline_ms: Option<u64>,
         durable: bool,
         depth: u32,
+        ttl_s: Option<u32>,
     ) -> PyResult<PyPending> {
-        self.submit_puts(Blocks::of_items(items, false)?, deadline_ms, durable, depth)
+        let blocks = Blocks::of_items(items, false)?;
+        self.submit_puts(blocks, deadline_ms, durable, depth, ttl_s)
     }
 
     /// As get_pages, without waiting.
@@ -354,6 +367,7 @@ impl PyClient {
     /// As put_pages, without waiting, not even for the content checks.
     #[pyo3(signature = (
         ids, layers, indices, page_bytes, *, deadline_ms = None, durable = false, depth = 0,
+        ttl_s = None,
     ))]
     #[allow(clippy::too_many_arguments)]
     fn submit_put_pages(
@@ -365,9 +379,10 @@ impl PyClient {
         deadline_ms: Option<u64>,
         durable: bool,
         depth: u32,
+        ttl_s: Option<u32>,
     ) -> PyResult<PyPending> {
         let blocks = Blocks::of_pages(&ids, &layers, &indices, page_bytes, false)?;
-        self.submit_puts(blocks, deadline_ms, durable, depth)
+        self.submit_puts(blocks, deadline_ms, durable, depth, ttl_s)
     }
 
     /// Ends the connection; calls under way end without an outcome. Closing twice is fine.

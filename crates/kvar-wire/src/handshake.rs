@@ -49,6 +49,7 @@ pub enum HandshakeError {
 pub struct ClientHandshake {
     hello: Hello,
     key: NamespaceKey,
+    version: Option<u16>,
     state: ClientState,
 }
 
@@ -82,8 +83,15 @@ impl ClientHandshake {
         Self {
             hello,
             key,
+            version: None,
             state: ClientState::AwaitChallenge,
         }
+    }
+
+    /// The version that both speak, once the node has chosen it.
+    #[must_use]
+    pub fn version(&self) -> Option<u16> {
+        self.version
     }
 
     /// The first message.
@@ -112,6 +120,7 @@ impl ClientHandshake {
                 let proof = self
                     .key
                     .prove(&transcript(Role::Client, &self.hello, &challenge));
+                self.version = Some(challenge.version);
                 self.state = ClientState::AwaitWelcome(challenge);
                 Ok(ClientStep::Send(Proof {
                     proof,
@@ -211,6 +220,16 @@ impl NodeHandshake {
             nonce,
             versions: VERSIONS,
             state: NodeState::AwaitHello,
+        }
+    }
+
+    /// As [`new`](Self::new), for a node that speaks these versions alone: while a cluster is
+    /// updated, or to be met as an older build would be.
+    #[must_use]
+    pub fn speaking(versions: VersionRange, nonce: [u8; 32]) -> Self {
+        Self {
+            versions,
+            ..Self::new(nonce)
         }
     }
 

@@ -10,7 +10,7 @@
 //!
 //! What must always be true:
 //! * bytes from outside never panic, and never make us reserve more than the bounds named here;
-//! * a frame of version 1 is read the same way for ever (`golden/wire/v1`);
+//! * a frame of an older version is read the same way for ever (`golden/wire`);
 //! * payload bytes are never looked at: their `content_check` travels in the message.
 //!
 //! What is absent: sockets, clocks, randomness (nonces are given by the caller), and what a
@@ -27,11 +27,14 @@ pub use frame::{decode, encode, frame_lengths};
 pub use handshake::{ClientHandshake, ClientStep, HandshakeError, NodeHandshake, NodeStep, Peer};
 pub use message::*;
 
-/// Versions of the protocol that this build speaks.
+/// Versions of the protocol that this build speaks. Version 2 added leases (kinds 31 to 36).
 pub const VERSIONS: VersionRange = VersionRange {
     oldest: 1,
-    newest: 1,
+    newest: 2,
 };
+
+/// The version from which on leases are understood; to an older peer they are not sent.
+pub const VERSION_WITH_LEASES: u16 = 2;
 
 /// The request number of frames that belong to no request: handshake, failures, pings.
 pub const LINK_REQUEST: u64 = 0;

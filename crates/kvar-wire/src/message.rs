@@ -10,6 +10,7 @@
 //!                                   Pull -> Payload + payload -> PutAnswer
 //!   Remove, Flush, Purge ─────────> …Answer, when flushed
 //!   Stat, Status, Ping ───────────> …Answer
+//!   Lease, Renew, Release ────────> …Answer             (version 2)
 //!   Cancel                          (no answer)
 //!   Failure                         (either side; the link closes after it)
 //! ```
@@ -20,7 +21,7 @@
 //! the tail is dropped first.
 
 use crate::bounded::{Bytes, Ids, List, Text};
-use kvar_base::{BlockId, ContentCheck, MissReason, PutOutcome, SECTIONS_MAX};
+use kvar_base::{BlockId, ContentCheck, LeaseToken, MissReason, PutOutcome, SECTIONS_MAX};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
@@ -157,6 +158,18 @@ messages! {
     29 Ping,
     /// Yes.
     30 Pong,
+    /// Are these blocks there, and will they stay? (Version 2, as are those that follow.)
+    31 Lease,
+    /// So many are, and so long.
+    32 LeaseAnswer,
+    /// Let the lease last longer.
+    33 Renew,
+    /// It does, or it has ended.
+    34 RenewAnswer,
+    /// The lease is not needed any more.
+    35 Release,
+    /// It has ended.
+    36 ReleaseAnswer,
 }
 
 impl Kind {
@@ -367,6 +380,74 @@ impl Bitmap {
         };
         (0..count).map(bit).collect()
     }
+}
+
+/// Are these blocks there, and will they stay? A lookup of leading blocks, of which as many are
+/// promised as there are and as the budgets allow.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// The blocks, in the order of the chain.
+    #[serde(with = "Ids::<IDS_MAX>")]
+    pub ids: Vec<BlockId>,
+    /// Depth in the chain of the first id.
+    pub first_depth: u32,
+    /// Recency: the prompt this lease belongs to.
+    pub touch_request: u64,
+    /// Names the lease; drawn at random by the client, so that it can end a lease of which the
+    /// answer never came. A lease of this name that stands takes these blocks in.
+    pub token: LeaseToken,
+    /// Whose it is, for the share of the budgets that one client may hold: a number of the
+    /// client's choice, the same for all its links.
+    pub client: u64,
+    /// How long it is to last, in milliseconds; the node may make it shorter.
+    pub ttl_ms: u32,
+    /// Time left, in microseconds.
+    pub deadline_us: u64,
+}
+
+/// The answer to a lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseAnswer {
+    /// How many leading blocks are there and promised.
+    pub leading: u32,
+    /// Why the next is not: not there, or (overloaded) not promised. `None`: all are.
+    pub reason: Option<MissReason>,
+    /// How long the promise lasts from now, in milliseconds; 0: there is no lease.
+    pub lasts_ms: u32,
+}
+
+/// Let a lease last longer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Renew {
+    /// Which.
+    pub token: LeaseToken,
+    /// How long from now, in milliseconds; the node may make it shorter.
+    pub ttl_ms: u32,
+    /// Time left, in microseconds.
+    pub deadline_us: u64,
+}
+
+/// The answer to a renewal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RenewAnswer {
+    /// How long it lasts from now, in milliseconds; 0: there is no such lease (any more).
+    pub lasts_ms: u32,
+}
+
+/// A lease is not needed any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Release {
+    /// Which.
+    pub token: LeaseToken,
+    /// Time left, in microseconds.
+    pub deadline_us: u64,
+}
+
+/// The answer to a release.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReleaseAnswer {
+    /// Whether there was such a lease.
+    pub released: bool,
 }
 
 /// Send these blocks.

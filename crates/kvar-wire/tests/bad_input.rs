@@ -181,7 +181,7 @@ fn bounds_hold_for_senders_and_receivers() {
 
 #[test]
 fn a_newer_hello_is_read_and_nothing_else_may_be_longer() {
-    for (name, message, payload) in samples::samples() {
+    for (name, message, payload) in samples::all() {
         let mut bytes = encoded(&message, payload);
         bytes.truncate(HEADER_BYTES + bytes.len() - HEADER_BYTES);
         let mut longer = bytes[HEADER_BYTES..].to_vec();
@@ -193,7 +193,7 @@ fn a_newer_hello_is_read_and_nothing_else_may_be_longer() {
 
 #[test]
 fn every_bit_flip_in_every_sample_is_noticed() {
-    for (name, message, payload) in samples::samples() {
+    for (name, message, payload) in samples::all() {
         let good = encoded(&message, payload);
         for bit in 0..good.len() * 8 {
             let mut bytes = good.clone();
@@ -213,7 +213,7 @@ fn damaged_samples_with_right_checks_never_panic() {
         random ^= random << 17;
         (random % below.max(1) as u64) as usize
     };
-    let corpus: Vec<(u8, Vec<u8>)> = samples::samples()
+    let corpus: Vec<(u8, Vec<u8>)> = samples::all()
         .into_iter()
         .map(|(_, message, payload)| {
             let bytes = encoded(&message, payload);

@@ -120,6 +120,7 @@ class Client:
         deadline_ms: int | None = None,
         durable: bool = False,
         depth: int = 0,
+        ttl_s: int | None = None,
     ) -> list[str]: ...
     def put_pages(
         self,
@@ -131,6 +132,7 @@ class Client:
         deadline_ms: int | None = None,
         durable: bool = False,
         depth: int = 0,
+        ttl_s: int | None = None,
     ) -> list[str]: ...
     def remove(self, ids: Sequence[bytes], *, deadline_ms: int | None = None) -> int: ...
     def flush(self, *, deadline_ms: int | None = None) -> None: ...
@@ -149,6 +151,7 @@ class Client:
         deadline_ms: int | None = None,
         durable: bool = False,
         depth: int = 0,
+        ttl_s: int | None = None,
     ) -> Pending[list[str]]: ...
     def submit_get_pages(
         self,
@@ -170,6 +173,7 @@ class Client:
         deadline_ms: int | None = None,
         durable: bool = False,
         depth: int = 0,
+        ttl_s: int | None = None,
     ) -> Pending[list[str]]: ...
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...

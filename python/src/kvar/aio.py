@@ -114,10 +114,17 @@ class AsyncClient:
         deadline_ms: int | None = None,
         durable: bool = False,
         depth: int = 0,
+        ttl_s: int | None = None,
     ) -> list[str]:
         """Stores blocks."""
         return await _ended(
-            self._client.submit_put(items, deadline_ms=deadline_ms, durable=durable, depth=depth)
+            self._client.submit_put(
+                items,
+                deadline_ms=deadline_ms,
+                durable=durable,
+                depth=depth,
+                ttl_s=ttl_s,
+            )
         )
 
     async def put_pages(
@@ -130,6 +137,7 @@ class AsyncClient:
         deadline_ms: int | None = None,
         durable: bool = False,
         depth: int = 0,
+        ttl_s: int | None = None,
     ) -> list[str]:
         """Stores pages of an engine's layers as blocks."""
         return await _ended(
@@ -141,6 +149,7 @@ class AsyncClient:
                 deadline_ms=deadline_ms,
                 durable=durable,
                 depth=depth,
+                ttl_s=ttl_s,
             )
         )
 

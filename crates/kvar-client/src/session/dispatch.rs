@@ -1,16 +1,17 @@
 //! Sending what waits, as far as the node's window allows.
 
 use super::{Session, Unit};
-use crate::call::{Ask, Board, Call, Work};
+use crate::call::{Ask, Board, Call, Reply, Work};
 use crate::connection::{Connection, Open, Phase};
 use crate::session::links::Slot;
 use kvar_base::{Moment, PutOutcome, Refusal};
 use kvar_transport::{SendRefused, Sink};
 use kvar_wire::{
-    Flush, Get, GetItem, IDS_MAX, ITEMS_MAX, Lengths, Limits, Lookup, MESSAGE_BYTES_MAX, Purge,
-    Put, Remove, Stat, Status,
+    Flush, Get, GetItem, IDS_MAX, ITEMS_MAX, Lease, Lengths, Limits, Lookup, MESSAGE_BYTES_MAX,
+    Purge, Put, Release, ReleaseAnswer, Remove, Renew, RenewAnswer, Stat, Status,
 };
 use std::collections::VecDeque;
+use std::time::Duration;
 
 /// Bytes of one get item on the wire without its list of lengths, and of one length, at most.
 const ITEM_BYTES_MAX: usize = 80;
@@ -60,6 +61,12 @@ impl Session {
                 self.next_number - 1
             };
             let sent = match &call.work {
+                Work::Small { ask, .. } if !connection.leases() && ask.is_about_a_lease() => {
+                    // There is none on a node that gives none.
+                    let (call, part, reply) = (unit.call, unit.next, no_lease(ask));
+                    self.board.end_small(call, part, reply);
+                    Sent::All
+                }
                 Work::Small { .. } => send_small(connection, unit, call, deadline_us, number()),
                 Work::Get { .. } => {
                     send_gets(connection, &limits, unit, call, deadline_us, &mut number)
@@ -95,6 +102,18 @@ fn widest(slots: &mut [Slot]) -> Option<&mut Connection> {
         .min_by_key(|connection| (connection.bytes_open, connection.requests_open))
 }
 
+fn milliseconds(time: Duration) -> u32 {
+    u32::try_from(time.as_millis()).unwrap_or(u32::MAX)
+}
+
+/// What a node that knows no leases would say of one.
+fn no_lease(ask: &Ask) -> Reply {
+    Reply::Message(match ask {
+        Ask::Renew { .. } => RenewAnswer { lasts_ms: 0 }.into(),
+        _ => ReleaseAnswer { released: false }.into(),
+    })
+}
+
 fn send_small(
     connection: &mut Connection,
     unit: &Unit,
@@ -125,6 +144,53 @@ fn send_small(
             };
             connection.send(request, &body)
         }
+        Ask::Lease {
+            ids,
+            first_depth,
+            touch_request,
+            token,
+            client,
+            ttl,
+        } => {
+            let first_depth = first_depth.saturating_add(u32::try_from(first).unwrap_or(u32::MAX));
+            let (ids, touch_request) = (chunk(ids), *touch_request);
+            if connection.leases() {
+                let body = Lease {
+                    ids,
+                    first_depth,
+                    touch_request,
+                    token: *token,
+                    client: *client,
+                    ttl_ms: milliseconds(*ttl),
+                    deadline_us,
+                };
+                connection.send(request, &body)
+            } else {
+                let body = Lookup {
+                    ids,
+                    leading_only: true,
+                    first_depth,
+                    touch_request,
+                    deadline_us,
+                };
+                connection.send(request, &body)
+            }
+        }
+        Ask::Renew { token, ttl } => connection.send(
+            request,
+            &Renew {
+                token: *token,
+                ttl_ms: milliseconds(*ttl),
+                deadline_us,
+            },
+        ),
+        Ask::Release { token } => connection.send(
+            request,
+            &Release {
+                token: *token,
+                deadline_us,
+            },
+        ),
         Ask::Present { ids } => {
             let (ids, leading_only) = (chunk(ids), false);
             let (first_depth, touch_request) = (0, 0);

@@ -101,6 +101,7 @@ impl Session {
                 .send(kvar_wire::LINK_REQUEST, &proof)
                 .map_err(|error| error.to_string()),
             Ok(ClientStep::Open(welcome)) => {
+                connection.version = handshake.version().unwrap_or(0);
                 connection.phase = Phase::Open(welcome.limits);
                 connection
                     .link
@@ -238,6 +239,9 @@ impl Session {
                 | Message::RemoveAnswer(_)
                 | Message::FlushAnswer(_)
                 | Message::PurgeAnswer(_)
+                | Message::LeaseAnswer(_)
+                | Message::RenewAnswer(_)
+                | Message::ReleaseAnswer(_)
                 | Message::StatAnswer(_)
                 | Message::StatusAnswer(_)),
             ) => {

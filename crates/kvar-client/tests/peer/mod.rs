@@ -2,9 +2,9 @@
 //! in every way that the client must survive.
 #![allow(dead_code)] // each test file uses its part
 
-use kvar_base::{BlockId, MapEpoch, MissReason, NamespaceKey, PutOutcome, check};
+use kvar_base::{BlockId, LeaseToken, MapEpoch, MissReason, NamespaceKey, PutOutcome, check};
 use kvar_wire::*;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -49,6 +49,9 @@ struct Shared {
     mood: Mutex<Mood>,
     changed: Condvar,
     blocks: Mutex<HashMap<BlockId, Stored>>,
+    leases: Mutex<HashSet<LeaseToken>>,
+    /// Speaks version 1 alone.
+    old: AtomicBool,
     closing: AtomicBool,
     /// Get items and puts that were asked for.
     pub asked: AtomicUsize,
@@ -85,6 +88,8 @@ impl Peer {
             mood: Mutex::new(Mood::Well),
             changed: Condvar::new(),
             blocks: Mutex::default(),
+            leases: Mutex::default(),
+            old: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             asked: AtomicUsize::new(0),
             sockets: Mutex::default(),
@@ -113,6 +118,15 @@ impl Peer {
     pub(crate) fn set(&self, mood: Mood) {
         *self.shared.mood.lock().unwrap() = mood;
         self.shared.changed.notify_all();
+    }
+
+    /// From the next connection on it is a node of the first version.
+    pub(crate) fn grow_old(&self) {
+        self.shared.old.store(true, Ordering::SeqCst);
+    }
+
+    pub(crate) fn leases(&self) -> usize {
+        self.shared.leases.lock().unwrap().len()
     }
 
     pub(crate) fn asked(&self) -> usize {
@@ -148,6 +162,10 @@ struct Serving {
 impl Serving {
     fn serve(mut self) -> Option<()> {
         let mut handshake = NodeHandshake::new([9; 32]);
+        if self.shared.old.load(Ordering::SeqCst) {
+            let (oldest, newest) = (1, 1);
+            handshake = NodeHandshake::speaking(VersionRange { oldest, newest }, [9; 32]);
+        }
         loop {
             let (_, message, _) = self.read()?;
             let key = self.shared.key.clone();
@@ -221,6 +239,37 @@ impl Serving {
                 } else {
                     LookupAnswer::Each(Bitmap::of(&bits)).into()
                 }
+            }
+            Message::Lease(_) | Message::Renew(_) | Message::Release(_)
+                if self.shared.old.load(Ordering::SeqCst) =>
+            {
+                panic!("an old node is asked for leases")
+            }
+            Message::Lease(lease) => {
+                let there = lease.ids.iter().map(|id| blocks.contains_key(id));
+                let leading = there.take_while(|there| *there).count();
+                if leading > 0 {
+                    self.shared.leases.lock().unwrap().insert(lease.token);
+                }
+                LeaseAnswer {
+                    leading: leading as u32,
+                    reason: (leading < lease.ids.len()).then_some(MissReason::Absent),
+                    lasts_ms: if leading > 0 {
+                        lease.ttl_ms.min(30_000)
+                    } else {
+                        0
+                    },
+                }
+                .into()
+            }
+            Message::Renew(renew) => {
+                let stands = self.shared.leases.lock().unwrap().contains(&renew.token);
+                let lasts_ms = if stands { renew.ttl_ms } else { 0 };
+                RenewAnswer { lasts_ms }.into()
+            }
+            Message::Release(release) => {
+                let released = self.shared.leases.lock().unwrap().remove(&release.token);
+                ReleaseAnswer { released }.into()
             }
             Message::Remove(remove) => {
                 let count = remove

@@ -42,6 +42,7 @@ proptest! {
                             model.retain(|_, entry| *entry != old);
                             prop_assert!(model.insert(number, new).is_none());
                         }
+                        Inserted::Held => prop_assert!(false, "nothing is held"),
                     }
                 }
                 1 => prop_assert_eq!(index.remove(&id(number)), model.remove(&number)),
@@ -64,7 +65,9 @@ proptest! {
         for bucket in 0..64 {
             copy.set_bucket_bytes(bucket, &index.bucket_bytes(bucket));
         }
-        prop_assert_eq!(&copy.buckets, &index.buckets);
+        for bucket in 0..64 {
+            prop_assert_eq!(copy.bucket_bytes(bucket), index.bucket_bytes(bucket));
+        }
         prop_assert_eq!(copy.len(), index.len());
     }
 }
@@ -170,4 +173,20 @@ fn a_full_pair_gives_up_the_coldest() {
     let gone = index.insert(&id(4), &entry(4, 50), |stamp| 100 - stamp);
     assert_eq!(gone, Inserted::Evicted(entry(2, 2)));
     assert!(index.find(&id(1)).is_some());
+}
+
+proptest! {
+    /// Asking for many at once gives what asking one by one gives, whatever their number.
+    #[test]
+    fn find_all_agrees_with_find(known in 0_u32..400, asked in prop::collection::vec(0_u32..500, 0..80)) {
+        let mut index = Index::new(200, 3);
+        for number in 0..known {
+            let _ = index.insert(&id(number), &entry(number + 1, 0), |age| age);
+        }
+        let ids: Vec<BlockId> = asked.into_iter().map(id).collect();
+        let mut found = Vec::new();
+        index.find_all(&ids, &mut found);
+        let one_by_one: Vec<_> = ids.iter().map(|id| index.find(id)).collect();
+        prop_assert_eq!(found, one_by_one);
+    }
 }

@@ -61,8 +61,9 @@ pub struct CheckpointHead {
 pub struct SegmentState {
     /// Its generation then.
     pub generation: U32,
-    /// Reserved.
-    pub reserved: U32,
+    /// Records in it that name an expiry: their times are read again at recovery. (0 in what was
+    /// written before blocks could expire.)
+    pub expiring: U32,
     /// Sequence number when it was opened.
     pub opened_sequence: U64,
 }

@@ -145,16 +145,19 @@ impl ImagePlan {
     /// Reads the section directory in front of an image; `None` if there is none of this block.
     #[must_use]
     pub fn decode(id: &BlockId, image: &[u8]) -> Option<Self> {
-        let (head, _) = SectionHead::ref_from_prefix(image).ok()?;
-        let count = usize::from(head.sections.get());
-        if head.magic.get() != SECTION_MAGIC
-            || head.id != *id.as_bytes()
-            || !(2..=SECTIONS_MAX).contains(&count)
-            || image.len() < count.div_ceil(SECTIONS_PER_PAGE) * PAGE
-        {
+        Self::decode_directory(id, image, image.len() as u64)
+    }
+
+    /// Reads the section directory of an image of `image_bytes` of which `front` is the beginning;
+    /// `None` if there is none of this block, or not whole.
+    #[must_use]
+    pub fn decode_directory(id: &BlockId, front: &[u8], image_bytes: u64) -> Option<Self> {
+        let pages = Self::pages_of_directory(id, front)?;
+        let count = usize::from(SectionHead::ref_from_prefix(front).ok()?.0.sections.get());
+        if front.len() < pages * PAGE {
             return None;
         }
-        let entries: Vec<_> = image
+        let entries: Vec<_> = front
             .chunks_exact(PAGE)
             .flat_map(|page| page[64..].chunks_exact(48))
             .take(count)
@@ -169,6 +172,18 @@ impl ImagePlan {
         let agrees = plan.sections.iter().zip(&entries).all(|(section, entry)| {
             section.len > 0 && section.offset / PAGE as u32 == entry.page.get()
         });
-        (agrees && plan.bytes == image.len() as u64).then_some(plan)
+        (agrees && plan.bytes == image_bytes).then_some(plan)
+    }
+
+    /// How many pages the section directory takes whose first page this is; `None` if it is none
+    /// of this block.
+    #[must_use]
+    pub fn pages_of_directory(id: &BlockId, front: &[u8]) -> Option<usize> {
+        let (head, _) = SectionHead::ref_from_prefix(front).ok()?;
+        let count = usize::from(head.sections.get());
+        let valid = head.magic.get() == SECTION_MAGIC
+            && head.id == *id.as_bytes()
+            && (2..=SECTIONS_MAX).contains(&count);
+        valid.then(|| count.div_ceil(SECTIONS_PER_PAGE))
     }
 }

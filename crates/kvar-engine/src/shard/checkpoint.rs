@@ -9,8 +9,10 @@
 //! replaying it again changes nothing; entries that only move are looked after by `snapshot`.
 //!
 //! What must always be true: a first chunk is on the device only when all others are, so that one
-//! that was torn shows by its absence and its number may be given again; the area of the last
-//! complete checkpoint is not written before the next one is complete.
+//! that was torn shows by its absence and its number may be given again, and when the blocks are to
+//! which its entries lead (so there is a flush before it also when it is the only one): an older
+//! record of a moved block is not replayed behind its back. The area of the last complete
+//! checkpoint is not written before the next one is complete.
 
 use super::{Pending, Shard};
 use crate::index::BUCKET_BYTES;
@@ -18,6 +20,7 @@ use crate::layout::{
     CHUNK_BYTES, CHUNK_PAYLOAD_BYTES, CheckpointHead, ChunkHead, ChunkPlace, SegmentState,
     encode_chunk,
 };
+use crate::mutation::{Check, is_disabled};
 use kvar_base::Moment;
 use kvar_io::{DeviceError, Op, Shared};
 use zerocopy::IntoBytes;
@@ -80,10 +83,10 @@ impl Shard {
             segments: (self.segments.all.len() as u64).into(),
         };
         prefix.extend_from_slice(head.as_bytes());
-        for segment in &self.segments.all {
+        for (number, segment) in (0..).zip(&self.segments.all) {
             let state = SegmentState {
                 generation: segment.generation.into(),
-                reserved: 0.into(),
+                expiring: self.expiries.count(number).into(),
                 opened_sequence: segment.opened_sequence.into(),
             };
             prefix.extend_from_slice(state.as_bytes());
@@ -101,7 +104,7 @@ impl Shard {
             chunk: 0,
             chunks,
             first: None,
-            stage: if chunks == 1 {
+            stage: if chunks == 1 && is_disabled(Check::CheckpointFlush) {
                 Stage::First
             } else {
                 Stage::Others

@@ -1,7 +1,7 @@
 //! Segments on their way from free to sealed, and the pages that say so.
 //!
 //! ```text
-//!  free ── header ── flush ──> prepared ── none is open ──> open ── full ──> sealing ──> sealed
+//!  free ── header ── flush (── discard) ──> prepared ── none is open ──> open ── full ──> sealing ──> sealed
 //!    ▲   (preparing)                                           a write failed    (`sync`: footer,
 //!    └─ the device refused ─┘                                                     flush)
 //! ```
@@ -16,7 +16,8 @@
 
 use super::{Pending, Shard};
 use crate::layout::{PAGE, PageHead, PageKind, Record, encode_page};
-use crate::segments::{OpenSegment, SegmentPhase};
+use crate::mutation::{Check, is_disabled};
+use crate::segments::{OpenSegment, SegmentPhase, Segments};
 use kvar_base::Moment;
 use kvar_io::{DeviceError, Op, Shared};
 
@@ -38,7 +39,10 @@ impl Shard {
         }
         if self.segments.prepared.is_none() && self.segments.preparing.is_none() {
             let ready = self.segments.free.front().copied();
-            if let Some(number) = ready.filter(|number| self.segments.get(*number).readers == 0) {
+            let is_free = |segments: &mut Segments, number: u32| {
+                segments.get(number).readers == 0 || is_disabled(Check::Readers)
+            };
+            if let Some(number) = ready.filter(|number| is_free(&mut self.segments, *number)) {
                 self.segments.free.pop_front();
                 self.prepare(number);
             }
@@ -58,6 +62,8 @@ impl Shard {
         self.next_sequence += 1;
         let segment = self.segments.get(number);
         segment.phase = SegmentPhase::Preparing;
+        self.expiries.clear(number);
+        let segment = self.segments.get(number);
         segment.generation += 1;
         segment.opened_sequence = opened_sequence;
         let generation = segment.generation;
@@ -81,6 +87,7 @@ impl Shard {
 
     pub(super) fn prepare_header_done(&mut self, now: Moment, result: Result<(), DeviceError>) {
         match result {
+            Ok(()) if is_disabled(Check::HeaderFlush) => self.prepare_flush_done(now, Ok(())),
             Ok(()) => self.submit(Pending::PrepareFlush, Op::Flush),
             Err(error) => self.prepare_failed(now, &error),
         }
@@ -91,6 +98,29 @@ impl Shard {
             return self.prepare_failed(now, &error);
         }
         self.device_answers();
+        // Behind the flush of the header, so that a crash finds either the old generation whole or
+        // nothing of it; before any payload, so that none is discarded.
+        if self.config.discard
+            && let Some(number) = self.segments.preparing
+            && self.segments.all[number as usize].generation > 1
+        {
+            let offset = self.superblock.offset(self.number, number, 1);
+            let len = u64::from(self.superblock.segment_pages() - 1) * PAGE as u64;
+            return self.submit(Pending::PrepareDiscard, Op::Discard { offset, len });
+        }
+        self.prepared();
+    }
+
+    /// A device that does not take it loses nothing: the segment is written anew all the same.
+    pub(super) fn prepare_discard_done(&mut self, result: &Result<(), DeviceError>) {
+        match result {
+            Ok(()) => self.counters.segments_discarded += 1,
+            Err(_) => self.counters.discards_failed += 1,
+        }
+        self.prepared();
+    }
+
+    fn prepared(&mut self) {
         if let Some(number) = self.segments.preparing.take() {
             self.segments.get(number).phase = SegmentPhase::Prepared;
             self.segments.prepared = Some(number);
@@ -134,6 +164,7 @@ impl Shard {
         };
         self.segments.get(sealed.number).phase = SegmentPhase::Sealed;
         self.segments.sealed.push_back(sealed.number);
+        self.expiries.seal(sealed.number);
         self.counters.segments_sealed += 1;
         self.sealed_since_checkpoint += 1;
     }

@@ -15,11 +15,12 @@
 
 use super::types::{Event, PutRequest, PutTicket, Touch};
 use super::write::{Source, WriteItem};
-use super::{Shard, head_crc, sections_hold};
+use super::{Change, Shard, head_crc, sections_hold};
 use crate::dram::{Resident, State};
-use crate::layout::ImagePlan;
+use crate::layout::{ImagePlan, RecordHints};
+use crate::mutation::{self, Check};
 use kvar_base::check::version;
-use kvar_base::{Moment, PutOutcome, Refusal, SECTIONS_MAX, page_round_up};
+use kvar_base::{MissReason, Moment, PutOutcome, Refusal, SECTIONS_MAX, page_round_up};
 use kvar_io::Buffer;
 use std::sync::Arc;
 use std::time::Duration;
@@ -50,7 +51,12 @@ impl Shard {
     ) -> Result<PutTicket, PutOutcome> {
         let refused = |refusal| Err(PutOutcome::Refused(refusal));
         let count = request.sections.len();
-        if count == 0 || count > SECTIONS_MAX || request.sections.iter().any(|(len, _)| *len == 0) {
+        let empty = |(len, _): &(u32, _)| *len == 0;
+        if count == 0
+            || count > SECTIONS_MAX
+            || request.sections.iter().any(empty)
+            || request.hints.ttl_s == Some(0)
+        {
             return refused(Refusal::WrongFormat);
         }
         let payload: u64 = request
@@ -68,7 +74,7 @@ impl Shard {
             request: request.hints.request,
             depth: request.hints.depth,
         };
-        if self.touch(&request.id, touch) {
+        if self.touch(now, &request.id, touch).is_ok() {
             let known = self.dram.get(&request.id).map(|resident| resident.version);
             if known.is_some_and(|known| {
                 known != version(request.sections.iter().map(|(_, check)| *check))
@@ -113,8 +119,10 @@ impl Shard {
     /// What then cannot leave comes to `held_max` bytes at most.
     pub(super) fn reserve_buffer(&mut self, bytes: usize, held_max: u64) -> Option<Buffer> {
         let padded = page_round_up(bytes as u64);
-        for (_, state) in self.dram.reserve(padded, held_max)? {
+        for (id, state) in self.dram.reserve(padded, held_max)? {
             self.counters.count_dram_eviction(state);
+            let fragmented = false;
+            self.note(Change::Uncached { id, fragmented });
         }
         // Memory that evicted blocks still hold for a reader, or gaps between blocks of several
         // sizes, can keep a run of pages from being free although the bytes are.
@@ -122,11 +130,13 @@ impl Shard {
             if let Some(buffer) = self.allocate_block(bytes) {
                 return Some(buffer);
             }
-            let Some((_, state)) = self.dram.evict() else {
+            let Some((id, state)) = self.dram.evict() else {
                 self.dram.release(padded);
                 return None;
             };
             self.counters.count_dram_eviction(state);
+            let fragmented = true;
+            self.note(Change::Uncached { id, fragmented });
         }
     }
 
@@ -165,14 +175,16 @@ impl Shard {
             number,
             plan,
             mut buffer,
-            hints,
+            hints: told,
             durable,
         } = ticket;
         let outcome = if !mine {
             Err(PutOutcome::Refused(Refusal::Deadline))
-        } else if self.dram.get(&id).is_some() || self.index.find(&id).is_some() {
+        } else if self.visible(now, &id).is_ok() {
             Err(PutOutcome::Exists)
-        } else if !sections_hold(&id, &plan, buffer.as_slice()) {
+        } else if !sections_hold(&id, &plan, buffer.as_slice())
+            && !mutation::is_disabled(Check::ContentCheck)
+        {
             self.counters.put_checks_failed += 1;
             Err(PutOutcome::Refused(Refusal::WrongFormat))
         } else {
@@ -184,6 +196,9 @@ impl Shard {
             self.events.push(Event::Put { token, outcome });
             return;
         }
+        if self.visible(now, &id) == Err(MissReason::Expired) {
+            self.clear_expired(&id);
+        }
         plan.encode(&id, buffer.as_mut_slice());
         buffer.zero_padding();
         let bytes = plan
@@ -193,11 +208,18 @@ impl Shard {
             .sum::<u64>();
         let version = version(plan.sections.iter().map(|section| section.check));
         let crc = head_crc(&id, &plan, buffer.as_slice());
-        let arrival = self.arrival(hints.request);
+        let arrival = self.arrival(told.request);
         // While the device takes nothing, one block at a time tries it; the others may leave.
         let given_up = self.trouble.gave_up() && !durable && !self.dirty.is_empty();
-        let volatile = hints.ephemeral || given_up;
+        let volatile = told.ephemeral || given_up;
         let image = buffer.freeze();
+        let hints = RecordHints {
+            depth: told.depth,
+            expires_unix_s: self.expiry(now, told.ttl_s),
+            class: told.class,
+            handover: told.handover,
+            recompute_us: told.recompute_us,
+        };
         self.dram.insert(
             id,
             Resident {
@@ -211,9 +233,11 @@ impl Shard {
                     State::Dirty
                 },
                 depth: hints.depth,
-                ephemeral: hints.ephemeral,
+                ephemeral: told.ephemeral,
                 arrival,
                 early_touches: 0,
+                hints,
+                leased: false,
             },
         );
         self.counters.put_bytes += bytes;
@@ -233,7 +257,7 @@ impl Shard {
             sections: plan.sections.len() as u16,
             crc,
             version,
-            depth: hints.depth,
+            hints,
             image,
             source: Source::Put { number, since: now },
         });

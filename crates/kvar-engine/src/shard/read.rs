@@ -1,15 +1,16 @@
-//! Reads: from memory at once, from the device once for all who ask at the same time.
+//! Reads of whole blocks: from memory at once, from the device once for all who ask at the same time.
 //!
 //! A read that began before a remove ends as Miss(removed); one whose entry moved meanwhile (the
 //! block was rewritten elsewhere) still ends well, since the bytes it read carry the old place in
 //! their check and the segment is not reused while it has readers.
 
 use super::{
-    Copy, Event, GetRequest, Pending, READS_IN_FLIGHT_MAX, SectionRef, Shard, Touch, verify_image,
+    Change, Copy, Displaced, Event, GetRequest, Pending, READS_IN_FLIGHT_MAX, SectionRef, Shard,
+    Touch, verify_image,
 };
 use crate::dram::{Resident, State};
 use crate::index::Entry;
-use crate::layout::{ImagePlan, Section};
+use crate::layout::{ImagePlan, RecordHints, Section};
 use kvar_base::check::{Place, version};
 use kvar_base::{BlockId, MissReason, Moment, page_round_up};
 use kvar_io::{Buffer, DeviceError, Op, Shared};
@@ -46,7 +47,7 @@ pub(super) struct MoveRead {
     pub(super) entry: Entry,
     pub(super) place: Place,
     pub(super) segment: u32,
-    pub(super) depth: u32,
+    pub(super) hints: RecordHints,
 }
 
 impl Shard {
@@ -60,9 +61,10 @@ impl Shard {
             touch,
             ..
         } = request;
-        if self.touch(&id, touch)
-            && let Some(resident) = self.dram.get(&id)
-        {
+        if let Err(MissReason::Expired) = self.touch(now, &id, touch) {
+            return self.miss(token, MissReason::Expired);
+        }
+        if let Some(resident) = self.dram.get(&id) {
             let outcome = cut(
                 &resident.sections,
                 resident.version,
@@ -83,6 +85,12 @@ impl Shard {
         let Some((_, entry)) = self.find(&id) else {
             return self.miss(token, MissReason::Absent);
         };
+        if let Some(wanted) = &sections
+            && entry.sectioned
+            && self.get_part(token, &id, &entry, wanted)
+        {
+            return;
+        }
         if self.reads_in_flight >= READS_IN_FLIGHT_MAX {
             return self.miss(token, MissReason::Overloaded);
         }
@@ -174,6 +182,13 @@ impl Shard {
             .last()
             .map_or_else(Touch::default, |waiter| waiter.touch);
         let arrival = self.arrival(touch.request);
+        let hints = RecordHints {
+            depth: touch.depth,
+            expires_unix_s: self.flash_expiry(&entry),
+            ..RecordHints::default()
+        };
+        let leased = self.leases.holds(&id);
+        self.note(Change::Cached { id });
         self.dram.insert(
             id,
             Resident {
@@ -186,6 +201,8 @@ impl Shard {
                 ephemeral: false,
                 arrival,
                 early_touches: 0,
+                hints,
+                leased,
             },
         );
     }
@@ -207,10 +224,26 @@ impl Shard {
             }
         };
         if plan.is_none() {
-            self.counters.corrupt += 1;
-            self.index.remove_at(id, entry.position);
+            self.drop_corrupt(id, entry.position);
         }
         plan
+    }
+
+    /// The copy at a position did not pass its check: nothing leads there any more.
+    pub(super) fn drop_corrupt(&mut self, id: &BlockId, position: u32) {
+        self.counters.corrupt += 1;
+        if self.index.remove_at(id, position) {
+            self.note_displaced(position, Displaced::Corrupt);
+            match self.dram.get(id).map(|resident| resident.state) {
+                // Memory has the bytes as they were written: they go to the device again.
+                Some(State::Clean) => {
+                    self.counters.corrupt_rewritten += 1;
+                    self.queue_resident(self.now, id);
+                }
+                Some(_) => {}
+                None => self.counters.leased_corrupt += u64::from(self.lose_lease(id)),
+            }
+        }
     }
 
     /// Ends reads under way of an id; what the device still delivers is dropped.
@@ -222,13 +255,14 @@ impl Shard {
         {
             self.miss(waiter.token, reason);
         }
+        self.end_parts(id, reason);
     }
 
-    fn miss(&mut self, token: u64, reason: MissReason) {
+    pub(super) fn miss(&mut self, token: u64, reason: MissReason) {
         self.answer(token, Err(reason));
     }
 
-    fn answer(&mut self, token: u64, outcome: Result<Copy, MissReason>) {
+    pub(super) fn answer(&mut self, token: u64, outcome: Result<Copy, MissReason>) {
         match &outcome {
             Ok(copy) => {
                 self.counters.get_bytes += copy

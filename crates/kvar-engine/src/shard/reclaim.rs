@@ -4,20 +4,22 @@
 //!  none prepared, none free
 //!      │ read the footer
 //!      ▼
-//!  Reading ──> Moving (kept blocks: from memory, or read and verified) ──> Settling ──> free
+//!  Reading ──> Deciding (a segment is open) ──> Moving (kept blocks: from memory, or read and verified) ──> Settling ──> free
 //!                 each is written at the log's head like a put              their records flushed,
 //!                                                                           readers gone
 //! ```
 //!
 //! Which blocks are kept is the policy's word; this file asks it about every block whose index
-//! entry still leads here. Until the footer is read, the largest share that may be kept is held
+//! entry still leads here; what is leased is kept without asking, and what has expired is not.
+//! Until the footer is read, the largest share that may be kept is held
 //! free in the open segment, so that keeping never waits for the segment it is to free.
 
 use super::read::MoveRead;
 use super::write::{Source, WriteItem, stored_bytes};
-use super::{Pending, Shard};
+use super::{Change, Displaced, Pending, Shard};
 use crate::index::Entry;
-use crate::layout::{PAGE, PageKind, RECORD_BLOCK, Record, decode_page};
+use crate::layout::{PAGE, PageKind, RECORD_BLOCK, Record, RecordHints, decode_page};
+use crate::mutation::{Check, is_disabled};
 use crate::segments::SegmentPhase;
 use kvar_base::{BlockId, PAGE_BYTES};
 use kvar_io::{DeviceError, Op};
@@ -29,6 +31,7 @@ const MOVING_BYTES_MAX: u64 = 8 << 20;
 
 enum Stage {
     Reading,
+    Deciding,
     Moving,
     Settling { sequence: u64 },
 }
@@ -42,7 +45,7 @@ pub(super) struct Reclaim {
     records: Vec<Record>,
     /// Whether these are all the records the segment ever had.
     whole: bool,
-    kept: VecDeque<(BlockId, Entry, u32)>,
+    kept: VecDeque<(BlockId, Entry, RecordHints)>,
     /// Bytes kept and not yet written.
     left_bytes: u64,
     /// Bytes being read or waiting to be written.
@@ -73,6 +76,7 @@ impl Shard {
         };
         self.segments.get(segment).phase = SegmentPhase::Reclaiming;
         let most = (self.superblock.payload_bytes() as f64 * KEPT_SHARE_MAX) as u64;
+        let most = most.max(self.leases.segment_bytes(segment));
         self.reclaim = Some(Reclaim {
             segment,
             stage: Stage::Reading,
@@ -149,8 +153,24 @@ impl Shard {
         }
     }
 
-    /// All records of the segment that can be had are here: decide.
+    /// All records of the segment that can be had are here.
     fn records_complete(&mut self) {
+        if let Some(reclaim) = &mut self.reclaim {
+            reclaim.stage = Stage::Deciding;
+        }
+        self.decide();
+    }
+
+    /// Says which blocks are kept, once there is a segment for them to go to; right after a start
+    /// on a full device there is none, and none to come.
+    fn decide(&mut self) {
+        let decides = self
+            .reclaim
+            .as_ref()
+            .is_some_and(|reclaim| matches!(reclaim.stage, Stage::Deciding));
+        if !decides || self.segments.open.is_none() && !self.segments.is_exhausted() {
+            return;
+        }
         let Some(mut reclaim) = self.reclaim.take() else {
             return;
         };
@@ -166,7 +186,7 @@ impl Shard {
                 && entry.position == position
                 && seen.insert(position)
             {
-                live.push((record.id(), entry, record.depth.get()));
+                live.push((record.id(), entry, record.hints()));
             }
         }
         let age = self.age();
@@ -181,27 +201,57 @@ impl Shard {
             payload_bytes,
         });
         reclaim.left_bytes = 0;
-        for (id, entry, depth) in live {
+        // What is promised goes on before anything else, as far as there is room at all.
+        let (most, room) = self.room_for_kept();
+        live.sort_by_key(|(id, ..)| !self.leases.holds(id));
+        for (id, entry, hints) in live {
+            let leased = self.leases.holds(&id);
+            if self.is_over(self.now, &id, hints.expires_unix_s) {
+                self.drop_expired(&id, entry.position);
+                continue;
+            }
             let facts = BlockFacts {
                 touched: entry.touched,
                 frequency: entry.frequency,
                 age: age(entry.stamp),
                 bytes: stored_bytes(entry.len),
-                depth,
+                depth: hints.depth,
             };
-            // With no segment open (right after a start on a full device) there is nowhere to go.
-            let room = self.segments.open.is_some();
-            let keep = self.policy.verdict(&facts) == Verdict::Keep && room;
+            let after = reclaim.left_bytes + facts.bytes;
+            let keep = if leased {
+                after <= room
+            } else {
+                self.policy.verdict(&facts) == Verdict::Keep && after <= most
+            };
             if keep {
                 reclaim.left_bytes += facts.bytes;
-                reclaim.kept.push_back((id, entry, depth));
+                reclaim.kept.push_back((id, entry, hints));
             } else {
                 self.index.remove_at(&id, entry.position);
+                self.note_displaced(entry.position, Displaced::Reclaim);
                 self.drop_flash_copy(&id);
             }
         }
         reclaim.stage = Stage::Moving;
         self.reclaim = Some(reclaim);
+    }
+
+    /// Bytes that reclaim may keep, and that there is room for: with no segment open (right after a
+    /// start on a full device) there is nowhere to go.
+    fn room_for_kept(&self) -> (u64, u64) {
+        let Some(open) = &self.segments.open else {
+            return (0, 0);
+        };
+        let most = (self.superblock.payload_bytes() as f64 * KEPT_SHARE_MAX) as u64;
+        // Another one may be on its way already: then what does not fit here goes there.
+        let next = self.segments.prepared.is_some() || self.segments.preparing.is_some();
+        let left = u64::from(open.pages_left()) * PAGE_BYTES;
+        let more = if next {
+            self.superblock.payload_bytes()
+        } else {
+            0
+        };
+        (most, left + more)
     }
 
     /// Reclaim gave up the copy on the device; one in memory is the last.
@@ -216,9 +266,13 @@ impl Shard {
         } else {
             self.counters.reclaim_dropped += 1;
         }
+        if self.dram.get(id).is_none() {
+            self.counters.leased_dropped += u64::from(self.lose_lease(id));
+        }
     }
 
     pub(super) fn step_reclaim(&mut self) {
+        self.decide();
         self.start_moves();
         if self.segments.is_exhausted() {
             self.give_up_moves();
@@ -237,10 +291,13 @@ impl Shard {
             return;
         };
         let (segment, whole) = (reclaim.segment, reclaim.whole);
-        if self.flushed_sequence < sequence && self.has_unflushed_records() {
+        if self.flushed_sequence < sequence
+            && self.has_unflushed_records()
+            && !is_disabled(Check::FlushBeforeReuse)
+        {
             return;
         }
-        if self.segments.all[segment as usize].readers > 0 {
+        if self.segments.all[segment as usize].readers > 0 && !is_disabled(Check::Readers) {
             return;
         }
         if !whole {
@@ -249,9 +306,17 @@ impl Shard {
                 self.segments.position(segment, 0),
                 self.segments.position(segment + 1, 0),
             );
-            let stray = self
-                .index
-                .retain(|entry| !(first..last).contains(&entry.position));
+            let Self { index, journal, .. } = self;
+            let stray = index.retain(|entry| {
+                let stays = !(first..last).contains(&entry.position);
+                if let Some(journal) = journal.as_mut().filter(|_| !stays) {
+                    journal.push(Change::Displaced {
+                        position: entry.position,
+                        why: Displaced::Reclaim,
+                    });
+                }
+                stays
+            });
             self.counters.reclaim_dropped += stray as u64;
         }
         self.reclaim = None;
@@ -278,7 +343,7 @@ impl Shard {
             if !matches!(reclaim.stage, Stage::Moving) || reclaim.moving_bytes >= MOVING_BYTES_MAX {
                 return;
             }
-            let Some((id, entry, depth)) = reclaim.kept.pop_front() else {
+            let Some((id, entry, hints)) = reclaim.kept.pop_front() else {
                 return;
             };
             let bytes = stored_bytes(entry.len);
@@ -311,7 +376,7 @@ impl Shard {
                     sections: plan.sections.len() as u16,
                     crc,
                     version: resident.version,
-                    depth,
+                    hints,
                     image: resident.image,
                     source: Source::Moved {
                         from: entry.position,
@@ -330,7 +395,7 @@ impl Shard {
                         entry,
                         place,
                         segment,
-                        depth,
+                        hints,
                     };
                     self.submit(
                         Pending::MoveRead(read),
@@ -350,6 +415,7 @@ impl Shard {
             reclaim.moved(stored_bytes(len));
         }
         if self.index.remove_at(id, position) {
+            self.note_displaced(position, Displaced::Reclaim);
             self.drop_flash_copy(id);
         }
     }
@@ -367,6 +433,7 @@ impl Shard {
         };
         for (id, entry, _) in std::mem::take(&mut reclaim.kept) {
             if self.index.remove_at(&id, entry.position) {
+                self.note_displaced(entry.position, Displaced::Reclaim);
                 self.drop_flash_copy(&id);
             }
         }
@@ -386,7 +453,7 @@ impl Shard {
             entry,
             place,
             segment,
-            depth,
+            hints,
         } = read;
         self.segments.get(segment).readers -= 1;
         let Some(plan) = self.verified(&id, &entry, &place, &buffer, result) else {
@@ -401,13 +468,18 @@ impl Shard {
             sections: plan.sections.len() as u16,
             crc,
             version,
-            depth,
+            hints,
             image: buffer.freeze(),
             source: Source::Moved {
                 from: entry.position,
             },
         });
     }
+}
+
+/// Whether a page is of this segment and of its present generation.
+fn is_wanted(found: (u32, u32), wanted: (u32, u32)) -> bool {
+    found.0 == wanted.0 && (found.1 == wanted.1 || is_disabled(Check::Generation))
 }
 
 /// The records of a footer, if it is whole.
@@ -425,7 +497,7 @@ pub(crate) fn footer_records(
         }
         let (head, found) = decode_page(page, superblock, offset + (number * PAGE) as u64)?;
         let mine = head.kind == PageKind::Footer
-            && (head.segment, head.generation) == wanted
+            && is_wanted((head.segment, head.generation), wanted)
             && usize::from(head.page_number) == number;
         if !mine {
             return None;
@@ -448,7 +520,7 @@ pub(crate) fn directory_records(
         .enumerate()
         .filter_map(|(number, page)| decode_page(page, superblock, offset + (number * PAGE) as u64))
         .filter(|(head, _)| {
-            head.kind == PageKind::Directory && (head.segment, head.generation) == wanted
+            head.kind == PageKind::Directory && is_wanted((head.segment, head.generation), wanted)
         })
         .flat_map(|(_, records)| records)
         .collect()

@@ -25,6 +25,7 @@ impl Shard {
             let was_indexed = self.index.remove(id).is_some();
             found += u64::from(was_resident || was_indexed);
             self.end_reads(id, MissReason::Removed);
+            self.counters.leased_removed += u64::from(self.lose_lease(id));
             // Also when nothing is known of it: an older record may still stand on the device,
             // and would come back at the next recovery.
             self.controls.push_back(Control {
@@ -51,7 +52,13 @@ impl Shard {
         }
         self.dram.clear();
         self.index.clear();
-        let reading: Vec<_> = self.reading.keys().copied().collect();
+        self.counters.leased_removed += self.leases.lost_all(&self.segments);
+        let reading: Vec<_> = self
+            .reading
+            .keys()
+            .chain(self.parts.keys().map(|(id, _)| id))
+            .copied()
+            .collect();
         for id in reading {
             self.end_reads(&id, MissReason::Removed);
         }
@@ -80,7 +87,7 @@ impl Shard {
     }
 
     /// Drops a resident and what waits for it to be flushed.
-    fn forget_resident(&mut self, id: &BlockId) -> bool {
+    pub(super) fn forget_resident(&mut self, id: &BlockId) -> bool {
         let Some(gone) = self.dram.remove(id) else {
             return false;
         };

@@ -37,6 +37,44 @@ pub struct Counters {
     pub put_checks_failed: u64,
     /// Puts of a visible id with other bytes.
     pub id_divergence: u64,
+    /// Reads of sections of a block on the device, instead of the whole.
+    pub part_reads: u64,
+    /// Blocks that left because their time to live had passed.
+    pub expired: u64,
+    /// Leases granted.
+    pub leases_granted: u64,
+    /// Leases not granted at all: too many stand.
+    pub leases_refused: u64,
+    /// Leases granted on fewer blocks than were there: a budget was used up.
+    pub leases_cut_short: u64,
+    /// Blocks promised by leases.
+    pub leased_blocks: u64,
+    /// Leases renewed.
+    pub leases_renewed: u64,
+    /// Leases ended by whoever held them.
+    pub leases_released: u64,
+    /// Leases whose time was over.
+    pub leases_expired: u64,
+    /// Promised blocks that were removed or purged.
+    pub leased_removed: u64,
+    /// Promised blocks whose bytes did not pass their check.
+    pub leased_corrupt: u64,
+    /// Promised blocks that the device could not carry on; none while it is well.
+    pub leased_dropped: u64,
+    /// Blocks verified in the background.
+    pub scrub_blocks: u64,
+    /// Of these, not what was written.
+    pub scrub_corrupt: u64,
+    /// Segments whose footer was damaged.
+    pub scrub_footers_damaged: u64,
+    /// Segments verified in the background.
+    pub scrub_segments: u64,
+    /// Bytes read for that.
+    pub scrub_read_bytes: u64,
+    /// Segments the device was told not to keep.
+    pub segments_discarded: u64,
+    /// Times the device did not take that.
+    pub discards_failed: u64,
     /// Blocks removed.
     pub removed: u64,
     /// Blocks purged.
@@ -51,8 +89,12 @@ pub struct Counters {
     pub reclaim_kept: u64,
     /// Blocks that lost their index entry to another.
     pub bucket_evicted: u64,
+    /// Blocks that were on the device alone when it refused their record.
+    pub refused_dropped: u64,
     /// Copies that did not pass their check.
     pub corrupt: u64,
+    /// Of these, written again from memory.
+    pub corrupt_rewritten: u64,
     /// Device reads that failed.
     pub device_read_errors: u64,
     /// Device writes or flushes that failed.
@@ -108,7 +150,7 @@ impl Counters {
 }
 
 /// A shard at one moment.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct ShardStatus {
     /// Its number.
     pub shard: u32,
@@ -142,6 +184,26 @@ pub struct ShardStatus {
     pub unflushed_age_us: u64,
     /// Bytes written a byte of payload; null before anything was written.
     pub write_amplification: Option<f64>,
+    /// Leases that stand.
+    pub leases: u64,
+    /// Blocks they hold.
+    pub leased_blocks: u64,
+    /// Memory charged for them.
+    pub leased_dram_bytes: u64,
+    /// Bytes of the device charged for them.
+    pub leased_flash_bytes: u64,
+    /// Records on the device that name an expiry, and the memory that knows them.
+    pub expiring_blocks: u64,
+    /// Memory of these.
+    pub expiring_bytes: u64,
+    /// Passes of the background verification that are complete.
+    pub scrub_passes: u64,
+    /// When the last was, in seconds since 1970; 0: none since the start.
+    pub scrub_last_pass_unix_s: u64,
+    /// Bytes read in the pass under way.
+    pub scrub_pass_bytes: u64,
+    /// Sealed segments that the pass under way is through with.
+    pub scrub_pass_segments: u64,
     /// Why the device takes no writes at the moment, if so.
     pub device_trouble: Option<String>,
 }
@@ -169,7 +231,19 @@ impl Shard {
             .values()
             .next()
             .map(|unflushed| now.since(unflushed.since));
+        let (leases, leased_blocks, leased_dram_bytes, leased_flash_bytes) = self.leases.totals();
+        let (scrub_pass_bytes, scrub_pass_segments) = self.scrub_progress();
         ShardStatus {
+            leases,
+            leased_blocks,
+            leased_dram_bytes,
+            leased_flash_bytes,
+            expiring_blocks: self.expiries.blocks(),
+            expiring_bytes: self.expiries.bytes(),
+            scrub_passes: self.scrub.passes,
+            scrub_last_pass_unix_s: self.scrub.last_pass_unix_s,
+            scrub_pass_bytes,
+            scrub_pass_segments,
             shard: self.number,
             counters: self.counters.clone(),
             dram_blocks: self.dram.len() as u64,

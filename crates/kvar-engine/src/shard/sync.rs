@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  due, or a segment complete
+//!      │ with moved blocks among what is recorded: first a flush of their payload
 //!      │ directory pages; the footer of a complete segment
 //!      ▼
 //!  writing ── all written ──> flushing ── flushed ──> puts, controls, flushes answered; sealed
@@ -12,23 +13,28 @@
 //!
 //! What must always be true: nobody is told that something is flushed before the flush that covers
 //! its record; whoever waits is answered once, with success or with why not. After a failed sync it
-//! is not known which pages are on the device, so that none of them counts.
+//! is not known which pages are on the device, so that none of them counts. The record of a moved
+//! block goes out when its new copy is flushed: recovery takes the newer record, and would lose a
+//! block whose old copy is whole.
 //!
 //! Left to others: what is recorded (`write`), how a segment is closed (`prepare`), when a device
 //! is left alone (`trouble`).
 
 use super::types::Event;
-use super::{Pending, Shard};
+use super::{Displaced, Pending, Shard};
 use crate::dram::State;
-use crate::layout::{PageHead, PageKind, RECORDS_PER_PAGE, Record};
+use crate::layout::{PageHead, PageKind, RECORD_BLOCK, RECORDS_PER_PAGE, Record};
+use crate::mutation::{Check, is_disabled};
 use crate::segments::OpenSegment;
 use kvar_base::{BlockId, Moment, PutOutcome};
-use kvar_io::{DeviceError, Op};
+use kvar_io::{DeviceError, Op, Shared};
 use std::collections::{BTreeMap, HashSet};
 
 /// Directory pages and footers under way, then a device flush.
 pub(super) struct Sync {
     writes_left: u32,
+    /// Pages that wait for the flush of moved payload.
+    pages: Vec<(u64, Shared)>,
     failed: bool,
     flushing: bool,
     up_to_sequence: u64,
@@ -154,20 +160,16 @@ impl Shard {
         self.first_unsynced = None;
         self.sync = Some(Sync {
             writes_left: writes.len() as u32,
+            pages: Vec::new(),
             failed: false,
             flushing: false,
             up_to_sequence: self.next_sequence - 1,
             seals: seal_ready,
         });
+        let mut ready = Vec::with_capacity(writes.len());
         for (number, first, head, pages) in writes {
             match self.encode_pages(number, first, &head, &pages) {
-                Some((offset, page)) => self.submit(
-                    Pending::SyncPage,
-                    Op::Write {
-                        offset,
-                        buffers: vec![page],
-                    },
-                ),
+                Some(page) => ready.push(page),
                 None => {
                     // The reserve for such pages is used up; the segment is sealed without them
                     // being whole, and its blocks count as not flushed.
@@ -178,6 +180,37 @@ impl Shard {
                     self.sync_page_done(now, Err(error));
                 }
             }
+        }
+        let moved = std::mem::take(&mut self.moved_unsynced);
+        match &mut self.sync {
+            Some(sync) if moved && !is_disabled(Check::MovedPayloadFlush) => {
+                sync.pages = ready;
+                self.submit(Pending::SyncPayloadFlush, Op::Flush);
+            }
+            _ => {
+                self.write_sync_pages(ready);
+                self.flush_if_written(now);
+            }
+        }
+    }
+
+    fn write_sync_pages(&mut self, pages: Vec<(u64, Shared)>) {
+        for (offset, page) in pages {
+            let buffers = vec![page];
+            self.submit(Pending::SyncPage, Op::Write { offset, buffers });
+        }
+    }
+
+    pub(super) fn sync_payload_flush_done(&mut self, now: Moment, result: Result<(), DeviceError>) {
+        let Some(sync) = &mut self.sync else { return };
+        let pages = std::mem::take(&mut sync.pages);
+        if let Err(error) = result {
+            sync.writes_left -= pages.len() as u32;
+            sync.failed = true;
+            self.device_refused(now, &error);
+        } else {
+            self.counters.device_flushes += 1;
+            self.write_sync_pages(pages);
         }
         self.flush_if_written(now);
     }
@@ -238,11 +271,14 @@ impl Shard {
     }
 
     /// Directory pages or the flush behind them failed: which of them are on the device is not
-    /// known. The blocks stay readable (their index entries lead to good bytes) but nobody is told
-    /// that they are flushed; the segments are given up, and everything in memory that was not
-    /// flushed is written again elsewhere.
+    /// known. The segments are given up, and what was recorded in them since the last flush leaves
+    /// the index: a later flush would speak of it, and nothing would stand behind its word. What
+    /// memory holds of it is written again elsewhere.
     fn sync_failed(&mut self, now: Moment) {
         self.sync = None;
+        let unsure = self.unflushed_blocks();
+        // The footer of the segment that is given up may still name what was moved.
+        self.moved_unsynced = true;
         if self.segments.sealing.is_none() {
             self.close_open();
         }
@@ -260,12 +296,32 @@ impl Shard {
             .drain(..)
             .map(|(_, number)| number)
             .collect();
-        let again: Vec<BlockId> = self
-            .dram
-            .iter()
-            .filter(|(_, resident)| resident.state == State::Clean && lost.remove(&resident.number))
-            .map(|(id, _)| *id)
-            .collect();
+        let mut again = Vec::new();
+        for (id, position) in unsure {
+            if !self.index.remove_at(&id, position) {
+                continue;
+            }
+            self.note_displaced(position, Displaced::Refused);
+            match self.dram.get(&id) {
+                Some(resident) if resident.state == State::Clean => {
+                    lost.remove(&resident.number);
+                    again.push(id);
+                }
+                Some(_) => {}
+                None => {
+                    self.counters.refused_dropped += 1;
+                    self.counters.leased_corrupt += u64::from(self.lose_lease(&id));
+                }
+            }
+        }
+        again.extend(
+            self.dram
+                .iter()
+                .filter(|(_, resident)| {
+                    resident.state == State::Clean && lost.remove(&resident.number)
+                })
+                .map(|(id, _)| *id),
+        );
         // Memory let go of these.
         let mut gone: Vec<u64> = lost.into_iter().collect();
         gone.sort_unstable();
@@ -286,6 +342,26 @@ impl Shard {
         for token in tokens {
             self.fail_control(token);
         }
+    }
+
+    /// Blocks recorded since the last flush: id and position.
+    fn unflushed_blocks(&self) -> Vec<(BlockId, u32)> {
+        [&self.segments.open, &self.segments.sealing]
+            .into_iter()
+            .flatten()
+            .flat_map(|segment| {
+                segment
+                    .records
+                    .iter()
+                    .filter(|record| {
+                        record.kind == RECORD_BLOCK && record.sequence() > self.flushed_sequence
+                    })
+                    .map(|record| {
+                        let position = self.segments.position(segment.number, record.place.get());
+                        (record.id(), position)
+                    })
+            })
+            .collect()
     }
 
     /// Whoever waits for a flush of this put or a later one hears that it will not be.

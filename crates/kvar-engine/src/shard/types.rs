@@ -6,6 +6,7 @@
 //! | [`GetRequest`], with a [`Touch`] | [`Event::Get`] with a `Copy` of [`SectionRef`]s |
 //! | [`PutRequest`], with [`PutHints`] | a [`PutTicket`] to receive into, then [`Event::Put`] |
 //! | ids to remove, a flush, a purge | [`Event::Done`] |
+//! | ids to be sure of: [`LeaseRequest`] | [`LeaseGrant`] |
 //! | an id to look at | [`BlockStat`] |
 //!
 //! What must always be true: a `Copy` holds its memory until it is dropped, whatever becomes of
@@ -14,7 +15,7 @@
 //! Nothing here decides anything; the shard does.
 
 use crate::layout::ImagePlan;
-use kvar_base::{BlockId, ContentCheck, MissReason, Moment, PutOutcome};
+use kvar_base::{BlockId, ContentCheck, LeaseToken, MissReason, Moment, PutOutcome};
 use kvar_io::{Buffer, Shared};
 use std::ops::Range;
 use std::time::Duration;
@@ -28,7 +29,18 @@ pub struct EngineConfig {
     pub flush_after: Duration,
     /// How long a shutdown may write.
     pub shutdown_flush: Duration,
+    /// Seconds since 1970 at `Moment(0)`: expiry outlives the process, so it is kept in wall time.
+    /// [`Engine::set_wall_clock`](crate::Engine::set_wall_clock) corrects it later.
+    pub unix_at_start_s: u64,
+    /// Bytes a second that background verification of sealed segments may read, while nothing else
+    /// is going on; 0 turns it off.
+    pub scrub_bytes_per_s: u64,
+    /// Tell the device which segments are free before they are written again (never a file).
+    pub discard: bool,
 }
+
+/// What a scrub reads by default: 250 GB a shard in 17 hours, at under 0.1 % of a core.
+const SCRUB_BYTES_PER_S: u64 = 4 << 20;
 
 impl Default for EngineConfig {
     fn default() -> Self {
@@ -36,6 +48,9 @@ impl Default for EngineConfig {
             dram_bytes: 1 << 30,
             flush_after: Duration::from_secs(1),
             shutdown_flush: Duration::from_secs(30),
+            unix_at_start_s: 0,
+            scrub_bytes_per_s: SCRUB_BYTES_PER_S,
+            discard: false,
         }
     }
 }
@@ -71,6 +86,43 @@ pub struct PutHints {
     pub depth: u32,
     /// Not worth a write to the device.
     pub ephemeral: bool,
+    /// How long it may be served, in seconds from the put; `None`: without end.
+    pub ttl_s: Option<u32>,
+    /// The writer's own number for what kind of traffic it is; 0: not said.
+    pub class: u8,
+    /// What computing it again costs, in microseconds; 0: not known.
+    pub recompute_us: u32,
+    /// Written by one engine to be read once, soon, by another.
+    pub handover: bool,
+}
+
+/// A lookup that wants what it finds to stay.
+#[derive(Clone, Copy, Debug)]
+pub struct LeaseRequest<'a> {
+    /// The blocks, in the order of the chain.
+    pub ids: &'a [BlockId],
+    /// Names the lease; drawn at random. One that stands already is extended: more blocks, and
+    /// the later of both ends.
+    pub token: LeaseToken,
+    /// Who wants it: budgets are kept a client.
+    pub client: u64,
+    /// How long; at most [`LEASE_MAX`](crate::LEASE_MAX).
+    pub ttl: Duration,
+    /// As in [`Touch`].
+    pub request: u64,
+    /// Depth of the first id in its chain.
+    pub first_depth: u32,
+}
+
+/// What was promised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LeaseGrant {
+    /// How many leading blocks; 0: there is no lease, unless it stood before.
+    pub leading: u32,
+    /// Why not the next: absent, expired, or overloaded (a budget is used up). `None`: all are.
+    pub reason: Option<MissReason>,
+    /// Until when.
+    pub until: Moment,
 }
 
 /// A put, announced.
@@ -206,4 +258,8 @@ pub struct BlockStat {
     pub sections: Option<u16>,
     /// Version, when it is in memory.
     pub version: Option<u64>,
+    /// Whether it survives a power cut: its record and bytes are flushed.
+    pub flushed: bool,
+    /// When it expires, in seconds since 1970.
+    pub expires_unix_s: Option<u64>,
 }

@@ -17,12 +17,12 @@
 //! Left to others: `sync` says who is answered and when, `trouble` what becomes of blocks that the
 //! device refuses.
 
-use super::{Pending, Shard};
+use super::{Change, Displaced, Pending, Shard};
 use crate::dram::State;
 use crate::index::{Entry, Inserted};
-use crate::layout::{FLAG_SECTIONED, RECORD_BLOCK, Record};
+use crate::layout::{FLAG_SECTIONED, RECORD_BLOCK, Record, RecordHints};
+use crate::mutation::{Check, is_disabled};
 use crate::segments::OpenSegment;
-use kvar_base::check::fold_place;
 use kvar_base::{BlockId, Moment, PAGE_BYTES, page_round_up};
 use kvar_io::{DeviceError, Op, Shared};
 use std::time::Duration;
@@ -51,7 +51,7 @@ pub(super) struct WriteItem {
     pub(super) sections: u16,
     pub(super) crc: u64,
     pub(super) version: u64,
-    pub(super) depth: u32,
+    pub(super) hints: RecordHints,
     pub(super) source: Source,
 }
 
@@ -259,6 +259,12 @@ impl Shard {
         if let Some(open) = self.open_or_sealing(group.segment) {
             open.writes_in_flight += 1;
         }
+        if is_disabled(Check::RecordAfterPayload) {
+            group
+                .items
+                .iter()
+                .for_each(|placed| self.record_block(group.segment, placed));
+        }
         let offset = self
             .superblock
             .offset(self.number, group.segment, group.items[0].page);
@@ -294,7 +300,9 @@ impl Shard {
         self.device_answers();
         let sequence = self.next_sequence;
         for placed in group.items {
-            self.record_block(group.segment, &placed);
+            if !is_disabled(Check::RecordAfterPayload) {
+                self.record_block(group.segment, &placed);
+            }
         }
         // Blocks that nobody wants any more leave nothing to be synced.
         if self.next_sequence > sequence && self.first_unsynced.is_none() {
@@ -347,7 +355,7 @@ impl Shard {
         let place = self.place_at(segment, *page, item.len);
         let sequence = self.next_sequence;
         self.next_sequence += 1;
-        let check64 = fold_place(item.crc, &item.id, &place);
+        let check64 = super::check64_of(item.crc, &item.id, &place);
         let mut record = Record::bare(RECORD_BLOCK, &item.id, sequence);
         record.check64 = check64.into();
         record.version = item.version.into();
@@ -355,11 +363,12 @@ impl Shard {
         record.len = item.len.into();
         record.flags = if item.sectioned { FLAG_SECTIONED } else { 0 };
         record.sections = item.sections.into();
-        record.depth = item.depth.into();
+        record.set_hints(&item.hints);
         let area = *area;
         if let Some(open) = self.open_or_sealing(segment) {
             open.record(area, record);
         }
+        let age = self.age();
         let entry = Entry {
             check64,
             position,
@@ -369,16 +378,40 @@ impl Shard {
             frequency,
             stamp,
         };
-        if let Inserted::Evicted(_) = self.index.insert(&item.id, &entry, self.age()) {
+        let Self { index, leases, .. } = self;
+        let held = |position| leases.holds_position(position);
+        let inserted = index.insert_beside(&item.id, &entry, age, held);
+        let placed = inserted != Inserted::Held;
+        if placed {
+            self.expiries.add(segment, *page, item.hints.expires_unix_s);
+            self.leases
+                .moved(&self.segments, &item.id, position, stored_bytes);
+            self.note(Change::Placed {
+                id: item.id,
+                position,
+            });
+        } else {
             self.counters.bucket_evicted += 1;
+        }
+        if let Inserted::Evicted(other) = inserted {
+            self.counters.bucket_evicted += 1;
+            self.note_displaced(other.position, Displaced::Bucket);
         }
         match item.source {
             Source::Put { number, .. } => {
                 self.counters.payload_written_bytes += u64::from(item.len);
                 self.recorded_puts.push_back((sequence, number));
-                self.dram.set_state(&item.id, State::Clean);
+                let state = if placed {
+                    State::Clean
+                } else {
+                    State::Volatile
+                };
+                self.dram.set_state(&item.id, state);
             }
-            Source::Moved { .. } => self.counters.reclaim_kept += 1,
+            Source::Moved { .. } => {
+                self.counters.reclaim_kept += 1;
+                self.moved_unsynced = true;
+            }
         }
     }
 
@@ -436,7 +469,7 @@ impl Shard {
             sections: plan.sections.len() as u16,
             crc,
             version: resident.version,
-            depth: resident.depth,
+            hints: resident.hints,
             image: resident.image,
             source: Source::Put { number, since: now },
         });
@@ -458,7 +491,9 @@ impl Shard {
         let stalled =
             self.segments.open.is_none() || self.payload_in_flight_bytes >= PAYLOAD_IN_FLIGHT_MAX;
         let shutdown = self.shutdown.as_ref().map(|shutdown| shutdown.until);
-        [dirty.filter(|_| !stalled), sync, shutdown]
+        let lease = self.leases.next_end();
+        let scrub = self.scrub_timer();
+        [dirty.filter(|_| !stalled), sync, shutdown, lease, scrub]
             .into_iter()
             .flatten()
             .min()

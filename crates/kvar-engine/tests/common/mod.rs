@@ -119,6 +119,8 @@ pub fn config() -> EngineConfig {
         dram_bytes: 2 << 20,
         flush_after: Duration::from_millis(100),
         shutdown_flush: Duration::from_secs(30),
+        scrub_bytes_per_s: 0,
+        ..EngineConfig::default()
     }
 }
 
@@ -222,7 +224,7 @@ impl Store {
             hints: PutHints {
                 request: number / 8 + 1,
                 depth: (number % 8) as u32,
-                ephemeral: false,
+                ..PutHints::default()
             },
             durable,
             deadline: Moment(u64::MAX),

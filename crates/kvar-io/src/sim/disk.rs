@@ -8,7 +8,7 @@
 
 use super::faults::{Fault, FaultKind, FaultOn, FaultRates, FaultStruck};
 use super::image::{Image, pick_bits};
-use super::log::{Survival, Write, WriteLog, survive};
+use super::log::{Survival, Survived, Write, WriteLog, survive};
 use super::state::{Stage, State, UnderWay};
 use crate::{Completion, Device, DeviceError, Op};
 use std::ops::Range;
@@ -144,7 +144,8 @@ impl SimDisk {
         let mut gone = std::mem::take(&mut state.under_way);
         gone.sort_by_key(|op| op.number);
         let in_flight: Vec<Write> = gone.iter_mut().filter_map(|op| op.write.take()).collect();
-        let image = survive(&state.durable, &state.unflushed, &in_flight, how);
+        let (image, survived) = survive(&state.durable, &state.unflushed, &in_flight, how);
+        state.survived.add(&survived);
         state.unflushed.clear();
         (state.stored, state.flushed) = (0, 0);
         (state.current, state.durable) = (image.clone(), image.clone());
@@ -152,6 +153,23 @@ impl SimDisk {
             state.log = Some(WriteLog::new(image.clone()));
         }
         image
+    }
+
+    /// Kills the process and leaves the drive its power: what is under way arrives whole, in part
+    /// or not at all, and a later power cut may still take what is not flushed. The devices that
+    /// were open have nothing under way any more.
+    pub fn kill(&self) {
+        self.state().kill();
+    }
+
+    /// Changes how often faults come by seed.
+    pub fn set_rates(&self, rates: FaultRates) {
+        self.state().options.rates = rates;
+    }
+
+    /// Changes how many polls an operation takes at most.
+    pub fn set_polls_max(&self, polls_max: u32) {
+        self.state().options.polls_max = polls_max;
     }
 
     /// What reads see now.
@@ -180,6 +198,22 @@ impl SimDisk {
     #[must_use]
     pub fn struck(&self) -> Vec<FaultStruck> {
         self.state().struck.clone()
+    }
+
+    /// Faults that have struck since there were so many of them.
+    #[must_use]
+    pub fn struck_since(&self, known: usize) -> Vec<FaultStruck> {
+        self.state()
+            .struck
+            .get(known..)
+            .unwrap_or_default()
+            .to_vec()
+    }
+
+    /// What became, in crashes so far, of writes that were not flushed.
+    #[must_use]
+    pub fn survived(&self) -> Survived {
+        self.state().survived
     }
 
     /// What went over the disk.

@@ -9,14 +9,16 @@
 //! | NoSpace   | nothing                  | no space, nothing stored             | nothing           |
 //! | Short     | a part, then the end     | a part is stored                     | nothing           |
 //! | Stuck     | no answer until released | no answer until released             | the same          |
+//! | Late      | answers long after others| answers long after others            | the same          |
 //!
-//! "Nothing" means that the operation goes well and the fault is not used up.
+//! "Nothing" means that the operation goes well and the fault is not used up. Late comes by seed
+//! alone: it is decided when the device takes the operation, not when it is due.
 
 use super::random::Random;
 use std::ops::Range;
 
 /// The way in which an operation goes wrong; see the top of this file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum FaultKind {
     /// Turns this many bits over.
     FlipBits(u32),
@@ -32,10 +34,16 @@ pub enum FaultKind {
     Short,
     /// Does not answer until [`release_stuck`](super::SimDisk::release_stuck).
     Stuck,
+    /// Takes up to [`LATE_POLLS_MAX`] polls.
+    Late,
 }
 
+/// Most polls a late operation takes: long enough that everything else goes on meanwhile and comes
+/// to wait for it.
+pub const LATE_POLLS_MAX: u64 = 300;
+
 /// Which operations a fault waits for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum FaultOn {
     /// Reads.
     Read,
@@ -94,6 +102,7 @@ impl FaultKind {
             Self::FlipBits(_) | Self::Misdirect | Self::Short => on != FaultOn::Flush,
             Self::Lost => on != FaultOn::Read,
             Self::NoSpace => on == FaultOn::Write,
+            Self::Late => false,
         }
     }
 }
@@ -107,6 +116,8 @@ pub struct FaultRates {
     pub read_misdirect_ppm: u32,
     /// Reads that fail.
     pub read_error_ppm: u32,
+    /// Reads of a part.
+    pub read_short_ppm: u32,
     /// Writes stored with one bit over.
     pub write_flip_ppm: u32,
     /// Writes to another place.
@@ -115,10 +126,16 @@ pub struct FaultRates {
     pub write_lost_ppm: u32,
     /// Writes that fail.
     pub write_error_ppm: u32,
+    /// Writes of a part.
+    pub write_short_ppm: u32,
+    /// Writes for which there is no space.
+    pub write_no_space_ppm: u32,
     /// Flushes said to be done and not done.
     pub flush_lost_ppm: u32,
     /// Flushes that fail.
     pub flush_error_ppm: u32,
+    /// Operations of any kind that answer long after others.
+    pub late_ppm: u32,
 }
 
 impl FaultRates {
@@ -128,6 +145,8 @@ impl FaultRates {
                 (self.read_flip_ppm, FaultKind::FlipBits(1)),
                 (self.read_misdirect_ppm, FaultKind::Misdirect),
                 (self.read_error_ppm, FaultKind::Error),
+                (self.read_short_ppm, FaultKind::Short),
+                (0, FaultKind::Lost),
                 (0, FaultKind::Lost),
             ],
             FaultOn::Write => [
@@ -135,10 +154,14 @@ impl FaultRates {
                 (self.write_misdirect_ppm, FaultKind::Misdirect),
                 (self.write_error_ppm, FaultKind::Error),
                 (self.write_lost_ppm, FaultKind::Lost),
+                (self.write_short_ppm, FaultKind::Short),
+                (self.write_no_space_ppm, FaultKind::NoSpace),
             ],
             FaultOn::Flush => [
                 (self.flush_lost_ppm, FaultKind::Lost),
                 (self.flush_error_ppm, FaultKind::Error),
+                (0, FaultKind::Lost),
+                (0, FaultKind::Lost),
                 (0, FaultKind::Lost),
                 (0, FaultKind::Lost),
             ],

@@ -72,8 +72,8 @@ impl Write {
         }
     }
 
-    /// A part of it: from the front, or scattered; in sectors or in pages.
-    pub(crate) fn apply_torn(&self, image: &mut Image, random: &mut Random) {
+    /// A part of it: from the front, or scattered; in sectors or in pages. Returns that unit.
+    pub(crate) fn apply_torn(&self, image: &mut Image, random: &mut Random) -> usize {
         let unit = if random.coin() { SECTOR } else { PAGE };
         let scattered = random.coin();
         let bytes = self.bytes();
@@ -99,6 +99,32 @@ impl Write {
                 }
             }
         }
+        unit
+    }
+}
+
+/// What became of the writes that no flush covered, counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Survived {
+    /// Arrived whole.
+    pub whole: u64,
+    /// Arrived in sectors of 512 bytes.
+    pub torn_at_512: u64,
+    /// Arrived in pages of 4096 bytes.
+    pub torn_at_4096: u64,
+    /// Lost.
+    pub lost: u64,
+    /// Arrived, at least in part, although one before it was lost.
+    pub reordered: u64,
+}
+
+impl Survived {
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.whole += other.whole;
+        self.torn_at_512 += other.torn_at_512;
+        self.torn_at_4096 += other.torn_at_4096;
+        self.lost += other.lost;
+        self.reordered += other.reordered;
     }
 }
 
@@ -108,28 +134,44 @@ pub(crate) fn survive(
     completed: &[Write],
     in_flight: &[Write],
     how: Survival,
-) -> Image {
+) -> (Image, Survived) {
     let mut image = durable.clone();
+    let mut survived = Survived::default();
     let all = completed.iter().chain(in_flight);
+    let there = completed.len() + in_flight.len();
+    let first = match how {
+        Survival::Flushed | Survival::Random { .. } => 0,
+        Survival::Completed => completed.len(),
+        Survival::Submitted => there,
+        Survival::Prefix(count) => count.min(there),
+    };
     match how {
-        Survival::Flushed => {}
-        Survival::Completed => completed.iter().for_each(|write| write.apply(&mut image)),
-        Survival::Submitted => all.for_each(|write| write.apply(&mut image)),
-        Survival::Prefix(count) => all.take(count).for_each(|write| write.apply(&mut image)),
+        Survival::Flushed | Survival::Completed | Survival::Submitted | Survival::Prefix(_) => {
+            all.take(first).for_each(|write| write.apply(&mut image));
+            (survived.whole, survived.lost) = (first as u64, (there - first) as u64);
+        }
         Survival::Random { seed } => {
             let mut random = Random::new(seed);
             let mut in_flight: Vec<&Write> = in_flight.iter().collect();
             random.shuffle(&mut in_flight);
             for write in completed.iter().chain(in_flight) {
-                match random.below(3) {
-                    0 => {}
-                    1 => write.apply(&mut image),
-                    _ => write.apply_torn(&mut image, &mut random),
+                let arrives = random.below(3);
+                survived.reordered += u64::from(arrives > 0 && survived.lost > 0);
+                match arrives {
+                    0 => survived.lost += 1,
+                    1 => {
+                        survived.whole += 1;
+                        write.apply(&mut image);
+                    }
+                    _ if write.apply_torn(&mut image, &mut random) == SECTOR => {
+                        survived.torn_at_512 += 1;
+                    }
+                    _ => survived.torn_at_4096 += 1,
                 }
             }
         }
     }
-    image
+    (image, survived)
 }
 
 /// Everything that was written and flushed, in order, from a first image on.
@@ -184,7 +226,7 @@ impl WriteLog {
     #[must_use]
     pub fn image(&self, point: usize, how: Survival) -> Image {
         let (durable, completed, in_flight) = self.state(point);
-        survive(&durable, &completed, &in_flight, how)
+        survive(&durable, &completed, &in_flight, how).0
     }
 
     /// The images to check for a crash at `point`: nothing unflushed, all completed, all submitted,
@@ -201,7 +243,7 @@ impl WriteLog {
         plain
             .into_iter()
             .chain(torn)
-            .map(move |how| (how, survive(&durable, &completed, &in_flight, how)))
+            .map(move |how| (how, survive(&durable, &completed, &in_flight, how).0))
     }
 
     /// What was durable, completed and in flight after `point` events.

@@ -27,6 +27,6 @@ mod random;
 mod state;
 
 pub use disk::{SimCounters, SimDevice, SimDisk, SimOptions};
-pub use faults::{Fault, FaultKind, FaultOn, FaultRates, FaultStruck};
+pub use faults::{Fault, FaultKind, FaultOn, FaultRates, FaultStruck, LATE_POLLS_MAX};
 pub use image::Image;
-pub use log::{Survival, WriteLog};
+pub use log::{Survival, Survived, WriteLog};

@@ -1,13 +1,14 @@
 //! What the simulated disk does with an operation: takes it at the kick, executes it when it is due.
 
 use super::disk::{SimCounters, SimOptions};
-use super::faults::{Fault, FaultKind, FaultOn, FaultStruck};
+use super::faults::{Fault, FaultKind, FaultOn, FaultStruck, LATE_POLLS_MAX};
 use super::image::{Image, PAGE, Page, pick_bits};
-use super::log::{Content, Event, Write, WriteLog};
+use super::log::{Content, Event, Survived, Write, WriteLog};
 use super::random::Random;
 use crate::check::{check_op, op_len, short};
 use crate::{Completion, DeviceError, Op};
 use kvar_base::PAGE_BYTES;
+use std::ops::Range;
 use std::sync::Arc;
 
 #[derive(Debug)]
@@ -29,6 +30,7 @@ pub(super) struct State {
     pub(super) struck: Vec<FaultStruck>,
     pub(super) log: Option<WriteLog>,
     pub(super) counters: SimCounters,
+    pub(super) survived: Survived,
 }
 
 #[derive(Debug)]
@@ -71,7 +73,38 @@ impl State {
             faults: Vec::new(),
             struck: Vec::new(),
             counters: SimCounters::default(),
+            survived: Survived::default(),
         }
+    }
+
+    /// The process is gone: of what the disk had taken, any part is still done.
+    pub(super) fn kill(&mut self) {
+        let mut gone = std::mem::take(&mut self.under_way);
+        self.random.shuffle(&mut gone);
+        for mut op in gone {
+            let Some(mut write) = op.write.take() else {
+                continue;
+            };
+            match self.random.below(3) {
+                0 => self.store(op.number, None),
+                1 => self.store(op.number, Some(write)),
+                _ => {
+                    self.tear(&mut write);
+                    self.store(op.number, Some(write));
+                }
+            }
+        }
+    }
+
+    /// Makes a write one that arrived in part.
+    fn tear(&mut self, write: &mut Write) {
+        let mut torn = self.current.clone();
+        let bytes = write.bytes();
+        write.apply_torn(&mut torn, &mut self.random);
+        let pages = bytes.start / PAGE_BYTES..bytes.end / PAGE_BYTES;
+        let zero = Arc::new([0; PAGE]);
+        let pages = pages.map(|page| Arc::clone(torn.page(page).unwrap_or(&zero)));
+        write.content = Content::Pages(pages.collect());
     }
 
     pub(super) fn kick(&mut self, device: u64) {
@@ -80,7 +113,19 @@ impl State {
             if !queued(&self.under_way[at]) {
                 continue;
             }
-            let delay = 1 + self.random.below(u64::from(self.options.polls_max.max(1)));
+            let mut delay = 1 + self.random.below(u64::from(self.options.polls_max.max(1)));
+            let late_ppm = u64::from(self.options.rates.late_ppm);
+            if late_ppm > 0 && self.random.below(1_000_000) < late_ppm {
+                delay += self.random.below(LATE_POLLS_MAX);
+                if let Some((on, bytes)) = aim(&self.under_way[at].op) {
+                    self.struck.push(FaultStruck {
+                        kind: FaultKind::Late,
+                        on,
+                        bytes,
+                        instead: None,
+                    });
+                }
+            }
             let op = &mut self.under_way[at];
             op.stage = Stage::Due(self.polls + delay);
             op.write = if check_op(&op.op, self.current.bytes()).is_ok() {
@@ -127,12 +172,7 @@ impl State {
         if op.stage == Stage::Released || check_op(&op.op, self.current.bytes()).is_err() {
             return None;
         }
-        let (on, bytes) = match &op.op {
-            Op::Read { offset, .. } => (FaultOn::Read, *offset..*offset + op_len(&op.op)),
-            Op::Write { offset, .. } => (FaultOn::Write, *offset..*offset + op_len(&op.op)),
-            Op::Flush => (FaultOn::Flush, 0..0),
-            Op::Discard { .. } => return None,
-        };
+        let (on, bytes) = aim(&op.op)?;
         let kind = match self.faults.iter().position(|fault| fault.meets(on, &bytes)) {
             Some(at) => {
                 let fault = &mut self.faults[at];
@@ -234,12 +274,7 @@ impl State {
                 } else {
                     self.shortened(len)
                 });
-                let mut torn = self.current.clone();
-                write.apply_torn(&mut torn, &mut self.random);
-                let pages = bytes.start / PAGE_BYTES..bytes.end / PAGE_BYTES;
-                let zero = Arc::new([0; PAGE]);
-                let pages = pages.map(|page| Arc::clone(torn.page(page).unwrap_or(&zero)));
-                write.content = Content::Pages(pages.collect());
+                self.tear(&mut write);
             }
             _ => {}
         }
@@ -288,6 +323,16 @@ impl State {
 
     fn shortened(&mut self, len: u64) -> DeviceError {
         short(self.random.below(len), len)
+    }
+}
+
+/// What a fault of an operation is on, and at which bytes; a discard meets none.
+fn aim(op: &Op) -> Option<(FaultOn, Range<u64>)> {
+    match op {
+        Op::Read { offset, .. } => Some((FaultOn::Read, *offset..*offset + op_len(op))),
+        Op::Write { offset, .. } => Some((FaultOn::Write, *offset..*offset + op_len(op))),
+        Op::Flush => Some((FaultOn::Flush, 0..0)),
+        Op::Discard { .. } => None,
     }
 }
 

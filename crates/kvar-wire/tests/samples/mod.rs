@@ -1,7 +1,7 @@
 //! One or more messages of every kind, fixed for ever: golden frames are made from them, fuzzing
 //! starts from them.
 
-use kvar_base::{BlockId, ContentCheck, MissReason, PutOutcome, Refusal};
+use kvar_base::{BlockId, ContentCheck, LeaseToken, MissReason, PutOutcome, Refusal};
 use kvar_wire::*;
 
 /// (name of the golden file, message, length of the payload behind it)
@@ -264,5 +264,65 @@ pub(crate) fn samples() -> Vec<(&'static str, Message, usize)> {
         ("cancel", Cancel {}.into(), 0),
         ("ping", Ping {}.into(), 0),
         ("pong", Pong {}.into(), 0),
+    ]
+}
+
+/// Those of every version.
+pub(crate) fn all() -> Vec<(&'static str, Message, usize)> {
+    let mut all = samples();
+    all.extend(samples_of_version_2());
+    all
+}
+
+/// What version 2 added.
+pub(crate) fn samples_of_version_2() -> Vec<(&'static str, Message, usize)> {
+    let token = LeaseToken::new([0x7e; 16]);
+    let answer = |leading, reason, lasts_ms| LeaseAnswer {
+        leading,
+        reason,
+        lasts_ms,
+    };
+    vec![
+        (
+            "lease",
+            Lease {
+                ids: vec![BlockId::new([1; 32]), BlockId::new([2; 32])],
+                first_depth: 5,
+                touch_request: 77,
+                token,
+                client: 1 << 40,
+                ttl_ms: 2000,
+                deadline_us: 20_000,
+            }
+            .into(),
+            0,
+        ),
+        (
+            "lease_answer",
+            answer(1, Some(MissReason::Overloaded), 2000).into(),
+            0,
+        ),
+        ("lease_answer_all", answer(2, None, 30_000).into(), 0),
+        (
+            "renew",
+            Renew {
+                token,
+                ttl_ms: 30_000,
+                deadline_us: 9,
+            }
+            .into(),
+            0,
+        ),
+        ("renew_answer", RenewAnswer { lasts_ms: 0 }.into(), 0),
+        (
+            "release",
+            Release {
+                token,
+                deadline_us: 10,
+            }
+            .into(),
+            0,
+        ),
+        ("release_answer", ReleaseAnswer { released: true }.into(), 0),
     ]
 }

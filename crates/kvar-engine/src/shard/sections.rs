@@ -1,0 +1,325 @@
+//! Reads of some sections of a block: no more of the device than they take.
+//!
+//! ```text
+//!  directory known ────────────────────────────────────> sections ──> verified ──> answer
+//!  directory not known ──> front ── holds what is wanted ──────────────^
+//!                            └────── it lies further on ──> sections ──^
+//!
+//!  image      | section directory | section 0 | section 1 | ... | section n |
+//!  front      |===================|-- and what is wanted, where it is near -->
+//!  sections                                   |========wanted======|
+//! ```
+//!
+//! How far the front must reach to hold what is wanted is known from the last directory of a block
+//! of the same length: blocks of one model are laid out alike. A wrong guess costs one more read,
+//! never a wrong byte. Directories that were verified are remembered, so that an engine which takes
+//! a block layer by layer reads each one once.
+//!
+//! What must always be true: a directory is believed when it matches the entry's `check64`; a
+//! section is served when it matches the directory's content check. What a remembered directory
+//! says is used only for the very copy it was read from. The segment is not written anew before the
+//! last read of it is over.
+//!
+//! Left to others: whole blocks (`read`), which alone become resident.
+
+use super::{Copy, Pending, READS_IN_FLIGHT_MAX, SectionRef, Shard};
+use crate::index::Entry;
+use crate::layout::{ImagePlan, PAGE};
+use kvar_base::check::{Place, crc64, version};
+use kvar_base::{BlockId, ContentCheck, MissReason, page_round_up};
+use kvar_io::{DeviceError, Op};
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Bytes read for nothing, at most, to save a second read: what a drive moves in the time that one
+/// more read takes to answer.
+const NEAR_BYTES: u64 = 64 << 10;
+/// Sections of remembered directories in all (24 bytes each: 1 MiB).
+const SECTIONS_KNOWN_MAX: usize = 40_000;
+
+/// A read of sections under way.
+#[derive(Clone)]
+pub(super) struct PartRead {
+    id: BlockId,
+    number: u64,
+    entry: Entry,
+    place: Place,
+    segment: u32,
+    wanted: Range<u16>,
+    /// What the directory says; `None`: this read begins at the directory.
+    known: Option<Arc<Known>>,
+    /// Bytes from the start of the image to the start of the read.
+    from: u64,
+}
+
+/// A section directory that was verified.
+pub(super) struct Known {
+    check64: u64,
+    position: u32,
+    version: u64,
+    plan: ImagePlan,
+}
+
+impl Known {
+    fn sections(&self) -> usize {
+        self.plan.sections.len()
+    }
+
+    /// Bytes of the image from the first to behind the last of these sections, in whole pages.
+    fn span(&self, wanted: &Range<u16>) -> Range<u64> {
+        let sections = &self.plan.sections;
+        let first = &sections[usize::from(wanted.start)];
+        let last = &sections[usize::from(wanted.end) - 1];
+        u64::from(first.offset)
+            ..page_round_up(u64::from(last.offset) + u64::from(last.len)).min(self.plan.bytes)
+    }
+
+    fn has(&self, wanted: &Range<u16>) -> bool {
+        usize::from(wanted.end) <= self.sections()
+    }
+}
+
+/// Directories that were verified lately.
+#[derive(Default)]
+pub(super) struct Directories {
+    known: HashMap<BlockId, Arc<Known>>,
+    order: VecDeque<BlockId>,
+    sections: usize,
+    last: Option<Arc<Known>>,
+}
+
+impl Directories {
+    fn of(&self, id: &BlockId, entry: &Entry) -> Option<&Arc<Known>> {
+        self.known
+            .get(id)
+            .filter(|known| known.check64 == entry.check64 && known.position == entry.position)
+    }
+
+    /// How a block of this length is most likely laid out.
+    fn guess(&self, image_bytes: u32) -> Option<&Arc<Known>> {
+        self.last
+            .as_ref()
+            .filter(|known| known.plan.bytes == u64::from(image_bytes))
+    }
+
+    fn remember(&mut self, id: BlockId, known: &Arc<Known>) {
+        self.last = Some(known.clone());
+        self.sections += known.sections();
+        match self.known.insert(id, known.clone()) {
+            Some(before) => self.sections -= before.sections(),
+            None => self.order.push_back(id),
+        }
+        while self.sections > SECTIONS_KNOWN_MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            if let Some(gone) = self.known.remove(&oldest) {
+                self.sections -= gone.sections();
+            }
+        }
+    }
+}
+
+impl Shard {
+    /// Reads sections of a block on the device, unless all of it is wanted: then `false`.
+    pub(super) fn get_part(
+        &mut self,
+        token: u64,
+        id: &BlockId,
+        entry: &Entry,
+        wanted: &Range<u16>,
+    ) -> bool {
+        if wanted.is_empty() {
+            self.miss(token, MissReason::WrongFormat);
+            return true;
+        }
+        let image_bytes = u64::from(entry.len);
+        let known = self.directories.of(id, entry).cloned();
+        let likely = known.as_ref().or_else(|| self.directories.guess(entry.len));
+        let likely = likely.filter(|likely| likely.has(wanted));
+        if likely.is_some_and(|likely| likely.sections() == wanted.len()) {
+            return false;
+        }
+        if known.as_ref().is_some_and(|known| !known.has(wanted)) {
+            self.miss(token, MissReason::WrongFormat);
+            return true;
+        }
+        let span = match (&known, likely) {
+            (Some(known), _) => known.span(wanted),
+            (None, Some(likely)) => {
+                let directory = (likely.plan.directory_pages * PAGE) as u64;
+                let span = likely.span(wanted);
+                let near = span.start - directory <= NEAR_BYTES;
+                0..if near { span.end } else { directory }
+            }
+            // Nothing is known: the directory is most likely one page, and a section no longer
+            // than what is near.
+            (None, None) if wanted.start == 0 => 0..PAGE as u64 + NEAR_BYTES,
+            (None, None) => 0..PAGE as u64,
+        };
+        let span = span.start..span.end.min(image_bytes);
+        if self.reads_in_flight >= READS_IN_FLIGHT_MAX {
+            self.miss(token, MissReason::Overloaded);
+            return true;
+        }
+        let number = self.next_put;
+        self.next_put += 1;
+        let (segment, _) = self.segments.locate(entry.position);
+        let read = PartRead {
+            id: *id,
+            number,
+            entry: *entry,
+            place: self.place_of(entry),
+            segment,
+            wanted: wanted.clone(),
+            known,
+            from: span.start,
+        };
+        self.parts.insert((*id, number), token);
+        self.reads_in_flight += 1;
+        self.segments.get(segment).readers += 1;
+        self.counters.part_reads += 1;
+        self.read_part(read, span);
+        true
+    }
+
+    fn read_part(&mut self, mut read: PartRead, span: Range<u64>) {
+        let Some(buffer) = self.reserve_buffer((span.end - span.start) as usize, u64::MAX) else {
+            return self.end_part(&read, Err(MissReason::Overloaded));
+        };
+        read.from = span.start;
+        self.counters.device_read_bytes += buffer.padded_len() as u64;
+        let offset = read.place.offset + span.start;
+        self.submit(Pending::PartRead(read), Op::Read { offset, buffer });
+    }
+
+    pub(super) fn part_read_done(
+        &mut self,
+        read: PartRead,
+        op: Op,
+        result: &Result<(), DeviceError>,
+    ) {
+        let Op::Read { buffer, .. } = op else {
+            unreachable!("a read ends as a read")
+        };
+        let padded = buffer.padded_len() as u64;
+        self.dram.release(padded);
+        // A remove or purge answered whoever waited.
+        if !self.parts.contains_key(&(read.id, read.number)) {
+            return self.end_part(&read, Err(MissReason::Removed));
+        }
+        if result.is_err() {
+            self.counters.device_read_errors += 1;
+            return self.part_is_corrupt(&read);
+        }
+        let known = match &read.known {
+            Some(known) => known.clone(),
+            None => match self.verified_directory(&read, buffer.as_slice()) {
+                Directory::Verified(known) => known,
+                Directory::Longer(bytes) if bytes > padded => {
+                    drop(buffer);
+                    return self.read_part(read, 0..bytes);
+                }
+                Directory::Longer(_) | Directory::Wrong => return self.part_is_corrupt(&read),
+            },
+        };
+        if !known.has(&read.wanted) {
+            return self.end_part(&read, Err(MissReason::WrongFormat));
+        }
+        let span = known.span(&read.wanted);
+        if span.start < read.from || span.end > read.from + padded {
+            drop(buffer);
+            let read = PartRead {
+                known: Some(known),
+                ..read
+            };
+            return self.read_part(read, span);
+        }
+        let sections: Vec<SectionRef> = read
+            .wanted
+            .clone()
+            .map(|index| {
+                let section = &known.plan.sections[usize::from(index)];
+                SectionRef {
+                    index,
+                    len: section.len,
+                    check: section.check,
+                    offset: (u64::from(section.offset) - read.from) as u32,
+                }
+            })
+            .collect();
+        let holds = sections.iter().all(|section| {
+            let bytes = &buffer.as_slice()[section.offset as usize..][..section.len as usize];
+            ContentCheck::of(bytes, &read.id, section.index) == section.check
+        });
+        if !holds {
+            return self.part_is_corrupt(&read);
+        }
+        self.counters.flash_hits += 1;
+        let copy = Copy {
+            version: known.version,
+            sections,
+            bytes: buffer.freeze(),
+        };
+        self.end_part(&read, Ok(copy));
+    }
+
+    fn verified_directory(&mut self, read: &PartRead, front: &[u8]) -> Directory {
+        let Some(pages) = ImagePlan::pages_of_directory(&read.id, front) else {
+            return Directory::Wrong;
+        };
+        let Some(directory) = front.get(..pages * PAGE) else {
+            return Directory::Longer((pages * PAGE) as u64);
+        };
+        let check64 = super::check64_of(crc64(directory), &read.id, &read.place);
+        let image_bytes = u64::from(read.entry.len);
+        match ImagePlan::decode_directory(&read.id, front, image_bytes) {
+            Some(plan) if check64 == read.entry.check64 => {
+                let known = Arc::new(Known {
+                    check64,
+                    position: read.entry.position,
+                    version: version(plan.sections.iter().map(|section| section.check)),
+                    plan,
+                });
+                self.directories.remember(read.id, &known);
+                Directory::Verified(known)
+            }
+            _ => Directory::Wrong,
+        }
+    }
+
+    fn part_is_corrupt(&mut self, read: &PartRead) {
+        self.drop_corrupt(&read.id, read.entry.position);
+        self.end_part(read, Err(MissReason::Corrupt));
+    }
+
+    fn end_part(&mut self, read: &PartRead, outcome: Result<Copy, MissReason>) {
+        self.reads_in_flight -= 1;
+        self.segments.get(read.segment).readers -= 1;
+        if let Some(token) = self.parts.remove(&(read.id, read.number)) {
+            self.answer(token, outcome);
+        }
+    }
+
+    /// Answers whoever reads sections of a block; what the device still delivers is dropped.
+    pub(super) fn end_parts(&mut self, id: &BlockId, reason: MissReason) {
+        let numbers: Vec<u64> = self
+            .parts
+            .range((*id, 0)..=(*id, u64::MAX))
+            .map(|((_, number), _)| *number)
+            .collect();
+        for number in numbers {
+            if let Some(token) = self.parts.remove(&(*id, number)) {
+                self.miss(token, reason);
+            }
+        }
+    }
+}
+
+/// What the first bytes of an image say.
+enum Directory {
+    Verified(Arc<Known>),
+    /// It takes so many bytes, more than were read.
+    Longer(u64),
+    Wrong,
+}

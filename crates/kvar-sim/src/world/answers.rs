@@ -1,0 +1,415 @@
+//! What a world hears: faults of the disk, the journal of the store, answers to calls; and what it
+//! makes of them.
+//!
+//! What must always be true: faults are heard before the journal, and the journal before the
+//! answers, so that whatever excuses a miss is known when the miss is judged.
+
+use super::{Held, Step, Violation, Waiting, World, wrong};
+use crate::model::Now;
+use crate::payload;
+use kvar_base::{BlockId, MissReason, Moment, PutOutcome};
+use kvar_engine::{Change, Copy, Displaced, Event};
+use kvar_io::sim::{FaultKind, FaultOn};
+use std::ops::Range;
+
+/// Share of the index in use, in percent, below which no entry should have to make room.
+const BUCKET_LOAD_PERCENT_MIN: u64 = 20;
+
+impl World {
+    /// What faults struck since.
+    pub(super) fn hear_disk(&mut self, opening: bool) {
+        let struck = self.disk.struck_since(self.struck_known);
+        self.struck_known += struck.len();
+        for fault in &struck {
+            self.harm.note(fault, &self.superblock, opening);
+            let what = match (fault.on, fault.kind) {
+                (_, FaultKind::Late) => "late",
+                (_, FaultKind::Stuck) => "stuck",
+                (FaultOn::Read, FaultKind::FlipBits(_)) => "read flipped",
+                (FaultOn::Read, FaultKind::Misdirect) => "read misdirected",
+                (FaultOn::Read, FaultKind::Short) => "read short",
+                (FaultOn::Read, _) => "read failed",
+                (FaultOn::Write, FaultKind::FlipBits(_)) => "write flipped",
+                (FaultOn::Write, FaultKind::Misdirect) => "write misdirected",
+                (FaultOn::Write, FaultKind::Short) => "write short",
+                (FaultOn::Write, FaultKind::Lost) => "write lost",
+                (FaultOn::Write, FaultKind::NoSpace) => "write without space",
+                (FaultOn::Write, _) => "write failed",
+                (FaultOn::Flush, FaultKind::Lost) => "flush lost",
+                (FaultOn::Flush, _) => "flush failed",
+            };
+            self.tally.count(&format!("fault/{what}"));
+            if fault.kind != FaultKind::Late {
+                self.note(format!(
+                    "    disk: {what} {:?} {:?}",
+                    fault.bytes, fault.instead
+                ));
+            }
+        }
+    }
+
+    /// Journal, then answers.
+    pub(super) fn hear(&mut self) -> Step {
+        self.hear_journal(None)?;
+        let events: Vec<Event> = self.engine().events().collect();
+        events.into_iter().try_for_each(|event| self.judge(event))
+    }
+
+    pub(super) fn number(&self, id: &BlockId) -> Result<u64, Violation> {
+        self.numbers
+            .get(id)
+            .copied()
+            .ok_or_else(|| Violation(format!("the journal speaks of {id}, which nobody put")))
+    }
+
+    /// Applies the journal. `reserving`: bytes of memory in use before the call, and how many more
+    /// it wants at most.
+    pub(super) fn hear_journal(&mut self, reserving: Option<(u64, u64)>) -> Step {
+        let journal = self.engine().journal();
+        if journal.is_empty() {
+            return Ok(());
+        }
+        let now = self.now;
+        let mut used_bytes = reserving.map_or(0, |(used, _)| used);
+        for change in journal {
+            match change {
+                Change::Cached { id } => {
+                    let number = self.number(&id)?;
+                    self.model.cached(number);
+                }
+                Change::Expired { id } => {
+                    return wrong(format!("{id} expired although no put has a time to live"));
+                }
+                Change::Placed { id, position } => {
+                    let number = self.number(&id)?;
+                    if self.model.block(number).on_device {
+                        self.tally.count("kept/by reclaim");
+                    }
+                    self.disk_is_durable = false;
+                    self.note(format!("    block {number} lies at position {position}"));
+                    self.model.placed(number, position);
+                }
+                Change::Uncached { id, fragmented } => {
+                    let number = self.number(&id)?;
+                    let block = self.model.block(number);
+                    let on_device = block.on_device;
+                    let leaving = match &block.now {
+                        Now::Known(nonce) => block.put(*nonce),
+                        _ => block.puts.last(),
+                    };
+                    let leaving = leaving.map_or(0, |put| payload::stored_bytes(&put.lengths));
+                    let wanted = reserving.map_or(0, |(_, wanted)| wanted);
+                    let has_room = used_bytes + wanted <= self.config.dram_bytes;
+                    // Within a turn only reads of sections want memory, a part of a block each.
+                    if !fragmented && has_room && reserving.is_some() && !self.model.lenient {
+                        return wrong(format!(
+                            "block {number} left memory although {used_bytes} of {} bytes were used and {wanted} \
+                             more were wanted",
+                            self.config.dram_bytes
+                        ));
+                    }
+                    used_bytes = used_bytes.saturating_sub(leaving);
+                    self.tally.count(match (fragmented, on_device) {
+                        (true, _) => "left/memory, fragmented",
+                        (false, true) => "left/memory, on the device",
+                        (false, false) => "left/memory, for good",
+                    });
+                    self.model.uncached(number);
+                }
+                Change::Displaced { position, why } => self.hear_displaced(now, position, why)?,
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn hear_displaced(&mut self, now: Moment, position: u32, why: Displaced) -> Step {
+        self.displaced += 1;
+        let status = self.engine().status(now);
+        let mut excused = self.harm.history_lost;
+        match why {
+            Displaced::Bucket => {
+                self.tally.count("left/device, bucket");
+                if status.flash_blocks * 100 < status.index_entries_max * BUCKET_LOAD_PERCENT_MIN
+                    && !self.model.lenient
+                {
+                    return wrong(format!(
+                        "position {position} lost its index entry although {} of {} are used",
+                        status.flash_blocks, status.index_entries_max
+                    ));
+                }
+            }
+            Displaced::Reclaim => {
+                self.tally.count("left/device, reclaim");
+                if status.segments_free > 1 && !self.harm.refused {
+                    return wrong(format!(
+                        "position {position} was reclaimed although {} segments are free",
+                        status.segments_free
+                    ));
+                }
+            }
+            Displaced::Refused => {
+                self.tally.count("left/device, refused");
+                if !self.harm.refused {
+                    return wrong(format!(
+                        "position {position} is given up and the device refused nothing"
+                    ));
+                }
+            }
+            Displaced::Expired => {
+                return wrong(format!(
+                    "position {position} expired although no put has a time to live"
+                ));
+            }
+            Displaced::Corrupt => {
+                self.tally.count("left/device, corrupt");
+                let pages = self.superblock.segment_pages();
+                let offset = self
+                    .superblock
+                    .offset(0, position / pages, position % pages);
+                let number = self.model.positions.get(&position).copied();
+                let bytes = number.map_or(0, |number| {
+                    let puts = &self.model.block(number).puts;
+                    let stored = puts.iter().map(|put| payload::stored_bytes(&put.lengths));
+                    stored.max().unwrap_or(0)
+                });
+                excused |= self.harm.touched(&(offset..offset + bytes));
+            }
+        }
+        self.note(format!("    gone from position {position}: {why:?}"));
+        Ok(self
+            .model
+            .displaced(position, why == Displaced::Corrupt, excused)?)
+    }
+
+    pub(super) fn judge(&mut self, event: Event) -> Step {
+        match event {
+            Event::Get { token, outcome } => {
+                let Some(waiting @ Waiting::Get { .. }) = self.waiting.remove(&token) else {
+                    return wrong(format!("a read answers to {token}, which waits for none"));
+                };
+                self.judge_get(token, waiting, outcome)
+            }
+            Event::Put { token, outcome } => {
+                let Some(Waiting::Put { number, nonce }) = self.waiting.remove(&token) else {
+                    return wrong(format!("a put answers to {token}, which waits for none"));
+                };
+                self.note(format!("    put {number} nonce {nonce:x}: {outcome:?}"));
+                self.count_put(outcome);
+                if outcome == PutOutcome::Stored {
+                    self.judge_durable(number, nonce)?;
+                }
+                Ok(())
+            }
+            Event::Done { token, result } => {
+                let Some(waiting) = self.waiting.remove(&token) else {
+                    return wrong(format!("an answer to {token}, which waits for none"));
+                };
+                self.note(format!("    {token} is done: {result:?}"));
+                let done = result.is_ok();
+                match waiting {
+                    Waiting::Remove { numbers, from } if done => {
+                        self.tally.count("remove/done");
+                        for number in numbers {
+                            self.model.buried(number, from);
+                        }
+                    }
+                    Waiting::Purge { from } if done => {
+                        self.tally.count("purge/done");
+                        let known: Vec<u64> = self.model.blocks.keys().copied().collect();
+                        for number in known {
+                            self.model.buried(number, from);
+                        }
+                    }
+                    Waiting::Flush { from } if done => {
+                        self.tally.count("flush/done");
+                        self.model.flushed(from, None)?;
+                    }
+                    Waiting::Remove { .. } => self.tally.count("remove/failed"),
+                    Waiting::Purge { .. } => self.tally.count("purge/failed"),
+                    Waiting::Flush { .. } => self.tally.count("flush/failed"),
+                    Waiting::Get { .. } | Waiting::Put { .. } => {
+                        return wrong(format!("an answer of another kind to {token}"));
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// A durable put that is answered later than at once is flushed.
+    pub(super) fn judge_durable(&mut self, number: u64, nonce: u64) -> Step {
+        let block = self.model.block(number);
+        let is_durable = matches!(&block.now, Now::Known(known) if *known == nonce)
+            && block.on_device
+            && block.put(nonce).is_some_and(|put| !put.guaranteed);
+        if is_durable {
+            self.tally.count("put/stored durably");
+            self.model.flushed(u64::MAX, Some(nonce))?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn judge_get(
+        &mut self,
+        token: u64,
+        waiting: Waiting,
+        outcome: Result<Copy, MissReason>,
+    ) -> Step {
+        let Waiting::Get {
+            number,
+            sections,
+            candidates,
+            puts_before,
+            visible,
+            in_doubt,
+            in_memory: from_memory,
+            times_gone,
+            times_removed,
+        } = waiting
+        else {
+            return wrong("only reads come here".into());
+        };
+        let lenient = self.model.lenient || self.is_unknown(number);
+        let block = self.model.block(number);
+        block.readers -= 1;
+        let stayed = block.times_gone == times_gone;
+        let was_removed = block.times_removed != times_removed;
+        let since = block.puts.iter().filter(|put| put.order >= puts_before);
+        let allowed: Vec<u64> = candidates
+            .into_iter()
+            .chain(since.map(|put| put.nonce))
+            .collect();
+        if block.readers == 0 {
+            block.lingering.clear();
+        }
+        let shown = format!("{block:?}");
+        match outcome {
+            Ok(copy) => {
+                let found = self.which_put(number, &sections, &copy);
+                self.note(format!("    get {token}: block {number} is {found:x?}"));
+                let Some(nonce) = found else {
+                    return wrong(format!(
+                        "block {number}: the bytes read are of no put of this block: {shown}"
+                    ));
+                };
+                if !allowed.contains(&nonce) && !lenient {
+                    return wrong(format!(
+                        "block {number}: read put {nonce:x}, allowed are {allowed:x?}: {shown}"
+                    ));
+                }
+                if was_removed && !lenient {
+                    let block = self.model.block(number);
+                    if block.put(nonce).is_none_or(|put| put.order < puts_before) {
+                        return wrong(format!(
+                            "block {number} was removed during a read that found it all the same: {shown}"
+                        ));
+                    }
+                }
+                self.tally.count(if from_memory {
+                    "get/hit from memory"
+                } else {
+                    "get/hit from the device"
+                });
+                if sections.is_some() {
+                    self.tally.count("get/hit of some sections");
+                }
+                let block = self.model.block(number);
+                if let Now::OneOf(known) = &block.now {
+                    self.tally.count("get/hit after a restart");
+                    if stayed && known.contains(&nonce) {
+                        let durable = self.disk_is_durable;
+                        self.model.pinned(number, nonce, durable);
+                    }
+                }
+                if sections.is_none() && token.is_multiple_of(16) && self.held.len() < 4 {
+                    self.held.push(Held {
+                        copy,
+                        number,
+                        nonce,
+                    });
+                }
+                Ok(())
+            }
+            Err(reason) => {
+                self.note(format!(
+                    "    get {token}: block {number} is a miss, {reason}"
+                ));
+                self.tally.count(&format!("miss/{reason}"));
+                // What is read stays as it is until the read is over, whatever becomes of the block.
+                if reason == MissReason::Corrupt && !in_doubt && !lenient && self.harm.is_none() {
+                    return wrong(format!(
+                        "a read of block {number} found other bytes and no fault struck: {shown}"
+                    ));
+                }
+                // A read of a copy that has moved meanwhile costs nothing but itself.
+                let misread = reason == MissReason::Corrupt && self.a_fault_touched(number);
+                let deserved = misread
+                    || !visible
+                    || !stayed
+                    || matches!(reason, MissReason::Overloaded | MissReason::Deadline)
+                    || reason == MissReason::WrongFormat && sections.is_some();
+                if !deserved && !lenient {
+                    return wrong(format!(
+                        "block {number} was there all the time and is a miss, {reason}: {shown}"
+                    ));
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether a fault touched any place where this block lay.
+    pub(super) fn a_fault_touched(&self, number: u64) -> bool {
+        let puts = self.model.blocks.get(&number).map(|block| &block.puts);
+        let stored = puts
+            .into_iter()
+            .flatten()
+            .map(|put| payload::stored_bytes(&put.lengths));
+        let bytes = stored.max().unwrap_or(0);
+        let pages = self.superblock.segment_pages();
+        self.model.positions.iter().any(|(position, known)| {
+            let offset = self
+                .superblock
+                .offset(0, position / pages, position % pages);
+            *known == number && self.harm.touched(&(offset..offset + bytes))
+        })
+    }
+
+    /// The put whose bytes these are.
+    pub(super) fn which_put(
+        &mut self,
+        number: u64,
+        sections: &Option<Range<u16>>,
+        copy: &Copy,
+    ) -> Option<u64> {
+        let puts = &self.model.block(number).puts;
+        let found = puts.iter().rev().find(|put| {
+            let wanted = sections.clone().unwrap_or(0..put.lengths.len() as u16);
+            copy.sections.len() == wanted.len()
+                && copy.sections.iter().zip(wanted).all(|(section, at)| {
+                    put.lengths.get(usize::from(at)) == Some(&section.len)
+                        && section.index == at
+                        && *copy.section(section)
+                            == payload::section(number, put.nonce, usize::from(at), section.len)[..]
+                })
+        });
+        found.map(|put| put.nonce)
+    }
+
+    /// Slow readers look at their bytes again and let go.
+    pub(crate) fn let_go(&mut self) -> Step {
+        for Held {
+            copy,
+            number,
+            nonce,
+        } in std::mem::take(&mut self.held)
+        {
+            if self.which_put(number, &None, &copy) != Some(nonce) {
+                return wrong(format!(
+                    "the bytes of block {number} changed in its reader's hands"
+                ));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,337 @@
+//! What a world is asked to do: every call to the store, noted in the model at the same moment.
+//!
+//! What must always be true: a call whose answer comes at once is judged at once.
+
+use super::{OpenPut, PutEnd, Step, Violation, Waiting, WantedPut, World, wrong};
+use crate::model::Put;
+use crate::payload;
+use kvar_base::{BlockId, ContentCheck, Moment, PutOutcome, Refusal};
+use kvar_engine::{Event, GetRequest, PutHints, PutRequest, Tier, Touch};
+use std::ops::Range;
+use std::time::Duration;
+
+impl World {
+    /// Announces a put; whether it may come.
+    pub(crate) fn begin_put(&mut self, wanted: WantedPut) -> Result<bool, Violation> {
+        let WantedPut {
+            number,
+            writer,
+            lengths,
+            durable,
+            ephemeral,
+            patience,
+        } = wanted;
+        let id = self.id(number);
+        let nonce = writer << 40 | self.next_nonce;
+        self.next_nonce += 1;
+        let deadline = self.now.after(patience);
+        let sections = lengths
+            .iter()
+            .enumerate()
+            .map(|(at, len)| {
+                let bytes = payload::section(number, nonce, at, *len);
+                (*len, ContentCheck::of(&bytes, &id, at as u16))
+            })
+            .collect();
+        let request = PutRequest {
+            id,
+            sections,
+            hints: PutHints {
+                request: number / 8 + 1,
+                depth: (number % 8) as u32,
+                ephemeral,
+                ..PutHints::default()
+            },
+            durable,
+            deadline,
+        };
+        let now = self.now;
+        let used_bytes = self.engine().status(now).dram_bytes;
+        let begun = self.engine().put_begin(now, &request);
+        self.note(format!(
+            "put {number} nonce {nonce:x} {lengths:?}{}{} -> {:?}",
+            if durable { " durable" } else { "" },
+            if ephemeral { " ephemeral" } else { "" },
+            begun.as_ref().map(|_| "comes")
+        ));
+        self.hear_journal(Some((used_bytes, payload::stored_bytes(&lengths))))?;
+        let visible = self.model.is_visible(number);
+        let filling = self
+            .open_puts
+            .iter()
+            .any(|put| put.number == number && put.deadline > now);
+        let lenient = self.model.lenient || self.is_unknown(number);
+        match begun {
+            Ok(_) if (visible || filling) && !lenient => wrong(format!(
+                "a put of block {number} is welcome although it is {}",
+                if visible { "visible" } else { "being put" }
+            )),
+            Ok(ticket) => {
+                self.open_puts.push(OpenPut {
+                    number,
+                    nonce,
+                    lengths: lengths.into(),
+                    ticket,
+                    deadline,
+                    ephemeral,
+                    durable,
+                });
+                Ok(true)
+            }
+            Err(PutOutcome::Exists) if !visible && !lenient => wrong(format!(
+                "a put of block {number} is told that it exists, and it does not"
+            )),
+            Err(outcome) => {
+                self.count_put(outcome);
+                Ok(false)
+            }
+        }
+    }
+
+    pub(super) fn count_put(&mut self, outcome: PutOutcome) {
+        self.was_busy |= outcome == PutOutcome::Refused(Refusal::Busy);
+        let name = match outcome {
+            PutOutcome::Refused(refusal) => format!("put/refused {refusal}"),
+            outcome => format!("put/{}", outcome.word()),
+        };
+        self.tally.count(&name);
+    }
+
+    /// Ends the put at this place of `open_puts`.
+    pub(crate) fn end_put(&mut self, at: usize, how: PutEnd) -> Step {
+        let put = self.open_puts.swap_remove(at);
+        self.note(format!(
+            "{how:?} of put {} nonce {:x}",
+            put.number, put.nonce
+        ));
+        let OpenPut {
+            number,
+            nonce,
+            lengths,
+            mut ticket,
+            ephemeral,
+            durable,
+            ..
+        } = put;
+        if how == PutEnd::Abort {
+            self.engine().put_abort(ticket);
+            self.tally.count("put/aborted");
+            return self.hear();
+        }
+        for (section, len) in lengths.iter().enumerate() {
+            let bytes = payload::section(number, nonce, section, *len);
+            let range = ticket.section_range(section);
+            ticket.buffer_mut()[range].copy_from_slice(&bytes);
+        }
+        if how == PutEnd::WrongByte {
+            let section = nonce as usize % lengths.len();
+            let range = ticket.section_range(section);
+            let at = range.start + (nonce as usize * 7919) % range.len();
+            ticket.buffer_mut()[at] ^= 0x10;
+        }
+        let visible = self.model.is_visible(number) && !self.is_unknown(number);
+        let (now, token) = (self.now, self.token(Waiting::Put { number, nonce }));
+        self.engine().put_commit(now, token, ticket);
+        self.hear_journal(None)?;
+        let answer = self.engine().events().collect::<Vec<_>>();
+        let mut refused = None;
+        for event in &answer {
+            if let Event::Put {
+                token: this,
+                outcome,
+            } = event
+                && *this == token
+                && *outcome != PutOutcome::Stored
+            {
+                refused = Some(*outcome);
+            }
+        }
+        if refused.is_none() {
+            if how == PutEnd::WrongByte {
+                return wrong(format!(
+                    "put {nonce:x} of block {number} was taken although a byte is not what its writer said"
+                ));
+            }
+            if visible && !self.model.lenient {
+                return wrong(format!(
+                    "block {number} is visible and a second put was taken"
+                ));
+            }
+            let order = self.model.next_order;
+            self.model.next_order += 1;
+            let put = Put {
+                nonce,
+                lengths,
+                order,
+                committed: self.now,
+                turn: self.turns,
+                ephemeral,
+                guaranteed: false,
+                flushed_once: false,
+                given_up: false,
+                doomed: false,
+                buried: false,
+                in_doubt: false,
+            };
+            self.model.committed(number, put);
+            self.disk_is_durable = false;
+            if durable {
+                self.tally.count("put/taken, to be durable");
+            }
+        }
+        answer.into_iter().try_for_each(|event| self.judge(event))
+    }
+
+    /// Reads a block, whole or some sections.
+    pub(crate) fn get(
+        &mut self,
+        number: u64,
+        sections: Option<Range<u16>>,
+        deadline: Moment,
+    ) -> Step {
+        let id = self.id(number);
+        let puts_before = self.model.next_order;
+        let block = self.model.block(number);
+        block.readers += 1;
+        let waiting = Waiting::Get {
+            number,
+            sections: sections.clone(),
+            candidates: block.candidates(),
+            puts_before,
+            visible: block.is_visible(),
+            in_doubt: block.is_in_doubt(),
+            in_memory: block.in_memory,
+            times_gone: block.times_gone,
+            times_removed: block.times_removed,
+        };
+        let stored_bytes = block
+            .puts
+            .iter()
+            .map(|put| payload::stored_bytes(&put.lengths))
+            .max();
+        let token = self.token(waiting);
+        self.note(format!("get {number} {sections:?} as {token}"));
+        let request = GetRequest {
+            id,
+            sections,
+            deadline,
+            touch: Touch {
+                request: number / 8 + 1,
+                depth: (number % 8) as u32,
+            },
+        };
+        let now = self.now;
+        let used_bytes = self.engine().status(now).dram_bytes;
+        self.engine().get(now, token, request);
+        self.hear_journal(Some((used_bytes, stored_bytes.unwrap_or(u64::MAX / 2))))?;
+        self.hear()
+    }
+
+    /// Asks which blocks are there.
+    pub(crate) fn lookup(&mut self, numbers: &[u64]) -> Step {
+        let ids: Vec<BlockId> = numbers.iter().map(|number| self.id(*number)).collect();
+        let now = self.now;
+        let present = self.engine().lookup(now, &ids, 0);
+        self.note(format!("lookup {numbers:?} -> {present:?}"));
+        for (number, present) in numbers.iter().zip(present) {
+            self.tally.count(if present {
+                "lookup/present"
+            } else {
+                "lookup/absent"
+            });
+            self.check_presence(*number, present, "lookup")?;
+        }
+        self.hear()
+    }
+
+    pub(super) fn check_presence(&mut self, number: u64, present: bool, who: &str) -> Step {
+        if self.is_unknown(number) {
+            return Ok(());
+        }
+        if present != self.model.is_visible(number) && !self.model.lenient {
+            let block = self.model.block(number);
+            return wrong(format!(
+                "{who} says that block {number} is {}: {block:?}",
+                if present { "there" } else { "not there" }
+            ));
+        }
+        Ok(())
+    }
+
+    /// Whether the journal's positions do not tell what becomes of this block: history was lost,
+    /// and its entry may lead to where another was written since.
+    pub(super) fn is_unknown(&mut self, number: u64) -> bool {
+        self.harm.history_lost && self.model.block(number).is_in_doubt()
+    }
+
+    /// Asks where a block is.
+    pub(crate) fn stat(&mut self, number: u64) -> Step {
+        let id = self.id(number);
+        let now = self.now;
+        let stat = self.engine().stat(now, &id);
+        self.check_presence(number, stat.is_some(), "stat")?;
+        if let Some(stat) = stat
+            && !self.model.lenient
+            && !self.is_unknown(number)
+        {
+            let block = self.model.block(number);
+            let tier = match (block.in_memory, block.on_device) {
+                (true, true) => Tier::DramAndFlash,
+                (true, false) => Tier::Dram,
+                _ => Tier::Flash,
+            };
+            if stat.tier != tier {
+                return wrong(format!(
+                    "block {number} is said to be in {:?}: {block:?}",
+                    stat.tier
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn remove(&mut self, numbers: &[u64]) -> Step {
+        self.note(format!("remove {numbers:?}"));
+        let ids: Vec<BlockId> = numbers.iter().map(|number| self.id(*number)).collect();
+        let from = self.model.next_order;
+        for number in numbers {
+            self.model.removed(*number);
+        }
+        let numbers = numbers.to_vec();
+        let token = self.token(Waiting::Remove { numbers, from });
+        self.engine().remove(token, &ids);
+        self.disk_is_durable = false;
+        self.hear()
+    }
+
+    pub(crate) fn purge(&mut self) -> Step {
+        self.note("purge");
+        let from = self.model.next_order;
+        let known: Vec<u64> = self.model.blocks.keys().copied().collect();
+        for number in known {
+            self.model.removed(number);
+        }
+        let token = self.token(Waiting::Purge { from });
+        self.engine().purge(token);
+        self.disk_is_durable = false;
+        self.hear()
+    }
+
+    pub(crate) fn flush(&mut self) -> Step {
+        let from = self.model.next_order;
+        let token = self.token(Waiting::Flush { from });
+        self.note(format!("flush as {token}"));
+        self.engine().flush(token);
+        self.hear()
+    }
+
+    /// Lets time pass.
+    pub(crate) fn turn(&mut self, time: Duration) -> Step {
+        self.now = self.now.after(time);
+        self.turns += 1;
+        let now = self.now;
+        self.engine().turn(now);
+        self.hear_disk(false);
+        self.hear()
+    }
+}

@@ -1,0 +1,322 @@
+//! One store over one simulated disk with its oracle: every call goes through here, every answer
+//! is judged here.
+//!
+//! What must always be true: whatever the disk does, bytes are those of one complete put that may
+//! be seen; every call is answered; what is not there left for a reason that the journal names and
+//! that agrees with how full things were; memory comes back.
+
+mod answers;
+mod calls;
+mod lives;
+
+use crate::device::Harm;
+use crate::model::Model;
+use crate::payload;
+use crate::tally::Tally;
+use kvar_base::{BlockId, Moment};
+use kvar_engine::{
+    Copy, Engine, EngineConfig, FormatOptions, PutTicket, RecoveryReport, Superblock, format,
+    read_superblock,
+};
+use kvar_io::Arena;
+use kvar_io::sim::{FaultRates, Image, SimDisk, SimOptions, Survival};
+use std::collections::{HashMap, VecDeque};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Steps that are shown when something is wrong.
+const TRACE_STEPS: usize = 60;
+
+/// Something that must not be.
+#[derive(Clone, Debug)]
+pub struct Violation(pub String);
+
+type Step = Result<(), Violation>;
+
+impl From<String> for Violation {
+    fn from(what: String) -> Self {
+        Self(what)
+    }
+}
+
+fn wrong<T>(what: String) -> Result<T, Violation> {
+    Err(Violation(what))
+}
+
+/// How a life ends.
+#[derive(Clone, Copy, Debug)]
+pub enum Restart {
+    /// Everything is written first.
+    Clean,
+    /// The process dies; the drive goes on.
+    Kill,
+    /// The drive loses its power.
+    PowerCut(Survival),
+}
+
+/// A put announced and not yet ended.
+pub(crate) struct OpenPut {
+    pub(crate) number: u64,
+    nonce: u64,
+    lengths: Arc<[u32]>,
+    ticket: PutTicket,
+    deadline: Moment,
+    ephemeral: bool,
+    durable: bool,
+}
+
+/// What a writer wants.
+pub(crate) struct WantedPut {
+    pub(crate) number: u64,
+    pub(crate) writer: u64,
+    pub(crate) lengths: Vec<u32>,
+    pub(crate) durable: bool,
+    pub(crate) ephemeral: bool,
+    pub(crate) patience: Duration,
+}
+
+/// How a put ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PutEnd {
+    Commit,
+    Abort,
+    /// One byte is not what the writer said.
+    WrongByte,
+}
+
+enum Waiting {
+    Get {
+        number: u64,
+        sections: Option<Range<u16>>,
+        candidates: Vec<u64>,
+        puts_before: u64,
+        visible: bool,
+        in_doubt: bool,
+        in_memory: bool,
+        times_gone: u64,
+        times_removed: u64,
+    },
+    Put {
+        number: u64,
+        nonce: u64,
+    },
+    Remove {
+        numbers: Vec<u64>,
+        from: u64,
+    },
+    Purge {
+        from: u64,
+    },
+    Flush {
+        from: u64,
+    },
+}
+
+/// A copy that a slow reader holds.
+struct Held {
+    copy: Copy,
+    number: u64,
+    nonce: u64,
+}
+
+/// One store with its oracle.
+pub struct World {
+    /// The disk.
+    pub disk: SimDisk,
+    /// What went right so far.
+    pub tally: Tally,
+    pub(crate) engine: Option<Engine>,
+    arena: Arena,
+    pub(crate) superblock: Superblock,
+    pub(crate) recovery: RecoveryReport,
+    pub(crate) config: EngineConfig,
+    pub(crate) model: Model,
+    pub(crate) harm: Harm,
+    pub(crate) now: Moment,
+    turns: u64,
+    life_began: u64,
+    salt: u64,
+    next_token: u64,
+    next_nonce: u64,
+    waiting: HashMap<u64, Waiting>,
+    pub(crate) open_puts: Vec<OpenPut>,
+    held: Vec<Held>,
+    struck_known: usize,
+    numbers: HashMap<BlockId, u64>,
+    /// What is on the device is flushed, since nothing was written in this life that was not.
+    disk_is_durable: bool,
+    /// Index entries given up so far.
+    displaced: u64,
+    /// Most polls that an operation takes.
+    polls_max: u32,
+    /// A put was refused for want of memory in this life.
+    was_busy: bool,
+    trace: VecDeque<String>,
+    pub(crate) trace_steps: usize,
+}
+
+impl World {
+    /// A new store.
+    ///
+    /// # Panics
+    /// When the disk cannot be formatted: a defect of the scenario.
+    #[must_use]
+    pub fn format(
+        salt: u64,
+        bytes: u64,
+        expected_block_bytes: u64,
+        options: SimOptions,
+        config: EngineConfig,
+    ) -> Self {
+        let well = SimOptions {
+            rates: FaultRates::default(),
+            ..options
+        };
+        let disk = SimDisk::new(bytes, well);
+        let arena = Arena::new(1 << 20).expect("memory for pages");
+        let mut uuid = [0; 16];
+        uuid[..8].copy_from_slice(&salt.to_le_bytes());
+        let format_options = FormatOptions {
+            shards: 1,
+            expected_block_bytes,
+            created_unix: 0,
+            uuid: kvar_base::DeviceUuid::new(uuid),
+            secret: [salt as u8 ^ 0x5a; 16],
+        };
+        format(&mut disk.open(), &arena, &format_options).expect("a new disk can be formatted");
+        let mut world = Self::over(salt, disk, config, Model::default());
+        world.disk.set_rates(options.rates);
+        world.polls_max = options.polls_max;
+        world.note("formatted");
+        world
+    }
+
+    /// A store over a disk that is formatted, with what is known of it.
+    ///
+    /// # Panics
+    /// When it cannot be opened.
+    #[must_use]
+    pub fn over(salt: u64, disk: SimDisk, config: EngineConfig, model: Model) -> Self {
+        let pages = Arena::new(1 << 20).expect("memory for pages");
+        let superblock = read_superblock(&mut disk.open(), &pages)
+            .expect("the disk can be read")
+            .expect("it is formatted");
+        let mut world = Self {
+            disk,
+            tally: Tally::default(),
+            engine: None,
+            arena: pages,
+            superblock,
+            recovery: RecoveryReport::default(),
+            config,
+            model,
+            harm: Harm::default(),
+            now: Moment(1),
+            turns: 0,
+            life_began: 0,
+            salt,
+            next_token: 1,
+            next_nonce: 1,
+            waiting: HashMap::new(),
+            open_puts: Vec::new(),
+            held: Vec::new(),
+            struck_known: 0,
+            numbers: HashMap::new(),
+            disk_is_durable: true,
+            displaced: 0,
+            polls_max: 1,
+            was_busy: false,
+            trace: VecDeque::new(),
+            trace_steps: TRACE_STEPS,
+        };
+        let known: Vec<u64> = world.model.blocks.keys().copied().collect();
+        for number in known {
+            world.id(number);
+        }
+        world.open().expect("a disk that is well can be opened");
+        world
+    }
+
+    fn note(&mut self, what: impl std::fmt::Display) {
+        if self.trace.len() >= self.trace_steps {
+            self.trace.pop_front();
+        }
+        self.trace
+            .push_back(format!("{:>9} us  {what}", self.now.0));
+    }
+
+    /// The last steps.
+    #[must_use]
+    pub fn trace(&self) -> Vec<String> {
+        self.trace.iter().cloned().collect()
+    }
+
+    pub(crate) fn id(&mut self, number: u64) -> BlockId {
+        let id = payload::id(self.salt, number);
+        self.numbers.insert(id, number);
+        id
+    }
+
+    fn engine(&mut self) -> &mut Engine {
+        self.engine
+            .as_mut()
+            .expect("the store is open between restarts")
+    }
+
+    fn token(&mut self, waiting: Waiting) -> u64 {
+        let token = self.next_token;
+        self.next_token += 1;
+        self.waiting.insert(token, waiting);
+        token
+    }
+
+    /// A place on the disk where a block lies that is visible now, for faults that aim.
+    pub(crate) fn place_of_some_block(&self, pick: u64) -> Option<Range<u64>> {
+        let placed: Vec<(u32, u64)> = self
+            .model
+            .positions
+            .iter()
+            .map(|(position, number)| (*position, *number))
+            .filter(|(_, number)| {
+                self.model
+                    .blocks
+                    .get(number)
+                    .is_some_and(|block| block.on_device)
+            })
+            .collect();
+        if placed.is_empty() {
+            return None;
+        }
+        let (position, number) = *placed.iter().min_by_key(|(position, _)| {
+            // Any order that does not depend on the map's.
+            u64::from(*position).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ pick
+        })?;
+        let pages = self.superblock.segment_pages();
+        let offset = self
+            .superblock
+            .offset(0, position / pages, position % pages);
+        let put = self.model.blocks.get(&number)?.puts.last()?;
+        Some(offset..offset + payload::stored_bytes(&put.lengths))
+    }
+
+    /// Bytes written to the disk so far.
+    #[must_use]
+    pub fn written_bytes(&self) -> u64 {
+        self.disk.counters().write_bytes
+    }
+
+    /// Counters of engine and disk, to compare two runs.
+    #[must_use]
+    pub fn fingerprint(&mut self) -> String {
+        let now = self.now;
+        let status = self.engine().status(now);
+        format!("{:?} {:?} {:?}", self.disk.counters(), status, self.tally)
+    }
+
+    /// The disk's content.
+    #[must_use]
+    pub fn image(&self) -> Image {
+        self.disk.image()
+    }
+}
