@@ -3,10 +3,11 @@
 # make test      every test but the engines'
 # make e2e       stock vLLM on this machine's CPU, killed and restarted, against the same prompts
 # make bench     engine against fio, links against plain sockets
+# make bench-peers   the engine beside foyer and fjall: same values, same folder, same run (BENCH_ARGS goes to it)
 # make lint      what CI refuses
 SHELL := /bin/bash
 
-.PHONY: run test e2e bench lint tools
+.PHONY: run test e2e bench bench-peers lint tools
 
 run:
 	@ONCE=$(ONCE) scripts/run.sh
@@ -19,6 +20,10 @@ e2e: tools
 
 bench: tools
 	@scripts/bench.sh
+
+bench-peers: tools
+	@mkdir -p bench/results
+	cargo run --release --locked --quiet --manifest-path bench/peers/Cargo.toml -- $(BENCH_ARGS)
 
 lint: tools
 	cargo fmt --all --check

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Engine against fio and links against plain sockets; results as JSON under bench/results.
-# BENCH_ARGS goes to both (for example: BENCH_ARGS="--pairs 3 --seconds 1").
+# Engine against fio, links against plain sockets, the index and its recovery; JSON under bench/results.
+# BENCH_ARGS goes to the first two (for example: BENCH_ARGS="--pairs 3 --seconds 1").
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if ! command -v fio >/dev/null; then
@@ -18,4 +18,5 @@ mkdir -p bench/results
 "$kvar" bench engine --json ${BENCH_ARGS:-} >bench/results/engine.json
 # shellcheck disable=SC2086
 "$kvar" bench net --json ${BENCH_ARGS:-} >bench/results/net.json
-cat bench/results/engine.json bench/results/net.json
+"$kvar" bench index --json >bench/results/index.json
+cat bench/results/{engine,net,index}.json

@@ -3,30 +3,35 @@
 //! | path | answer |
 //! |---|---|
 //! | `/livez` | 200 while the process runs |
-//! | `/readyz` | 200 when it serves, 503 before and after |
+//! | `/readyz` | 200 when it serves; 503 while it loads (with how far it is) and while it stops |
 //! | `/metrics` | OpenMetrics text |
 //! | `/v1/status` | one JSON object |
+//! | `/v1/devices` | the devices, as `kvar device list` prints them |
+//! | `POST /v1/devices` | `device_door`: a device comes in, goes, is replaced |
 //!
-//! What must always be true: the data plane never waits for this thread. It asks the shards by
+//! What must always be true: the data plane never waits for this thread. It asks the threads by
 //! mail, they answer between two turns, and one that does not answer within [`ANSWER_WAIT`] is left
 //! out and counted.
 
+use crate::device_door;
+use crate::devices::{Event, Phase};
 use crate::mail::{Mail, Post};
 use crate::metrics;
 use crate::node::StatusSource;
-use crate::report::ShardReport;
+use crate::report::ThreadReport;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::{Router, routing::get};
+use crossbeam_channel::Sender;
+use kvar_base::NamespaceKey;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
-/// How long a shard may take to say how it is. One turn is a few milliseconds.
+/// How long a thread may take to say how it is. One turn is a few milliseconds.
 const ANSWER_WAIT: Duration = Duration::from_secs(1);
 
 /// Why there is no admin HTTP.
@@ -60,10 +65,14 @@ pub(crate) struct Admin {
     stop: oneshot::Sender<()>,
 }
 
+/// What the doors lead to.
 #[derive(Clone)]
-struct Shared {
-    status: Arc<StatusSource>,
-    post: Post,
+pub(crate) struct Door {
+    pub(crate) status: Arc<StatusSource>,
+    pub(crate) post: Post,
+    pub(crate) keeper: Sender<Event>,
+    /// Who has it may change things.
+    pub(crate) key: NamespaceKey,
 }
 
 /// Takes the address.
@@ -77,7 +86,7 @@ pub(crate) fn bind(address: SocketAddr) -> Result<AdminSocket, AdminError> {
 
 impl AdminSocket {
     /// Serves on a thread of its own.
-    pub(crate) fn serve(self, status: Arc<StatusSource>, post: Post) -> Result<Admin, AdminError> {
+    pub(crate) fn serve(self, door: Door) -> Result<Admin, AdminError> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -88,7 +97,8 @@ impl AdminSocket {
             .route("/readyz", get(readyz))
             .route("/metrics", get(metrics_page))
             .route("/v1/status", get(status_page))
-            .with_state(Shared { status, post });
+            .route("/v1/devices", get(devices_page).post(device_door::change))
+            .with_state(door);
         let body = move || {
             runtime.block_on(async move {
                 let listener = match tokio::net::TcpListener::from_std(self.listener) {
@@ -99,7 +109,10 @@ impl AdminSocket {
                     }
                 };
                 tokio::select! {
-                    served = axum::serve(listener, router) => {
+                    served = axum::serve(
+                        listener,
+                        router.into_make_service_with_connect_info::<SocketAddr>(),
+                    ) => {
                         if let Err(error) = served {
                             tracing::error!(%error, "the admin HTTP ends");
                         }
@@ -123,47 +136,53 @@ impl Admin {
     }
 }
 
-/// Asks every shard; those that do not answer in time are missing.
-async fn reports(post: &Post) -> Vec<ShardReport> {
+/// Asks every thread; those that do not answer in time are missing.
+async fn reports(post: &Post) -> Vec<ThreadReport> {
     let (sender, mut receiver) = mpsc::unbounded_channel();
-    for shard in 0..post.shards() {
+    for thread in 0..post.threads() {
         let sender = sender.clone();
         let taker = Box::new(move |report| drop(sender.send(report)));
-        post.send(shard, Mail::Report(taker));
+        post.send(thread, Mail::Report(taker));
     }
     drop(sender);
-    let mut reports: Vec<ShardReport> = Vec::new();
+    let mut reports: Vec<ThreadReport> = Vec::new();
     let all = async {
         while let Some(report) = receiver.recv().await {
             reports.push(report);
         }
     };
     let _ = tokio::time::timeout(ANSWER_WAIT, all).await;
-    reports.sort_by_key(|report| report.engine.shard);
     reports
 }
 
-async fn readyz(State(shared): State<Shared>) -> Response {
-    if shared.status.ready.load(Ordering::Relaxed) {
-        "ready\n".into_response()
-    } else {
-        (
-            StatusCode::SERVICE_UNAVAILABLE,
-            "not ready: recovering or stopping\n",
-        )
-            .into_response()
-    }
+async fn readyz(State(door): State<Door>) -> Response {
+    let view = door.status.views.latest();
+    let text = match view.phase {
+        Phase::Serving => return "ready\n".into_response(),
+        Phase::Stopping => "stopping\n".to_owned(),
+        Phase::Loading => {
+            let report = door.status.report(reports(&door.post).await);
+            format!(
+                "loading: {} of {} shards loaded, {} bytes read for the others\n",
+                view.shards_loaded, view.shards, report.loading_bytes
+            )
+        }
+    };
+    (StatusCode::SERVICE_UNAVAILABLE, text).into_response()
 }
 
-async fn status_page(State(shared): State<Shared>) -> Response {
-    let reports = reports(&shared.post).await;
-    let json = shared.status.report(&reports).to_json();
+async fn status_page(State(door): State<Door>) -> Response {
+    let json = door.status.report(reports(&door.post).await).to_json();
     ([(header::CONTENT_TYPE, "application/json")], json).into_response()
 }
 
-async fn metrics_page(State(shared): State<Shared>) -> Response {
-    let reports = reports(&shared.post).await;
-    match metrics::page(&shared.status.report(&reports), shared.post.shards()) {
+async fn devices_page(State(door): State<Door>) -> Response {
+    let report = door.status.report(reports(&door.post).await);
+    axum::Json(report.devices).into_response()
+}
+
+async fn metrics_page(State(door): State<Door>) -> Response {
+    match metrics::page(&door.status.report(reports(&door.post).await)) {
         Ok(page) => ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], page).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
     }

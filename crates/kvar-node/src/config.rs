@@ -15,6 +15,10 @@
 //! What is absent: opening files or sockets. Whether a size fits the disk is asked when the data
 //! file is opened.
 
+mod table;
+
+pub use table::SETTINGS;
+
 use kvar_base::{BLOCK_BYTES_MAX, ByteSize, PAGE_BYTES};
 pub use kvar_io::IoEngine;
 use std::fmt;
@@ -33,6 +37,9 @@ pub const DRAM_BYTES_MIN: u64 = 16 << 20;
 /// Longest spin before sleep that may be asked for; beyond it a core is simply given away.
 pub const SPIN_US_MAX: u64 = 100_000;
 
+/// Between the values of a list; no path of ours has it.
+const LIST_SEPARATOR: char = '\n';
+
 /// How log lines look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
@@ -42,13 +49,58 @@ pub enum LogFormat {
     Json,
 }
 
+/// A data file or block device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataPath {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its size, where it is not the size of all.
+    pub size: Option<ByteSize>,
+}
+
+/// What a start does when a device of the store is not there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MissingDevice {
+    /// Starts without it, and says so.
+    Start,
+    /// Does not start.
+    Refuse,
+}
+
+impl DataPath {
+    /// Reads `PATH` or `PATH=SIZE`.
+    ///
+    /// # Errors
+    /// When there is no path.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let text = text.trim();
+        // What stands behind the last = is a size if it reads as one: paths may have that sign, too.
+        let (path, size) = match text.rsplit_once('=') {
+            Some((path, tail)) => match table::size(tail) {
+                Ok(size) => (path, Some(size)),
+                Err(_) => (text, None),
+            },
+            None => (text, None),
+        };
+        if path.is_empty() {
+            return Err("a path is needed, such as /var/lib/kvar/data".into());
+        }
+        Ok(Self {
+            path: PathBuf::from(path),
+            size,
+        })
+    }
+}
+
 /// The settings of one node. [`Config::default`] runs on a laptop.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
-    /// Where blocks are stored: a file (made at first start) or a raw block device.
-    pub data: PathBuf,
-    /// Size of a data file; needed when it is made.
+    /// Where blocks are stored: files (made at first start) or raw block devices; at least one.
+    pub data: Vec<DataPath>,
+    /// Size of a data file that names none itself; needed when it is made.
     pub size: Option<ByteSize>,
+    /// What a start does when a device of the store is not there.
+    pub missing_device: MissingDevice,
     /// Payload kept in memory, over all shards.
     pub dram: ByteSize,
     /// Shards, one thread each; `None` takes what the device was made with, or one a core.
@@ -65,6 +117,10 @@ pub struct Config {
     pub shutdown_flush: Duration,
     /// Usual block size; sizes the index of a new device.
     pub expected_block_bytes: ByteSize,
+    /// Bytes a second that each shard verifies in the background; 0 is off.
+    pub scrub: ByteSize,
+    /// Whether block devices are told what is free.
+    pub discard: bool,
     /// What moves bytes between memory and device.
     pub io_engine: IoEngine,
     /// How long a shard looks for work before it sleeps, in microseconds.
@@ -97,252 +153,10 @@ pub struct Setting {
     pub help: &'static str,
     /// Whether it is a yes/no that the command line gives as a bare flag.
     pub is_switch: bool,
+    /// Whether it may be given several times (in a file: as a list).
+    pub is_list: bool,
     set: fn(&mut Config, &str) -> Result<(), String>,
 }
-
-/// Every setting, in the order in which the sample shows them.
-pub const SETTINGS: &[Setting] = &[
-    Setting {
-        key: "data",
-        default: "./kvar-data",
-        form: "path",
-        help: "Where blocks are stored: a file, made at first start, or a raw block device. \
-               The namespace key is written beside it.",
-        is_switch: false,
-        set: |config, text| {
-            if text.is_empty() {
-                return Err("a path is needed, such as /var/lib/kvar/data".into());
-            }
-            config.data = PathBuf::from(text);
-            Ok(())
-        },
-    },
-    Setting {
-        key: "size",
-        default: "",
-        form: "size",
-        help: "Size of the data file. Needed when the file is made; afterwards it may be left \
-               out, and must be the same where it is given. Of a block device it is the most that is \
-               used.",
-        is_switch: false,
-        set: |config, text| {
-            config.size = Some(size(text)?);
-            Ok(())
-        },
-    },
-    Setting {
-        key: "dram",
-        default: "1GiB",
-        form: "size",
-        help: "Payload bytes kept in memory, over all shards: the first tier, and where every put \
-               lands. The process needs this plus the index and a fixed part besides.",
-        is_switch: false,
-        set: |config, text| {
-            config.dram = size(text)?;
-            Ok(())
-        },
-    },
-    Setting {
-        key: "shards",
-        default: "auto",
-        form: "number or \"auto\"",
-        help: "Threads that each own a part of the device, one a core. Fixed when the device is \
-               made; auto takes the device's number, and one a core for a new one.",
-        is_switch: false,
-        set: |config, text| {
-            config.shards = match text {
-                "auto" => None,
-                _ => Some(number(text, 1, u64::from(SHARDS_MAX))? as u32).and_then(NonZeroU32::new),
-            };
-            Ok(())
-        },
-    },
-    Setting {
-        key: "listen",
-        default: "127.0.0.1:7411",
-        form: "address:port",
-        help: "Where clients connect. Port 0 takes a free one (see ready_file). Beyond loopback \
-               only with insecure, because links are not encrypted.",
-        is_switch: false,
-        set: |config, text| {
-            config.listen = address(text)?;
-            Ok(())
-        },
-    },
-    Setting {
-        key: "admin",
-        default: "127.0.0.1:7412",
-        form: "address:port",
-        help: "Where the admin HTTP answers: /livez, /readyz, /metrics, /v1/status. Port 0 takes \
-               a free one.",
-        is_switch: false,
-        set: |config, text| {
-            config.admin = address(text)?;
-            Ok(())
-        },
-    },
-    Setting {
-        key: "insecure",
-        default: "false",
-        form: "true or false",
-        help: "Allows listening beyond loopback although links are not encrypted. Shows in log, \
-               metrics and status.",
-        is_switch: true,
-        set: |config, text| {
-            config.insecure = match text {
-                "true" => true,
-                "false" => false,
-                _ => return Err(format!("{text:?} is neither true nor false")),
-            };
-            Ok(())
-        },
-    },
-    Setting {
-        key: "flush_after",
-        default: "1s",
-        form: "duration",
-        help: "How long an acknowledged block may be in memory only. A kill loses at most about \
-               twice this; shorter writes smaller pieces.",
-        is_switch: false,
-        set: |config, text| {
-            config.flush_after = duration(text)?;
-            Ok(())
-        },
-    },
-    Setting {
-        key: "shutdown_flush",
-        default: "30s",
-        form: "duration",
-        help: "How long a clean stop (SIGTERM) may take to write what is in memory only. What is \
-               not written by then is dropped, and the log says how many blocks.",
-        is_switch: false,
-        set: |config, text| {
-            config.shutdown_flush = duration(text)?;
-            Ok(())
-        },
-    },
-    Setting {
-        key: "expected_block_bytes",
-        default: "64KiB",
-        form: "size",
-        help: "Usual size of a block; a new device gets an index with room for that many. Too \
-               large a guess evicts blocks before the device is full, too small a one costs memory.",
-        is_switch: false,
-        set: |config, text| {
-            config.expected_block_bytes = size(text)?;
-            Ok(())
-        },
-    },
-    Setting {
-        key: "io_engine",
-        default: "auto",
-        form: "\"auto\", \"io_uring\" or \"threads\"",
-        help: "What moves bytes between memory and device. auto takes io_uring and falls back to \
-               threads where the system refuses it; the status says which and why.",
-        is_switch: false,
-        set: |config, text| {
-            config.io_engine = text.parse()?;
-            Ok(())
-        },
-    },
-    Setting {
-        key: "spin_us",
-        default: "0",
-        form: "microseconds",
-        help: "How long a shard looks for work before it sleeps. A wake-up costs 60-80 us on a \
-               virtual machine; spinning spends a core to save them.",
-        is_switch: false,
-        set: |config, text| {
-            config.spin_us = number(text, 0, SPIN_US_MAX)?;
-            Ok(())
-        },
-    },
-    Setting {
-        key: "link_budget",
-        default: "64MiB",
-        form: "size",
-        help: "Payload bytes that one link may have on its way at once; bounds what a slow client \
-               can hold. At least one largest block.",
-        is_switch: false,
-        set: |config, text| {
-            config.link_budget = size(text)?;
-            Ok(())
-        },
-    },
-    Setting {
-        key: "link_requests",
-        default: "256",
-        form: "number",
-        help: "Requests that one link may have open at once. A client learns it at connect.",
-        is_switch: false,
-        set: |config, text| {
-            config.link_requests = number(text, 1, 65_536)? as u32;
-            Ok(())
-        },
-    },
-    Setting {
-        key: "connections_max",
-        default: "1024",
-        form: "number",
-        help: "Links open at once over all shards; one more is told so and closed.",
-        is_switch: false,
-        set: |config, text| {
-            config.connections_max = number(text, 1, 1_000_000)? as u32;
-            Ok(())
-        },
-    },
-    Setting {
-        key: "log",
-        default: "info",
-        form: "level or filter",
-        help: "What is logged: error, warn, info, debug, trace, or a filter by module such as \
-               \"info,kvar_node=debug\".",
-        is_switch: false,
-        set: |config, text| {
-            config.log = text.to_owned();
-            Ok(())
-        },
-    },
-    Setting {
-        key: "log_format",
-        default: "text",
-        form: "\"text\" or \"json\"",
-        help: "How log lines look. They go to standard error.",
-        is_switch: false,
-        set: |config, text| {
-            config.log_format = match text {
-                "text" => LogFormat::Text,
-                "json" => LogFormat::Json,
-                _ => return Err(format!("{text:?} is not one of text, json")),
-            };
-            Ok(())
-        },
-    },
-    Setting {
-        key: "key_file",
-        default: "",
-        form: "path",
-        help: "Where the key of the default namespace is. Empty: the data path with .key added. \
-               Written at first start with mode 0600.",
-        is_switch: false,
-        set: |config, text| {
-            config.key_file = (!text.is_empty()).then(|| PathBuf::from(text));
-            Ok(())
-        },
-    },
-    Setting {
-        key: "ready_file",
-        default: "",
-        form: "path",
-        help: "Written, as JSON with listen, admin and key_file, once the node serves; removed \
-               when it stops. For scripts that start it on port 0.",
-        is_switch: false,
-        set: |config, text| {
-            config.ready_file = (!text.is_empty()).then(|| PathBuf::from(text));
-            Ok(())
-        },
-    },
-];
 
 impl Setting {
     /// Its flag on the command line, without the dashes in front.
@@ -363,7 +177,8 @@ impl Default for Config {
     fn default() -> Self {
         let blank: SocketAddr = ([127, 0, 0, 1], 0).into();
         let mut config = Self {
-            data: PathBuf::new(),
+            data: Vec::new(),
+            missing_device: MissingDevice::Start,
             size: None,
             dram: ByteSize(0),
             shards: None,
@@ -373,6 +188,8 @@ impl Default for Config {
             flush_after: Duration::ZERO,
             shutdown_flush: Duration::ZERO,
             expected_block_bytes: ByteSize(0),
+            scrub: ByteSize(0),
+            discard: false,
             io_engine: IoEngine::Auto,
             spin_us: 0,
             link_budget: ByteSize(0),
@@ -404,14 +221,44 @@ impl Config {
         (setting.set)(self, text)
     }
 
-    /// Where the namespace key is: the named file, or the data path with `.key` added.
+    /// As [`set`](Self::set), for a setting that may be given several times.
+    ///
+    /// # Errors
+    /// As [`set`](Self::set); several of one that is not a list.
+    pub fn set_all(&mut self, key: &str, texts: &[String]) -> Result<(), String> {
+        match texts {
+            [text] => self.set(key, text),
+            _ if SETTINGS
+                .iter()
+                .any(|setting| setting.key == key && setting.is_list) =>
+            {
+                self.set(key, &texts.join("\n"))
+            }
+            _ => Err("give one value".into()),
+        }
+    }
+
+    /// Where the namespace key is: the named file, or the first data path with `.key` added.
     #[must_use]
     pub fn key_path(&self) -> PathBuf {
         self.key_file.clone().unwrap_or_else(|| {
-            let mut path = self.data.clone().into_os_string();
+            let first = self.data.first().map(|data| data.path.clone());
+            let mut path = first.unwrap_or_default().into_os_string();
             path.push(".key");
             path.into()
         })
+    }
+
+    /// Where the device table is: beside the key file, with `.devices` for `.key`.
+    #[must_use]
+    pub fn table_path(&self) -> PathBuf {
+        let key = self.key_path();
+        if key.extension().is_some_and(|extension| extension == "key") {
+            return key.with_extension("devices");
+        }
+        let mut path = key.into_os_string();
+        path.push(".devices");
+        path.into()
     }
 
     /// Shards of a new device when the settings leave it open: one a core.
@@ -436,12 +283,17 @@ impl Config {
                 message: format!("{key}: {message}"),
             })
         };
-        let shards = u64::from(self.shards.map_or(1, NonZeroU32::get));
+        for (at, data) in self.data.iter().enumerate() {
+            if self.data[..at].iter().any(|other| other.path == data.path) {
+                return wrong("data", format!("{} is named twice", data.path.display()));
+            }
+        }
+        let shards = u64::from(self.shards.map_or(1, NonZeroU32::get)) * self.data.len() as u64;
         if self.dram.0 / shards < DRAM_BYTES_MIN {
             return wrong(
                 "dram",
                 format!(
-                    "{} for {shards} shards is less than {} a shard, which a few blocks in \
+                    "{} for {shards} shards over all devices is less than {} a shard, which a few blocks in \
                      flight need; give at least {}",
                     self.dram,
                     ByteSize(DRAM_BYTES_MIN),
@@ -534,35 +386,4 @@ pub(crate) fn unknown_key(key: &str) -> String {
             format!(", did you mean `{nearest}`?")
         });
     format!("unknown setting `{key}`{nearest} (`kvar config sample` prints all there are)")
-}
-
-fn size(text: &str) -> Result<ByteSize, String> {
-    text.parse()
-        .map_err(|error: kvar_base::ByteSizeError| error.to_string())
-}
-
-fn duration(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text)
-        .map_err(|_| format!("{text:?} is not a duration: write 250ms, 1s, 30s or 2m"))
-}
-
-fn number(text: &str, min: u64, max: u64) -> Result<u64, String> {
-    text.replace('_', "")
-        .parse()
-        .ok()
-        .filter(|number| (min..=max).contains(number))
-        .ok_or_else(|| format!("{text:?} is not a whole number from {min} to {max}"))
-}
-
-fn address(text: &str) -> Result<SocketAddr, String> {
-    use std::net::ToSocketAddrs;
-    if let Ok(address) = text.parse() {
-        return Ok(address);
-    }
-    // A host name is asked of the resolver only when it is one, so that a check of a file with
-    // plain addresses never touches the network.
-    text.to_socket_addrs()
-        .ok()
-        .and_then(|mut found| found.next())
-        .ok_or_else(|| format!("{text:?} is not an address: write 127.0.0.1:7411 or [::1]:7411"))
 }

@@ -31,7 +31,25 @@ impl Config {
             if !SETTINGS.iter().any(|setting| setting.key == name) {
                 return Err(wrong(at, unknown_key(name)));
             }
+            let is_list = |name| SETTINGS.iter().any(|it| it.key == name && it.is_list);
             let value = match value.get_ref() {
+                DeValue::Array(values) if is_list(name) => {
+                    let texts = values.iter().map(|value| match value.get_ref() {
+                        DeValue::String(text) => Some(text.to_string()),
+                        _ => None,
+                    });
+                    match texts.collect::<Option<Vec<_>>>() {
+                        Some(texts) if !texts.is_empty() => {
+                            self.set_all(name, &texts)
+                                .map_err(|error| wrong(at, format!("{name}: {error}")))?;
+                            continue;
+                        }
+                        _ => {
+                            let message = "expected a list of texts in quotes";
+                            return Err(wrong(at, format!("{name}: {message}")));
+                        }
+                    }
+                }
                 DeValue::String(text) => text.to_string(),
                 DeValue::Integer(number) => number.to_string(),
                 DeValue::Boolean(yes) => yes.to_string(),
@@ -181,6 +199,31 @@ mod tests {
     }
 
     #[test]
+    fn several_devices_are_a_list_and_each_may_have_a_size() {
+        let mut config = Config::default();
+        let text = "data = [\"/a/kvar\", \"/b/kvar=2TB\", \"/c/x=y\"]\nsize = \"1TB\"\n";
+        config.merge_toml(text, None).unwrap();
+        config.validate().unwrap();
+        let found: Vec<_> = config
+            .data
+            .iter()
+            .map(|data| (data.path.to_str().unwrap(), data.size))
+            .collect();
+        let two = Some(ByteSize(2_000_000_000_000));
+        assert_eq!(
+            found,
+            [("/a/kvar", None), ("/b/kvar", two), ("/c/x=y", None)]
+        );
+        assert_eq!(config.key_path(), Path::new("/a/kvar.key"));
+        assert_eq!(config.table_path(), Path::new("/a/kvar.devices"));
+        // Flags replace the list as a whole.
+        let flags = ["/d".to_owned(), "/e".to_owned()];
+        config.set_all("data", &flags).unwrap();
+        assert_eq!(config.data.len(), 2);
+        assert!(config.set_all("dram", &flags).is_err());
+    }
+
+    #[test]
     fn mistakes_name_the_line_and_the_way_out() {
         let check = |text: &str, parts: &[&str]| {
             let error = error_of(text);
@@ -221,6 +264,12 @@ mod tests {
         );
         check("dram = ", &["kvar.toml:1:", "not TOML"]);
         check("dram = 1\ndram = 2", &["kvar.toml:2:", "duplicate key"]);
+        check("data = []", &["kvar.toml:1: data:", "list of texts"]);
+        check("data = [1]", &["kvar.toml:1: data:", "list of texts"]);
+        check("data = \"\"", &["kvar.toml:1: data:", "a path is needed"]);
+        check("dram = [\"1GiB\"]", &["kvar.toml:1: dram:", "whole number"]);
+        check("data = [\"/a\", \"/a=1GiB\"]", &["named twice"]);
+        check("missing_device = \"maybe\"", &["start, refuse"]);
         check("io_engine = \"spdk\"", &["auto, io_uring or threads"]);
     }
 

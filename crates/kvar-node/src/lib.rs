@@ -1,12 +1,14 @@
-//! The daemon as a library: settings, storage, shard threads, admin, start and stop.
+//! The daemon as a library: settings, storage, devices, threads, admin, start and stop.
 //!
 //! ```text
-//!   Config ── Node::start ──> NodeHandle { listen_addr, admin_addr, shutdown, wait }
+//!   Config ── Node::start ──> NodeHandle { listen_addr, admin_addr, loaded, shutdown, wait }
 //!                 │
-//!                 ├─ kvar-shard-0 ─┐  links + mailbox + engine in one loop; blocks belong to the
-//!                 ├─ kvar-shard-1 ─┤  shard that `BlockId::shard` names, links to the shard that
-//!                 ├─ ...           ┘  was next; bytes pass between them by ownership, uncopied
-//!                 └─ kvar-admin       HTTP on loopback; asks shards by mail, they never wait
+//!                 ├─ kvar-shard-0 ─┐  links + mailbox + engines in one loop, one engine a device;
+//!                 ├─ kvar-shard-1 ─┤  blocks belong to the engine that `Routes` names, links to the
+//!                 ├─ ...           ┘  thread that was next; bytes pass by ownership, uncopied
+//!                 ├─ kvar-keeper      decides which devices are in service
+//!                 ├─ kvar-load-...    read shards back at start, then end
+//!                 └─ kvar-admin       HTTP on loopback; asks threads by mail, they never wait
 //! ```
 //!
 //! | file | question |
@@ -14,10 +16,13 @@
 //! | `config`, `config_file` | what can be set, and where is it written? |
 //! | `key_file`, `storage` | what is opened at start, and what if it does not fit together? |
 //! | `node` | in which order does a node start and stop? |
-//! | `shard` | what does one thread do? |
+//! | `assemble`, `devices` | which devices are there, what lies where, what if one goes? |
+//! | `loading` | how is a shard read back while its thread serves already? |
+//! | `thread` | what does one thread do? |
 //! | `links` | how does one connection go? |
-//! | `owner`, `mail` | how does a request reach the shard that owns its block, and come back? |
+//! | `owner`, `mail` | how does a request reach the engine that owns its block, and come back? |
 //! | `report`, `counters`, `metrics`, `admin` | how is the node? |
+//! | `device_door` | how does an operator change the devices? |
 //!
 //! What must always be true: memory is bounded by `dram` + index + [`MEMORY_BASE_BYTES`] + open
 //! links x [`LINK_BYTES`] (and the engines' fixed reserves); the data plane waits neither for the
@@ -27,23 +32,33 @@
 //! (kvar-wire, kvar-transport); a cluster.
 
 mod admin;
+mod assemble;
 pub mod config;
 mod config_file;
 pub mod counters;
+mod device_door;
+mod devices;
 mod key_file;
 mod links;
+mod loading;
 mod mail;
 mod metrics;
 mod node;
 mod owner;
 mod report;
-mod shard;
 mod storage;
+mod thread;
 
 pub use admin::AdminError;
-pub use config::{Config, ConfigError};
+pub use config::{Config, ConfigError, DataPath, MissingDevice};
 pub use config_file::{reference_page, sample};
+pub use device_door::{PROOF_HEADER, TIME_HEADER, proof as device_proof};
+pub use devices::{DeviceReport, DeviceView, Phase, TableError};
 pub use key_file::{KeyFile, KeyFileError};
-pub use node::{LINK_BYTES, MEMORY_BASE_BYTES, Node, NodeHandle, StartError, StopReport, Stopper};
+pub use loading::LoadingHook;
+pub use node::{
+    Hooks, LINK_BYTES, MEMORY_BASE_BYTES, Node, NodeHandle, Readiness, StartError, StopReport,
+    Stopper,
+};
 pub use report::{NodeFacts, NodeReport, ShardReport};
 pub use storage::StorageError;

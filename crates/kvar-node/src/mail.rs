@@ -1,41 +1,65 @@
-//! How shards talk to each other: asks and answers in mailboxes, memory by passing ownership.
+//! How threads talk to each other: asks and answers in mailboxes, memory by passing ownership.
 //!
 //! ```text
-//!   shard A (has the link)                      shard B (owns the block)
+//!   thread A (has the link)                     thread B (has the engine that owns the block)
 //!     operation 17 = item 3 of request 9
-//!     Ask { from A/17, Get(..) }  ───────────>  engine.get(..) ... Event::Get
-//!     <───────────  Answer { 17, Copy }         the bytes are not copied: A sends from B's memory
+//!     Ask { from A/17, engine, Get(..) }  ────>  engine.get(..) ... Event::Get
+//!     <───────────  Answer { 17, Copy }          the bytes are not copied: A sends from B's memory
 //! ```
 //!
 //! What must always be true: every ask that [`Ask::wants_answer`] gets exactly one answer, even if
-//! the link it came from is gone; a [`PutTicket`] that was handed out comes back as a commit or an
-//! abort. Mailboxes have no bound of their own: what is in them is bounded by the open requests
-//! that links are allowed (`link_requests` x `connections_max`), and a bound that blocks would let
-//! two shards wait for each other.
+//! the link it came from is gone or the engine it goes to; a [`Ticket`] that was handed out comes
+//! back to the engine that gave it as a commit or an abort. Mailboxes have no bound of their own:
+//! what is in them is bounded by the open requests that links are allowed (`link_requests` x
+//! `connections_max`), and a bound that blocks would let two threads wait for each other.
 
-use crate::report::ShardReport;
+use crate::devices::Routes;
+use crate::loading::{LoadFailed, OpenShard};
+use crate::report::ThreadReport;
 use crossbeam_channel::{Receiver, Sender};
-use kvar_base::{BlockId, MissReason, PutOutcome};
-use kvar_engine::{BlockStat, Copy, GetRequest, PutRequest, PutTicket};
+use kvar_base::{BlockId, LeaseToken, MissReason, Moment, PutOutcome};
+use kvar_engine::{BlockStat, Copy, GetRequest, LeaseGrant, Loaded, PutRequest, PutTicket};
 use kvar_transport::TcpStream;
 use mio::Waker;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// Names an engine (one shard of one device) for the life of the process, and the thread that
+/// has it. Serials are never used again, so mail for an engine that is gone finds nobody.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct EngineKey {
+    pub(crate) thread: u32,
+    pub(crate) serial: u32,
+}
+
+/// The thread number of the keeper of the devices, which asks engines as threads do.
+pub(crate) const KEEPER: u32 = u32::MAX;
 
 /// Whom an answer goes to.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Origin {
-    pub(crate) shard: u32,
+    pub(crate) thread: u32,
     pub(crate) operation: u64,
 }
 
-/// What one shard asks of the owner of a block.
+/// Room for a block, and the engine that gave it: routes may change before it comes back.
+#[derive(Debug)]
+pub(crate) struct Ticket {
+    pub(crate) engine: EngineKey,
+    pub(crate) ticket: PutTicket,
+}
+
+/// What is asked of the owner of a block.
 pub(crate) enum Ask {
     Lookup {
         ids: Vec<BlockId>,
         touch_request: u64,
     },
+    Lease(Box<LeaseAsk>),
+    Renew(LeaseToken, Duration),
+    Release(LeaseToken),
     Get(GetRequest),
     PutBegin(PutRequest),
     PutCommit(PutTicket),
@@ -44,7 +68,16 @@ pub(crate) enum Ask {
     Flush,
     Purge,
     Stat(BlockId),
-    Report,
+}
+
+/// A lookup that wants what it finds to stay.
+pub(crate) struct LeaseAsk {
+    pub(crate) ids: Vec<BlockId>,
+    pub(crate) token: LeaseToken,
+    pub(crate) client: u64,
+    pub(crate) ttl: Duration,
+    pub(crate) touch_request: u64,
+    pub(crate) first_depth: u32,
 }
 
 impl Ask {
@@ -57,45 +90,58 @@ impl Ask {
 /// What comes back.
 pub(crate) enum Answer {
     Lookup(Vec<bool>),
+    Leased(LeaseGrant),
+    /// Until when a lease lasts now, or did until it was released; `None`: there was none.
+    AboutLease(Option<Moment>),
     Get(Result<Copy, MissReason>),
-    PutBegun(Result<PutTicket, PutOutcome>),
+    PutBegun(Result<Ticket, PutOutcome>),
     Put(PutOutcome),
     Done(Result<u64, String>),
-    Stat(Option<BlockStat>),
-    Report(Box<ShardReport>),
+    Stat(Result<BlockStat, MissReason>),
+    Report(Box<ThreadReport>),
 }
 
-/// Takes a shard's report, on that shard's thread: must be quick.
-pub(crate) type ReportTaker = Box<dyn FnOnce(ShardReport) + Send>;
+/// Takes a thread's report, on that thread: must be quick.
+pub(crate) type ReportTaker = Box<dyn FnOnce(ThreadReport) + Send>;
 
 /// What lies in a mailbox.
 pub(crate) enum Mail {
-    /// Work for the shard's engine.
-    Ask(Origin, Ask),
-    /// The answer to one of the shard's operations.
+    /// Work for one of the thread's engines.
+    Ask(Origin, EngineKey, Ask),
+    /// The answer to one of the thread's operations.
     Answer(u64, Answer),
+    /// A link of another thread asks how this one is.
+    AskReport(Origin),
     /// A connection to serve.
     Link(TcpStream, SocketAddr),
     /// Tell how you are.
     Report(ReportTaker),
+    /// From now on blocks belong to these engines.
+    Routes(Arc<Routes>),
+    /// Take this shard of a device and load it.
+    Open(Box<OpenShard>),
+    /// It is loaded, or cannot be.
+    Loaded(EngineKey, Result<Box<Loaded>, LoadFailed>),
+    /// This engine's device is out: answer everything that waits, and let the engine go.
+    Close(EngineKey),
     /// Stop: close links, then write what is in memory only.
     Stop,
-    /// The shard of this number has closed its links and commits nothing more.
+    /// The thread of this number has closed its links and commits nothing more.
     LinksClosed,
 }
 
-/// The mailboxes of all shards; clones share them.
+/// The mailboxes of all threads; clones share them.
 #[derive(Clone)]
 pub(crate) struct Post(Arc<[Slot]>);
 
 struct Slot {
     sender: Sender<Mail>,
     waker: Waker,
-    /// Set by the shard just before it sleeps, so that a busy one is not woken for nothing.
+    /// Set by the thread just before it sleeps, so that a busy one is not woken for nothing.
     asleep: Arc<AtomicBool>,
 }
 
-/// One shard's end.
+/// One thread's end.
 pub(crate) struct Mailbox {
     receiver: Receiver<Mail>,
     asleep: Arc<AtomicBool>,
@@ -126,26 +172,30 @@ impl Post {
         (Self(slots.into()), boxes)
     }
 
-    /// How many shards there are.
-    pub(crate) fn shards(&self) -> u32 {
+    /// How many threads there are.
+    pub(crate) fn threads(&self) -> u32 {
         self.0.len() as u32
     }
 
-    /// Puts mail into a shard's box and wakes it if it sleeps. A shard that has ended drops it.
-    pub(crate) fn send(&self, shard: u32, mail: Mail) {
-        let slot = &self.0[shard as usize];
+    /// Puts mail into a thread's box and wakes it if it sleeps. A thread that has ended drops it.
+    pub(crate) fn send(&self, thread: u32, mail: Mail) {
+        let slot = &self.0[thread as usize];
         if slot.sender.send(mail).is_ok() && slot.asleep.swap(false, Ordering::SeqCst) {
             // A waker fails only when its poll is gone, and then nobody sleeps.
             let _ = slot.waker.wake();
         }
     }
 
-    /// Tells every shard to stop.
+    /// Puts mail into every thread's box.
+    pub(crate) fn send_all(&self, mail: impl Fn() -> Mail) {
+        (0..self.threads()).for_each(|thread| self.send(thread, mail()));
+    }
+
+    /// Tells every thread to stop.
     pub(crate) fn stop_all(&self) {
-        (0..self.shards()).for_each(|shard| self.send(shard, Mail::Stop));
+        self.send_all(|| Mail::Stop);
     }
 }
-
 impl Mailbox {
     /// The next piece of mail, if there is one.
     pub(crate) fn take(&self) -> Option<Mail> {

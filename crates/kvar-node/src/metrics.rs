@@ -20,9 +20,27 @@ struct Page {
     gauges: Vec<(&'static str, &'static str, Option<Unit>, f64)>,
     counters: Vec<(&'static str, &'static str, Option<Unit>, u64)>,
     labelled: Vec<Labelled>,
-    /// Each shard: number, engine, links open.
+    /// Each device: its labels, and for each of [`DEVICE_GAUGES`] a value.
+    devices: Vec<(Labels, Vec<f64>)>,
     info: Vec<(&'static str, String)>,
 }
+
+/// Names and values that tell lines of one metric apart.
+type Labels = Vec<(&'static str, String)>;
+
+/// What is said of each device.
+const DEVICE_GAUGES: [(&str, &str); 4] = [
+    ("kvar_device_online", "1 while the device is in service"),
+    (
+        "kvar_device_in_doubt",
+        "1 while the device takes no writes, does not answer, or is not there",
+    ),
+    (
+        "kvar_device_share",
+        "Share of new blocks that the device gets",
+    ),
+    ("kvar_device_blocks", "Blocks on the device"),
+];
 
 /// A counter by a word.
 #[derive(Debug)]
@@ -60,6 +78,13 @@ impl Collector for Page {
                 ConstCounter::new(*count).encode(lines.encode_family(&labels)?)?;
             }
         }
+        for (number, (name, help)) in DEVICE_GAUGES.iter().enumerate() {
+            let kind = ConstGauge::new(0_f64).metric_type();
+            let mut lines = encoder.encode_descriptor(name, help, None, kind)?;
+            for (labels, values) in &self.devices {
+                ConstGauge::new(values[number]).encode(lines.encode_family(labels)?)?;
+            }
+        }
         let one = ConstGauge::new(1_i64);
         let mut info = encoder.encode_descriptor(
             "kvar_build_info",
@@ -71,16 +96,16 @@ impl Collector for Page {
     }
 }
 
-/// The page of a report. `shards` is how many there are, answering or not.
-pub(crate) fn page(report: &NodeReport<'_>, shards: u32) -> Result<String, fmt::Error> {
+/// The page of a report.
+pub(crate) fn page(report: &NodeReport<'_>) -> Result<String, fmt::Error> {
     let mut registry = Registry::default();
-    registry.register_collector(Box::new(collect(report, shards)));
+    registry.register_collector(Box::new(collect(report)));
     let mut out = String::new();
     text::encode(&mut out, &registry)?;
     Ok(out)
 }
 
-fn collect(report: &NodeReport<'_>, shards: u32) -> Page {
+fn collect(report: &NodeReport<'_>) -> Page {
     let bytes = || Some(Unit::Bytes);
     let seconds = || Some(Unit::Seconds);
     let links = &report.links;
@@ -98,7 +123,6 @@ fn collect(report: &NodeReport<'_>, shards: u32) -> Page {
             .map(|shard| field(&shard.engine))
             .sum::<u64>() as f64
     };
-    let silent = f64::from(shards) - report.shards.len() as f64;
     let in_trouble = report
         .shards
         .iter()
@@ -107,6 +131,7 @@ fn collect(report: &NodeReport<'_>, shards: u32) -> Page {
     let io_uring = report
         .shards
         .iter()
+        .filter(|shard| shard.state != "closed")
         .all(|shard| shard.io_engine == "io_uring");
     Page {
         gauges: vec![
@@ -115,6 +140,18 @@ fn collect(report: &NodeReport<'_>, shards: u32) -> Page {
                 "1 while the node serves",
                 None,
                 f64::from(u8::from(report.ready)),
+            ),
+            (
+                "kvar_shards",
+                "Shards of the devices that are open",
+                None,
+                f64::from(report.shards_to_load),
+            ),
+            (
+                "kvar_shards_loaded",
+                "Of these, shards that have loaded what was stored",
+                None,
+                f64::from(report.shards_loaded),
             ),
             (
                 "kvar_insecure",
@@ -202,6 +239,30 @@ fn collect(report: &NodeReport<'_>, shards: u32) -> Page {
                 total(|engine| engine.index_bytes),
             ),
             (
+                "kvar_leased_blocks",
+                "Blocks that are promised to somebody",
+                None,
+                total(|engine| engine.leased_blocks),
+            ),
+            (
+                "kvar_leased_dram",
+                "Memory charged for leases; a tenth is the limit",
+                bytes(),
+                total(|engine| engine.leased_dram_bytes),
+            ),
+            (
+                "kvar_leased_flash",
+                "Bytes of devices charged for leases; a tenth is the limit",
+                bytes(),
+                total(|engine| engine.leased_flash_bytes),
+            ),
+            (
+                "kvar_expiring_blocks",
+                "Blocks on devices that have a time to live",
+                None,
+                total(|engine| engine.expiring_blocks),
+            ),
+            (
                 "kvar_memory_bound",
                 "What resident memory stays under with the links open now",
                 bytes(),
@@ -221,9 +282,9 @@ fn collect(report: &NodeReport<'_>, shards: u32) -> Page {
             ),
             (
                 "kvar_shards_silent",
-                "Shards that did not answer this scrape",
+                "Threads that did not answer this scrape",
                 None,
-                silent,
+                f64::from(report.threads_silent),
             ),
             (
                 "kvar_links_open",
@@ -341,6 +402,30 @@ fn collect(report: &NodeReport<'_>, shards: u32) -> Page {
                 sum(|c| c.corrupt),
             ),
             (
+                "kvar_part_reads",
+                "Reads of some sections of a block on a device",
+                None,
+                sum(|c| c.part_reads),
+            ),
+            (
+                "kvar_scrub_blocks",
+                "Blocks verified in the background",
+                None,
+                sum(|c| c.scrub_blocks),
+            ),
+            (
+                "kvar_scrub_corrupt",
+                "Of these, copies that were not what was written; they are removed",
+                None,
+                sum(|c| c.scrub_corrupt),
+            ),
+            (
+                "kvar_scrub_read",
+                "Bytes read for background verification",
+                bytes(),
+                sum(|c| c.scrub_read_bytes),
+            ),
+            (
                 "kvar_id_divergence",
                 "Puts of an id that is there with other bytes",
                 None,
@@ -375,6 +460,22 @@ fn collect(report: &NodeReport<'_>, shards: u32) -> Page {
                     .collect(),
             },
             Labelled {
+                name: "kvar_leases",
+                help: "Leases by what became of them; lost_ ones are promised blocks that went all the same",
+                label: "event",
+                counts: vec![
+                    ("granted".to_owned(), sum(|c| c.leases_granted)),
+                    ("refused".to_owned(), sum(|c| c.leases_refused)),
+                    ("cut_short".to_owned(), sum(|c| c.leases_cut_short)),
+                    ("renewed".to_owned(), sum(|c| c.leases_renewed)),
+                    ("released".to_owned(), sum(|c| c.leases_released)),
+                    ("expired".to_owned(), sum(|c| c.leases_expired)),
+                    ("lost_removed".to_owned(), sum(|c| c.leased_removed)),
+                    ("lost_corrupt".to_owned(), sum(|c| c.leased_corrupt)),
+                    ("lost_dropped".to_owned(), sum(|c| c.leased_dropped)),
+                ],
+            },
+            Labelled {
                 name: "kvar_evictions",
                 help: "Blocks that left a tier, by cause; dram_clean ones are still on the device",
                 label: "cause",
@@ -383,11 +484,40 @@ fn collect(report: &NodeReport<'_>, shards: u32) -> Page {
                     ("dram_gone".to_owned(), sum(|c| c.dram_evicted_gone)),
                     ("reclaim".to_owned(), sum(|c| c.reclaim_dropped)),
                     ("bucket".to_owned(), sum(|c| c.bucket_evicted)),
+                    ("expired".to_owned(), sum(|c| c.expired)),
                     ("removed".to_owned(), sum(|c| c.removed)),
                     ("purged".to_owned(), sum(|c| c.purged)),
+                    (
+                        "device_lost".to_owned(),
+                        report.shards.iter().map(|shard| shard.lost_blocks).sum(),
+                    ),
                 ],
             },
         ],
+        devices: report
+            .devices
+            .iter()
+            .map(|it| {
+                let slot = it
+                    .device
+                    .slot
+                    .map_or_else(|| "none".to_owned(), |slot| slot.to_string());
+                let labels = vec![
+                    ("slot", slot),
+                    ("uuid", it.device.uuid.clone()),
+                    ("path", it.device.path.display().to_string()),
+                ];
+                let is = |yes: bool| f64::from(u8::from(yes));
+                let has_trouble = it.trouble.is_some() || it.device.reason.is_some();
+                let values = vec![
+                    is(it.device.state == "online"),
+                    is(has_trouble),
+                    it.device.share,
+                    it.blocks as f64,
+                ];
+                (labels, values)
+            })
+            .collect(),
         info: vec![
             ("version", report.facts.version.to_owned()),
             ("uuid", report.facts.uuid.clone()),

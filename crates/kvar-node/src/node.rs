@@ -1,33 +1,37 @@
 //! Starting a node, and stopping it.
 //!
 //! ```text
-//!   settings -> storage (data, key) -> addresses -> one thread a shard: device, engine, recovery
-//!            -> admin -> all shards are up -> ready file -> connections are accepted
+//!   settings -> storage (devices, key) -> addresses -> threads, keeper, admin ── listen returns
+//!            -> connections are accepted, and answered with "loading"
+//!            -> every shard is loaded -> ready file ── start returns
 //!
-//!   shutdown() -> every shard: links closed, memory written, checkpoint -> wait() says how it went
+//!   shutdown() -> every thread: links closed, memory written, checkpoint -> wait() says how it went
 //! ```
 //!
-//! What must always be true: nothing is accepted before every shard has recovered; a start that
-//! fails leaves no thread behind; a shard that ends by a defect takes the node down cleanly instead
-//! of leaving it half alive.
+//! What must always be true: what can be wrong with settings, data or addresses is said before
+//! anything is answered; a start that fails leaves no thread behind; a thread that ends by a defect
+//! takes the node down cleanly instead of leaving it half alive; a node that is told to stop while
+//! it loads stops.
 
 use crate::admin::{self, Admin, AdminError};
 use crate::config::Config;
+use crate::devices::{Event, Fatal, Keeper, KeeperParts, Views};
 use crate::links::{Describe, LinkSettings};
+use crate::loading::{LoadFailed, LoadingHook};
 use crate::mail::{Mail, Post};
-use crate::report::{NodeFacts, NodeReport, ShardReport};
-use crate::shard::{self, ShardParts, WAKER};
-use crate::storage::{self, Storage, StorageError};
-use kvar_base::{Clock as _, SystemClock};
-use kvar_engine::{Engine, EngineConfig, OpenError, RecoveryReport, ShutdownReport, arena_bytes};
-use kvar_io::{DeviceOptions, open_device};
+use crate::report::{NodeFacts, NodeReport, ThreadReport};
+use crate::storage::{Storage, StorageError};
+use crate::thread::{self, ThreadParts, WAKER};
+use crossbeam_channel::{Receiver, Sender};
+use kvar_base::SystemClock;
+use kvar_engine::ShutdownReport;
 use kvar_transport::{BindError, Listener};
 use kvar_wire::Limits;
 use mio::{Poll, Waker};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::AtomicUsize;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -59,14 +63,14 @@ pub enum StartError {
     #[error(transparent)]
     Admin(#[from] AdminError),
     /// Recovery.
-    #[error("shard {shard} of {}: {source}", data.display())]
+    #[error("shard {shard} of {}: {why}", data.display())]
     Shard {
         /// Which.
         shard: u32,
         /// The data file or block device.
         data: PathBuf,
-        /// Why.
-        source: OpenError,
+        /// Why, and what to do.
+        why: String,
     },
     /// The ready file.
     #[error("ready file {}: {source}", path.display())]
@@ -95,13 +99,29 @@ pub struct StopReport {
     pub dropped_blocks: u64,
     /// Whether every shard wrote a checkpoint.
     pub checkpointed: bool,
-    /// Shards that ended by a defect, and what they said.
+    /// Threads that ended by a defect, and what they said.
     pub defects: Vec<String>,
 }
 
 /// Starts nodes.
 #[derive(Debug)]
 pub struct Node;
+
+/// What a caller may watch or slow down; for tests and tools.
+#[derive(Clone, Default)]
+pub struct Hooks {
+    /// Called by loaders before every read: shard and bytes read so far.
+    pub loading: Option<LoadingHook>,
+}
+
+/// How the loading of what was stored ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// Everything that is there is served.
+    Ready,
+    /// The node was told to stop before.
+    Stopped,
+}
 
 /// A running node. Dropping it stops the node and waits.
 pub struct NodeHandle {
@@ -110,15 +130,21 @@ pub struct NodeHandle {
     key_path: PathBuf,
     ready_file: Option<PathBuf>,
     post: Post,
-    shards: Vec<JoinHandle<std::io::Result<ShutdownReport>>>,
+    keeper: Sender<Event>,
+    keeper_thread: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<std::io::Result<ShutdownReport>>>,
     admin: Option<Admin>,
     facts: Arc<NodeFacts>,
+    status: Arc<StatusSource>,
+    loaded: Receiver<Result<(), Fatal>>,
+    started: Instant,
 }
 
 /// What both doors to the status need.
 pub(crate) struct StatusSource {
     pub(crate) facts: Arc<NodeFacts>,
-    pub(crate) ready: AtomicBool,
+    pub(crate) views: Arc<Views>,
+    threads: u32,
     started: Instant,
 }
 
@@ -130,76 +156,72 @@ fn unix_seconds() -> f64 {
 }
 
 impl Describe for StatusSource {
-    fn json(&self, reports: &[ShardReport]) -> String {
+    fn json(&self, reports: Vec<ThreadReport>) -> String {
         self.report(reports).to_json()
     }
 }
 
 impl StatusSource {
-    pub(crate) fn report<'a>(&'a self, reports: &'a [ShardReport]) -> NodeReport<'a> {
+    pub(crate) fn report(&self, reports: Vec<ThreadReport>) -> NodeReport<'_> {
         NodeReport::new(
             &self.facts,
+            &self.views.latest(),
+            self.threads,
             reports,
-            self.ready.load(Ordering::Relaxed),
             self.started.elapsed().as_secs(),
             unix_seconds(),
         )
     }
 }
 
-/// A shard that has opened its part of the device.
-struct Opened {
-    recovery: RecoveryReport,
-}
-
 impl Node {
-    /// Opens storage, recovers, listens, and returns when the node serves.
+    /// Opens storage, listens, loads what is stored, and returns when the node serves.
     ///
     /// # Errors
     /// Why it cannot, and what to do.
     pub fn start(config: &Config) -> Result<NodeHandle, StartError> {
+        let node = Self::listen(config, Hooks::default())?;
+        node.loaded()?;
+        Ok(node)
+    }
+
+    /// As [`start`](Self::start), and returns as soon as the node answers: what it stored before is
+    /// still being loaded, and [`NodeHandle::loaded`] waits for that.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start), but for what loading finds.
+    pub fn listen(config: &Config, hooks: Hooks) -> Result<NodeHandle, StartError> {
         config.validate()?;
         let started = Instant::now();
         let clock = SystemClock::default();
-        let Storage {
-            target,
-            superblock,
-            key_file,
-            notes,
-        } = Storage::open(config, &clock)?;
-        // Addresses are taken before recovery, which may take a while: a typo shows at once.
+        let mut storage = Storage::open(config, &clock)?;
         let listener = Listener::bind(config.listen)?;
         let admin_socket = admin::bind(config.admin)?;
         let (listen, admin_address) = (listener.local_addr(), admin_socket.address);
 
-        let shards = superblock.shards;
-        let engine_config = EngineConfig {
-            dram_bytes: config.dram.0 / u64::from(shards),
-            flush_after: config.flush_after,
-            shutdown_flush: config.shutdown_flush,
-        };
-        let shard_arena_bytes = arena_bytes(&engine_config, &superblock);
-        let index_bytes = superblock.buckets * 64;
-        let mut facts = NodeFacts {
+        // One thread for each shard of the device that has most.
+        let superblocks = || storage.devices.iter().map(|device| &device.superblock);
+        let threads = superblocks().map(|it| it.shards).max().unwrap_or(1);
+        let block_bytes_max = superblocks().map(|it| it.block_bytes_max()).min();
+        let block_bytes_max = block_bytes_max.unwrap_or(0);
+        let first = &storage.devices[0];
+        let facts = Arc::new(NodeFacts {
             version: env!("CARGO_PKG_VERSION"),
-            uuid: superblock.uuid.to_string(),
+            uuid: storage.key_file.uuid.to_string(),
             epoch: NodeFacts::EPOCH.0,
             listen: listen.to_string(),
             admin: admin_address.to_string(),
             insecure: config.insecure,
-            data: config.data.display().to_string(),
-            device_bytes: superblock.device_bytes,
-            segment_bytes: superblock.segment_bytes,
-            block_bytes_max: superblock.block_bytes_max(),
-            format_version: superblock.format_version,
+            data: first.path.display().to_string(),
+            device_bytes: superblocks().map(|it| it.device_bytes).sum(),
+            segment_bytes: first.superblock.segment_bytes,
+            block_bytes_max,
+            format_version: first.superblock.format_version,
             dram_bytes: config.dram.0,
-            memory_bytes_max: MEMORY_BASE_BYTES
-                + u64::from(shards) * (shard_arena_bytes as u64 + index_bytes),
             link_bytes_max: LINK_BYTES,
-            notes,
-            recovery: Vec::new(),
-        };
-        let block_bytes_max = u32::try_from(facts.block_bytes_max).unwrap_or(u32::MAX);
+            notes: std::mem::take(&mut storage.notes),
+        });
+        let block_bytes_max = u32::try_from(block_bytes_max).unwrap_or(u32::MAX);
         let limits = Limits {
             block_bytes_max,
             eager_bytes_max: kvar_wire::EAGER_BYTES_MAX.min(block_bytes_max),
@@ -207,155 +229,105 @@ impl Node {
             bytes_max: config.link_budget.0,
         };
 
-        // Every shard's poll and mailbox exist before the first thread does.
+        // Every thread's poll and mailbox exist before the first thread does.
         let system = |what| move |source| StartError::System { what, source };
         let mut polls = Vec::new();
         let mut wakers = Vec::new();
-        for _ in 0..shards {
+        for _ in 0..threads {
             let poll = Poll::new().map_err(system("an event queue"))?;
             wakers.push(Waker::new(poll.registry(), WAKER).map_err(system("a waker"))?);
             polls.push(poll);
         }
         let (post, mailboxes) = Post::new(wakers);
-        let target = Arc::new(target);
-        let superblock = Arc::new(superblock);
+        let views = Arc::new(Views::default());
+        let status = Arc::new(StatusSource {
+            facts: facts.clone(),
+            views: views.clone(),
+            threads,
+            started,
+        });
+        let key = storage.key_file.key.clone();
+        let settings = LinkSettings {
+            limits,
+            node: facts.uuid.clone(),
+            namespace: NAMESPACE.to_owned(),
+            key: key.clone(),
+            block_bytes_guess: config.expected_block_bytes.0,
+            describe: status.clone(),
+        };
+        let (keeper_sender, events) = crossbeam_channel::unbounded();
+        let (started_sender, loaded) = crossbeam_channel::bounded(1);
+        let parts = KeeperParts {
+            config: config.clone(),
+            storage,
+            post: post.clone(),
+            views,
+            clock,
+            hook: hooks.loading,
+            block_bytes_max: facts.block_bytes_max,
+            started: started_sender,
+        };
+        let keeper = Keeper::new(parts, keeper_sender.clone(), events);
+        // From here on whatever fails ends what has begun: the handle stops its threads.
+        let mut handle = NodeHandle {
+            listen,
+            admin_address,
+            key_path: config.key_path(),
+            ready_file: config.ready_file.clone(),
+            post: post.clone(),
+            keeper: keeper_sender.clone(),
+            keeper_thread: None,
+            threads: Vec::new(),
+            admin: None,
+            facts,
+            status: status.clone(),
+            loaded,
+            started,
+        };
+        let spawn = std::thread::Builder::new().name("kvar-keeper".to_owned());
+        let keeper = spawn.spawn(move || keeper.run());
+        handle.keeper_thread = Some(keeper.map_err(system("a thread"))?);
         let connections = Arc::new(AtomicUsize::new(0));
-        // A shard waits here after recovery until all have recovered; `None` tells it to end.
-        let (opened_sender, opened) = crossbeam_channel::unbounded();
-        let mut gates = Vec::new();
-        let mut threads = Vec::new();
         let mut listener = Some(listener);
         for ((number, poll), mailbox) in (0..).zip(polls).zip(mailboxes) {
-            let (gate_sender, gate) = crossbeam_channel::bounded::<LinkSettings>(1);
-            gates.push(gate_sender);
-            let (post, connections) = (post.clone(), connections.clone());
-            let (target, superblock) = (target.clone(), superblock.clone());
-            let (engine_config, opened_sender) = (engine_config.clone(), opened_sender.clone());
-            let listener = listener.take();
-            let spin = Duration::from_micros(config.spin_us);
-            let connections_max = config.connections_max as usize;
-            let options = DeviceOptions {
-                engine: config.io_engine,
-                ..DeviceOptions::default()
-            };
-            let spawn = std::thread::Builder::new().name(format!("kvar-shard-{number}"));
-            let guard = StopOnDefect {
+            let parts = ThreadParts {
+                number,
+                poll,
+                mailbox,
                 post: post.clone(),
+                keeper: keeper_sender.clone(),
+                listener: listener.take(),
+                settings: settings.clone(),
+                spin: Duration::from_micros(config.spin_us),
+                connections_max: config.connections_max as usize,
+                connections: connections.clone(),
+                clock,
+            };
+            let guard = StopOnDefect {
+                stopper: handle.stopper(),
                 is_armed: true,
             };
             let body = move || {
                 // Bound here, or the closure would capture a copy of the flag and not the guard.
                 let mut guard = guard;
-                pin(number, shards);
-                let open = || -> Result<_, OpenError> {
-                    let arena =
-                        storage::arena(shard_arena_bytes).map_err(|_| OpenError::NoMemory)?;
-                    let (device, io_notes) = open_device(&target, &arena, options)?;
-                    let (engine, recovery) = Engine::open(
-                        device,
-                        arena,
-                        &superblock,
-                        number,
-                        engine_config,
-                        clock.now(),
-                    )?;
-                    Ok((engine, io_notes, recovery))
-                };
-                let (engine, io_notes, recovery) = match open() {
-                    Ok(opened) => opened,
-                    Err(error) => {
-                        guard.is_armed = false;
-                        let _ = opened_sender.send((number, Err(error)));
-                        return Ok(ShutdownReport::default());
-                    }
-                };
-                let _ = opened_sender.send((number, Ok(Opened { recovery })));
-                drop(opened_sender);
-                let Ok(settings) = gate.recv() else {
-                    guard.is_armed = false;
-                    return Ok(ShutdownReport::default());
-                };
-                let ended = shard::run(ShardParts {
-                    number,
-                    poll,
-                    mailbox,
-                    post,
-                    engine,
-                    io_notes,
-                    arena_bytes: shard_arena_bytes as u64,
-                    listener,
-                    settings,
-                    spin,
-                    connections_max,
-                    connections,
-                    clock,
-                });
+                pin(number, threads);
+                let ended = thread::run(parts);
                 guard.is_armed = ended.is_err();
                 ended
             };
-            threads.push(spawn.spawn(body).map_err(system("a thread"))?);
+            let spawn = std::thread::Builder::new().name(format!("kvar-shard-{number}"));
+            handle
+                .threads
+                .push(spawn.spawn(body).map_err(system("a thread"))?);
         }
-        drop(opened_sender);
-        let mut recovery = vec![None; shards as usize];
-        for (number, result) in opened {
-            match result {
-                Ok(Opened { recovery: found }) => recovery[number as usize] = Some(found),
-                Err(source) => {
-                    // Closed gates end the shards that did open.
-                    drop(gates);
-                    threads.into_iter().for_each(|thread| drop(thread.join()));
-                    let data = config.data.clone();
-                    return Err(StartError::Shard {
-                        shard: number,
-                        data,
-                        source,
-                    });
-                }
-            }
-        }
-        facts.recovery = recovery
-            .iter()
-            .flatten()
-            .map(|report| serde_json::to_value(report).unwrap_or_default())
-            .collect();
-        let facts = Arc::new(facts);
-        let status = Arc::new(StatusSource {
-            facts: facts.clone(),
-            ready: AtomicBool::new(false),
-            started,
-        });
-        let settings = LinkSettings {
-            limits,
-            node: facts.uuid.clone(),
-            namespace: NAMESPACE.to_owned(),
-            key: key_file.key,
-            block_bytes_guess: config.expected_block_bytes.0,
-            describe: status.clone(),
-        };
-        let admin = admin_socket.serve(status.clone(), post.clone());
-        let admin = match admin {
-            Ok(admin) => admin,
-            Err(error) => {
-                drop(gates);
-                threads.into_iter().for_each(|thread| drop(thread.join()));
-                return Err(error.into());
-            }
-        };
-        for gate in gates {
-            let _ = gate.send(settings.clone());
-        }
-        status.ready.store(true, Ordering::Relaxed);
-        let handle = NodeHandle {
-            listen,
-            admin_address,
-            key_path: config.key_path(),
-            ready_file: config.ready_file.clone(),
+        let door = admin::Door {
+            status,
             post,
-            shards: threads,
-            admin: Some(admin),
-            facts,
+            keeper: keeper_sender,
+            key,
         };
-        handle.announce(started)?;
+        handle.admin = Some(admin_socket.serve(door)?);
+        handle.announce();
         Ok(handle)
     }
 }
@@ -393,7 +365,47 @@ impl NodeHandle {
     /// Something that can tell the node to stop, for a signal handler's thread.
     #[must_use]
     pub fn stopper(&self) -> Stopper {
-        Stopper(self.post.clone())
+        Stopper {
+            post: self.post.clone(),
+            keeper: self.keeper.clone(),
+        }
+    }
+
+    /// Waits until everything that is stored is loaded, and writes the ready file.
+    ///
+    /// # Errors
+    /// What is wrong with the data; the node is stopping then.
+    pub fn loaded(&self) -> Result<Readiness, StartError> {
+        match self.loaded.recv() {
+            Ok(Ok(())) => {
+                self.write_ready_file()?;
+                let view = self.status.views.latest();
+                tracing::info!(
+                    shards = view.shards_loaded,
+                    ready_ms = self.started.elapsed().as_millis() as u64,
+                    "serving"
+                );
+                Ok(Readiness::Ready)
+            }
+            // The keeper is gone: the node stops.
+            Err(_) => Ok(Readiness::Stopped),
+            Ok(Err(fatal)) => {
+                self.shutdown();
+                let Fatal {
+                    shard,
+                    path,
+                    failure,
+                } = fatal;
+                if matches!(failure, LoadFailed::Cancelled) {
+                    return Ok(Readiness::Stopped);
+                }
+                Err(StartError::Shard {
+                    shard,
+                    data: path,
+                    why: failure.to_string(),
+                })
+            }
+        }
     }
 
     /// Waits until the node has stopped, by [`shutdown`](Self::shutdown) or by a defect.
@@ -406,21 +418,21 @@ impl NodeHandle {
             checkpointed: true,
             ..StopReport::default()
         };
-        for (number, thread) in self.shards.drain(..).enumerate() {
+        for (number, thread) in self.threads.drain(..).enumerate() {
             match thread.join() {
                 Ok(Ok(report)) => {
                     stop.kept_blocks += report.kept_blocks;
                     stop.dropped_blocks += report.dropped_blocks;
                     stop.checkpointed &= report.checkpointed;
                 }
-                Ok(Err(error)) => stop.defects.push(format!("shard {number}: {error}")),
+                Ok(Err(error)) => stop.defects.push(format!("thread {number}: {error}")),
                 Err(panic) => {
                     let text = panic
                         .downcast_ref::<String>()
                         .cloned()
                         .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
                     let text = text.unwrap_or_else(|| "panicked".to_owned());
-                    stop.defects.push(format!("shard {number}: {text}"));
+                    stop.defects.push(format!("thread {number}: {text}"));
                 }
             }
         }
@@ -432,11 +444,15 @@ impl NodeHandle {
         if let Some(admin) = self.admin.take() {
             admin.stop();
         }
+        if let Some(keeper) = self.keeper_thread.take() {
+            let _ = self.keeper.send(Event::Stop);
+            let _ = keeper.join();
+        }
         stop
     }
 
-    /// Logs what an operator wants to see first, and writes the ready file.
-    fn announce(&self, started: Instant) -> Result<(), StartError> {
+    /// Logs what an operator wants to see first.
+    fn announce(&self) {
         let facts = &self.facts;
         for note in &facts.notes {
             tracing::warn!("{note}");
@@ -452,11 +468,13 @@ impl NodeHandle {
             admin = %facts.admin,
             data = %facts.data,
             uuid = %facts.uuid,
-            shards = self.shards.len(),
-            memory_bytes_max = facts.memory_bytes_max,
-            ready_ms = started.elapsed().as_millis() as u64,
-            "serving"
+            threads = self.threads.len(),
+            "listening; loading what is stored"
         );
+    }
+
+    fn write_ready_file(&self) -> Result<(), StartError> {
+        let facts = &self.facts;
         let Some(path) = &self.ready_file else {
             return Ok(());
         };
@@ -479,7 +497,7 @@ impl NodeHandle {
 
 impl Drop for NodeHandle {
     fn drop(&mut self) {
-        if !self.shards.is_empty() {
+        if !self.threads.is_empty() || self.keeper_thread.is_some() {
             self.shutdown();
             self.join();
         }
@@ -494,34 +512,39 @@ impl std::fmt::Debug for NodeHandle {
 
 /// Tells a node to stop.
 #[derive(Clone)]
-pub struct Stopper(Post);
+pub struct Stopper {
+    post: Post,
+    keeper: Sender<Event>,
+}
 
 impl Stopper {
     /// As [`NodeHandle::shutdown`].
     pub fn stop(&self) {
-        self.0.stop_all();
+        // The keeper first: it says that the node is stopping.
+        let _ = self.keeper.send(Event::Stop);
+        self.post.stop_all();
     }
 }
 
-/// A shard that ends by a defect must not leave the others waiting for its answers.
+/// A thread that ends by a defect must not leave the others waiting for its answers.
 struct StopOnDefect {
-    post: Post,
+    stopper: Stopper,
     is_armed: bool,
 }
 
 impl Drop for StopOnDefect {
     fn drop(&mut self) {
         if self.is_armed {
-            tracing::error!("a shard ended by a defect; stopping the node");
-            self.post.stop_all();
-            (0..self.post.shards()).for_each(|shard| self.post.send(shard, Mail::LinksClosed));
+            tracing::error!("a thread ended by a defect; stopping the node");
+            self.stopper.stop();
+            self.stopper.post.send_all(|| Mail::LinksClosed);
         }
     }
 }
 
-/// Puts a shard on a core of its own, if there are several and a core for each; a single shard is
+/// Puts a thread on a core of its own, if there are several and a core for each; a single one is
 /// better placed by the system. One that refuses costs speed and nothing else.
-fn pin(number: u32, shards: u32) {
+fn pin(number: u32, threads: u32) {
     use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
     let Ok(allowed) = sched_getaffinity(None) else {
         return;
@@ -529,7 +552,7 @@ fn pin(number: u32, shards: u32) {
     let cores: Vec<usize> = (0..CpuSet::MAX_CPU)
         .filter(|core| allowed.is_set(*core))
         .collect();
-    if shards < 2 || cores.len() < shards as usize {
+    if threads < 2 || cores.len() < threads as usize {
         return;
     }
     let mut one = CpuSet::new();

@@ -1,45 +1,234 @@
-//! The owner's side of a shard: asks go to the engine, its events become answers.
+//! One engine as a thread has it: asks go in, its events become answers, whatever state it is in.
 //!
 //! ```text
+//!   Loading ── loaded ──> Serving ── its device is out, or the node stops ──> Closing ──> gone
+//!      └── cannot be loaded ──> Failed                                (what it counted stays)
+//!
 //!   Ask ──> Owner ── call ──> Engine
 //!            │  token -> origin │
 //!   Answer <─┴──── Event <──────┘
 //! ```
 //!
-//! Answers that the engine gives at once (lookup, stat, a refused put) take the same way as those
-//! that come turns later, so nobody above can tell the difference.
+//! | asked for | Loading, Failed | Closing, because its device is out |
+//! |---|---|---|
+//! | lookup | absent | absent |
+//! | get, stat | Miss(loading) | Miss(absent) |
+//! | put | Refused(busy) | Refused(busy) |
+//! | remove, purge, flush | an error that says to try again | the same |
+//!
+//! Answers that are there at once (lookup, stat, a refused put) take the same way as those that
+//! come turns later, so nobody above can tell the difference.
+//!
+//! What must always be true: every ask is answered once, also when the engine goes; a remove is
+//! never acknowledged by an owner that did not pass it on.
 
-use crate::mail::{Answer, Ask, Origin};
+use crate::loading::{Opened, Progress};
+use crate::mail::{Answer, Ask, EngineKey, Origin, Ticket};
 use crate::report::ShardReport;
-use kvar_base::Moment;
-use kvar_engine::{Engine, Event};
+use kvar_base::{MissReason, Moment, PutOutcome, Refusal};
+use kvar_engine::{
+    Engine, Event, LeaseGrant, LeaseRequest, Loaded, RecoveryReport, ShardStatus, ShutdownReport,
+};
 use slab::Slab;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+/// How far it is.
+enum State {
+    Loading(Opened, Arc<Progress>),
+    Failed(String),
+    Serving(Engine),
+    /// Its device is out. Kept until nothing is under way, since operations own memory.
+    Closing(Engine),
+    /// It is gone; what it counted stays, so that sums never fall.
+    Closed(Box<ShardStatus>),
+}
 
 /// One engine, and who waits for what.
 pub(crate) struct Owner {
-    engine: Engine,
-    waiting: Slab<Origin>,
+    pub(crate) key: EngineKey,
+    pub(crate) device: u32,
+    pub(crate) number: u32,
+    state: State,
+    waiting: Slab<(Origin, Asked)>,
+    recovery: Option<RecoveryReport>,
+    io_engine: &'static str,
+    io_notes: Vec<String>,
+    arena_bytes: u64,
+    /// Whether the engine was asked for something since its last turn.
+    pub(crate) has_work: bool,
+    is_out: bool,
+    lost_blocks: u64,
+}
+
+/// What somebody waits for, to be answered should the engine go.
+#[derive(Clone, Copy)]
+enum Asked {
+    Get,
+    Put,
+    Finish,
 }
 
 impl Owner {
-    pub(crate) fn new(engine: Engine) -> Self {
+    /// An owner whose shard is being loaded.
+    pub(crate) fn loading(
+        key: EngineKey,
+        device: u32,
+        number: u32,
+        opened: Opened,
+        progress: Arc<Progress>,
+    ) -> Self {
         Self {
-            engine,
+            key,
+            device,
+            number,
+            io_engine: opened.io_engine,
+            io_notes: opened.io_notes.clone(),
+            arena_bytes: opened.arena_bytes,
+            state: State::Loading(opened, progress),
             waiting: Slab::new(),
+            recovery: None,
+            has_work: false,
+            is_out: false,
+            lost_blocks: 0,
         }
     }
 
-    pub(crate) fn engine(&self) -> &Engine {
-        &self.engine
+    /// An owner whose shard could not even begin to load.
+    pub(crate) fn failed(key: EngineKey, device: u32, number: u32, why: String) -> Self {
+        Self {
+            key,
+            device,
+            number,
+            state: State::Failed(why),
+            waiting: Slab::new(),
+            recovery: None,
+            io_engine: "none",
+            io_notes: Vec::new(),
+            arena_bytes: 0,
+            has_work: false,
+            is_out: false,
+            lost_blocks: 0,
+        }
+    }
+
+    /// The shard is loaded: drives it from now on. Its readiness is to be watched.
+    pub(crate) fn start(&mut self, now: Moment, loaded: Loaded) -> Option<RawFd> {
+        let loading = std::mem::replace(&mut self.state, State::Failed(String::new()));
+        let State::Loading(Opened { device, .. }, _) = loading else {
+            self.state = loading;
+            return None;
+        };
+        self.recovery = Some(loaded.report.clone());
+        let engine = Engine::start(device, loaded, now);
+        let readiness = engine.readiness();
+        self.state = State::Serving(engine);
+        self.has_work = true;
+        readiness
+    }
+
+    /// The shard cannot be loaded.
+    pub(crate) fn fail(&mut self, why: String) {
+        self.state = State::Failed(why);
+    }
+
+    pub(crate) fn is_loading(&self) -> bool {
+        matches!(self.state, State::Loading(..))
+    }
+
+    /// The load is of no use any more.
+    pub(crate) fn cancel_loading(&self) {
+        if let State::Loading(_, progress) = &self.state {
+            progress.cancel();
+        }
+    }
+
+    fn engine(&self) -> Option<&Engine> {
+        match &self.state {
+            State::Serving(engine) | State::Closing(engine) => Some(engine),
+            State::Loading(..) | State::Failed(_) | State::Closed(_) => None,
+        }
+    }
+
+    /// When a turn is due even if nothing happens.
+    pub(crate) fn next_timer(&self) -> Option<Moment> {
+        self.engine().and_then(Engine::next_timer)
+    }
+
+    /// Whether a turn has something to do now.
+    pub(crate) fn is_due(&self, now: Moment) -> bool {
+        let timer_due = || self.next_timer().is_some_and(|at| at <= now);
+        self.has_work || timer_due() || self.engine().is_some_and(|engine| engine.in_flight() > 0)
     }
 
     /// Writes what is in memory only; the engine says by itself when that is over.
     pub(crate) fn begin_shutdown(&mut self, now: Moment) {
-        self.engine.begin_shutdown(now);
+        if let State::Serving(engine) | State::Closing(engine) = &mut self.state {
+            engine.begin_shutdown(now);
+            self.has_work = true;
+        }
     }
 
-    fn token(&mut self, origin: Origin) -> u64 {
-        self.waiting.insert(origin) as u64
+    /// What became of memory, once a shutdown is over; at once where there was none to write.
+    pub(crate) fn shutdown_report(&self) -> Option<ShutdownReport> {
+        match &self.state {
+            State::Serving(engine) | State::Closing(engine) => engine.shutdown_report(),
+            State::Loading(..) => None,
+            State::Failed(_) => Some(ShutdownReport::default()),
+            State::Closed(_) => None,
+        }
+    }
+
+    /// The device is out: whoever waits is answered, and the engine ends by itself.
+    pub(crate) fn close(&mut self, now: Moment, answers: &mut Vec<(Origin, Answer)>) {
+        self.is_out = true;
+        for (origin, asked) in self.waiting.drain() {
+            let answer = match asked {
+                Asked::Get => Answer::Get(Err(MissReason::Absent)),
+                Asked::Put => Answer::Put(PutOutcome::Refused(Refusal::Busy)),
+                Asked::Finish => Answer::Done(Err(OUT.to_owned())),
+            };
+            answers.push((origin, answer));
+        }
+        self.state = match std::mem::replace(&mut self.state, State::Failed(OUT.to_owned())) {
+            State::Serving(mut engine) => {
+                self.lost_blocks = engine.status(now).flash_blocks;
+                engine.begin_shutdown(now);
+                self.has_work = true;
+                State::Closing(engine)
+            }
+            State::Loading(_, progress) => {
+                progress.cancel();
+                State::Failed(OUT.to_owned())
+            }
+            state => state,
+        };
+    }
+
+    /// Drops an engine that was told to close, as soon as that takes no waiting; true once.
+    pub(crate) fn is_gone_now(&mut self, now: Moment) -> bool {
+        let mut last = match &self.state {
+            State::Closing(engine)
+                if engine.shutdown_report().is_some() && engine.in_flight() == 0 =>
+            {
+                engine.status(now)
+            }
+            State::Failed(_) if self.is_out => ShardStatus::default(),
+            _ => return false,
+        };
+        last = ShardStatus {
+            shard: self.number,
+            counters: last.counters,
+            ..ShardStatus::default()
+        };
+        self.state = State::Closed(Box::new(last));
+        self.arena_bytes = 0;
+        true
+    }
+
+    /// Whether only its counters are left.
+    pub(crate) fn is_closed(&self) -> bool {
+        matches!(self.state, State::Closed(_))
     }
 
     /// Begins what is asked; what can be answered at once goes to `answers`.
@@ -48,44 +237,78 @@ impl Owner {
         now: Moment,
         origin: Origin,
         ask: Ask,
-        report: impl FnOnce(&Engine) -> ShardReport,
         answers: &mut Vec<(Origin, Answer)>,
     ) {
+        let engine = match &mut self.state {
+            State::Serving(engine) => engine,
+            State::Closing(engine) => {
+                if let Ask::PutAbort(ticket) = ask {
+                    engine.put_abort(ticket);
+                } else if let Ask::PutCommit(ticket) = ask {
+                    engine.put_abort(ticket);
+                    answers.push((origin, Answer::Put(PutOutcome::Refused(Refusal::Busy))));
+                } else {
+                    answers.extend(away(&ask, MissReason::Absent, OUT).map(|it| (origin, it)));
+                }
+                return;
+            }
+            State::Closed(_) => {
+                answers.extend(away(&ask, MissReason::Absent, OUT).map(|it| (origin, it)));
+                return;
+            }
+            State::Loading(..) | State::Failed(_) => {
+                answers.extend(away(&ask, MissReason::Loading, LOADING).map(|it| (origin, it)));
+                return;
+            }
+        };
+        self.has_work = true;
+        let waiting = &mut self.waiting;
+        let mut wait = |asked| waiting.insert((origin, asked)) as u64;
         match ask {
             Ask::Lookup { ids, touch_request } => {
-                let present = self.engine.lookup(&ids, touch_request);
+                let present = engine.lookup(now, &ids, touch_request);
                 answers.push((origin, Answer::Lookup(present)));
             }
-            Ask::Get(request) => {
-                let token = self.token(origin);
-                self.engine.get(now, token, request);
+            Ask::Lease(ask) => {
+                let grant = engine.lease(
+                    now,
+                    &LeaseRequest {
+                        ids: &ask.ids,
+                        token: ask.token,
+                        client: ask.client,
+                        ttl: ask.ttl,
+                        request: ask.touch_request,
+                        first_depth: ask.first_depth,
+                    },
+                );
+                answers.push((origin, Answer::Leased(grant)));
             }
+            Ask::Renew(token, ttl) => {
+                let until = engine.renew(now, token, ttl);
+                answers.push((origin, Answer::AboutLease(until)));
+            }
+            Ask::Release(token) => {
+                let until = engine.release(token).then_some(now);
+                answers.push((origin, Answer::AboutLease(until)));
+            }
+            Ask::Get(request) => engine.get(now, wait(Asked::Get), request),
             Ask::PutBegin(request) => {
-                answers.push((
-                    origin,
-                    Answer::PutBegun(self.engine.put_begin(now, &request)),
-                ));
+                let begun = engine.put_begin(now, &request);
+                let key = self.key;
+                let begun = begun.map(|ticket| Ticket {
+                    engine: key,
+                    ticket,
+                });
+                answers.push((origin, Answer::PutBegun(begun)));
             }
-            Ask::PutCommit(ticket) => {
-                let token = self.token(origin);
-                self.engine.put_commit(now, token, ticket);
-            }
-            Ask::PutAbort(ticket) => self.engine.put_abort(ticket),
-            Ask::Remove(ids) => {
-                let token = self.token(origin);
-                self.engine.remove(token, &ids);
-            }
-            Ask::Flush => {
-                let token = self.token(origin);
-                self.engine.flush(token);
-            }
-            Ask::Purge => {
-                let token = self.token(origin);
-                self.engine.purge(token);
-            }
-            Ask::Stat(id) => answers.push((origin, Answer::Stat(self.engine.stat(&id)))),
-            Ask::Report => {
-                answers.push((origin, Answer::Report(Box::new(report(&self.engine)))));
+            Ask::PutCommit(ticket) => engine.put_commit(now, wait(Asked::Put), ticket),
+            Ask::PutAbort(ticket) => engine.put_abort(ticket),
+            Ask::Remove(ids) => engine.remove(wait(Asked::Finish), &ids),
+            Ask::Flush => engine.flush(wait(Asked::Finish)),
+            Ask::Purge => engine.purge(wait(Asked::Finish)),
+            Ask::Stat(id) => {
+                let stat = engine.stat(now, &id).ok_or(MissReason::Absent);
+                answers.push((origin, Answer::Stat(stat)));
             }
         }
         self.collect(answers);
@@ -93,22 +316,82 @@ impl Owner {
 
     /// Lets the engine do what is due.
     pub(crate) fn turn(&mut self, now: Moment, answers: &mut Vec<(Origin, Answer)>) {
-        self.engine.turn(now);
-        self.collect(answers);
+        self.has_work = false;
+        if let State::Serving(engine) | State::Closing(engine) = &mut self.state {
+            engine.turn(now);
+            self.collect(answers);
+        }
     }
 
     fn collect(&mut self, answers: &mut Vec<(Origin, Answer)>) {
-        for event in self.engine.events() {
+        let (State::Serving(engine) | State::Closing(engine)) = &mut self.state else {
+            return;
+        };
+        for event in engine.events() {
             let (token, answer) = match event {
                 Event::Get { token, outcome } => (token, Answer::Get(outcome)),
                 Event::Put { token, outcome } => (token, Answer::Put(outcome)),
                 Event::Done { token, result } => (token, Answer::Done(result)),
             };
-            if let Some(origin) = self.waiting.try_remove(token as usize) {
+            // A closed owner has answered already.
+            if let Some((origin, _)) = self.waiting.try_remove(token as usize) {
                 answers.push((origin, answer));
-            } else {
-                debug_assert!(false, "an event of a call that was made");
             }
         }
     }
+
+    /// How it is.
+    pub(crate) fn report(&self, now: Moment) -> ShardReport {
+        let (state, loaded_bytes, failure) = match &self.state {
+            State::Loading(_, progress) => ("loading", Some(progress.bytes()), None),
+            State::Failed(why) => ("failed", None, Some(why.clone())),
+            State::Serving(_) => ("serving", None, None),
+            State::Closing(_) => ("closing", None, None),
+            State::Closed(_) => ("closed", None, None),
+        };
+        let engine = match (self.engine(), &self.state) {
+            (Some(engine), _) => engine.status(now),
+            (None, State::Closed(last)) => ShardStatus::clone(last),
+            (None, _) => ShardStatus {
+                shard: self.number,
+                ..ShardStatus::default()
+            },
+        };
+        ShardReport {
+            device: self.device,
+            state,
+            loaded_bytes,
+            failure,
+            lost_blocks: self.lost_blocks,
+            engine,
+            recovery: self.recovery.clone(),
+            io_engine: self.io_engine,
+            io_notes: self.io_notes.clone(),
+            arena_bytes: self.arena_bytes,
+        }
+    }
+}
+
+const LOADING: &str = "the node is still loading what it stored before its last stop; try again shortly (kvar status \
+     tells how far it is)";
+const OUT: &str = "the device was just taken out of service; try again: its blocks are on the other devices from \
+     now on";
+
+/// The answer of an owner that has no engine to ask; none to what wants none.
+pub(crate) fn away(ask: &Ask, reason: MissReason, text: &str) -> Option<Answer> {
+    Some(match ask {
+        Ask::Lookup { ids, .. } => Answer::Lookup(vec![false; ids.len()]),
+        Ask::Lease(_) => Answer::Leased(LeaseGrant {
+            leading: 0,
+            reason: Some(reason),
+            until: Moment(0),
+        }),
+        Ask::Renew(..) | Ask::Release(_) => Answer::AboutLease(None),
+        Ask::Get(_) => Answer::Get(Err(reason)),
+        Ask::PutBegin(_) => Answer::PutBegun(Err(PutOutcome::Refused(Refusal::Busy))),
+        Ask::PutCommit(_) => Answer::Put(PutOutcome::Refused(Refusal::Busy)),
+        Ask::PutAbort(_) => return None,
+        Ask::Remove(_) | Ask::Flush | Ask::Purge => Answer::Done(Err(text.to_owned())),
+        Ask::Stat(_) => Answer::Stat(Err(reason)),
+    })
 }

@@ -1,20 +1,42 @@
 //! What a shard and a node say of themselves: `/v1/status`, `kvar status`, metrics.
 //!
-//! A shard makes its report on its own thread when asked; whoever asks waits, the data plane never
-//! does. Sums over shards are made by whoever prints.
+//! A thread makes its report by itself when asked; whoever asks waits, the data plane never does.
+//! Sums over shards are made by whoever prints.
 
 use crate::counters::LinkCounters;
+use crate::devices::{DeviceReport, Phase, View};
 use kvar_base::MapEpoch;
-use kvar_engine::ShardStatus;
+use kvar_engine::{RecoveryReport, ShardStatus};
 use serde::Serialize;
 
-/// One shard at one moment.
+/// One thread at one moment.
+#[derive(Clone, Debug)]
+pub(crate) struct ThreadReport {
+    pub(crate) thread: u32,
+    /// What its links did.
+    pub(crate) links: LinkCounters,
+    /// Its shards, one a device.
+    pub(crate) shards: Vec<ShardReport>,
+}
+
+/// One shard of a device at one moment.
 #[derive(Clone, Debug, Serialize)]
 pub struct ShardReport {
-    /// What its links did.
-    pub links: LinkCounters,
+    /// Its device's number in this process.
+    pub device: u32,
+    /// `loading`, `serving`, `failed`, `closing` or `closed`; of the last the counters are kept.
+    pub state: &'static str,
+    /// Bytes read so far, while it loads.
+    pub loaded_bytes: Option<u64>,
+    /// Why it failed.
+    pub failure: Option<String>,
+    /// Blocks that were lost with its device.
+    pub lost_blocks: u64,
     /// What its engine did and holds.
     pub engine: ShardStatus,
+    /// What recovery found.
+    #[serde(skip)]
+    pub recovery: Option<RecoveryReport>,
     /// What moves its bytes: `io_uring` or `threads`.
     pub io_engine: &'static str,
     /// What an operator should know about that.
@@ -28,7 +50,7 @@ pub struct ShardReport {
 pub struct NodeFacts {
     /// Version of this build.
     pub version: &'static str,
-    /// The device's uuid; also the node's name towards clients.
+    /// The uuid in the key file, which is the first device's; also the node's name towards clients.
     pub uuid: String,
     /// The cluster map's epoch; constant on a single node.
     pub epoch: u64,
@@ -38,7 +60,7 @@ pub struct NodeFacts {
     pub admin: String,
     /// Whether it listens beyond loopback without encryption.
     pub insecure: bool,
-    /// The data file or block device.
+    /// The data file or block device; of several the first.
     pub data: String,
     /// Its size in bytes.
     pub device_bytes: u64,
@@ -50,14 +72,10 @@ pub struct NodeFacts {
     pub format_version: u32,
     /// Payload bytes in memory that were asked for.
     pub dram_bytes: u64,
-    /// What resident memory stays under with no link: arenas, index, and the stated constant.
-    pub memory_bytes_max: u64,
     /// What each open link may add to that.
     pub link_bytes_max: u64,
     /// What an operator should know about the data file.
     pub notes: Vec<String>,
-    /// What recovery found, one entry a shard.
-    pub recovery: Vec<serde_json::Value>,
 }
 
 impl NodeFacts {
@@ -71,8 +89,20 @@ pub struct NodeReport<'a> {
     /// What does not change.
     #[serde(flatten)]
     pub facts: &'a NodeFacts,
+    /// How far it is.
+    pub state: Phase,
     /// Whether it serves.
     pub ready: bool,
+    /// Shards that have loaded what was stored in them.
+    pub shards_loaded: u32,
+    /// Shards there are to load.
+    pub shards_to_load: u32,
+    /// Bytes read by those that are loading.
+    pub loading_bytes: u64,
+    /// Each device.
+    pub devices: Vec<DeviceReport>,
+    /// What resident memory stays under with no link: arenas, index, and the stated constant.
+    pub memory_bytes_max: u64,
     /// Seconds since start.
     pub uptime_s: u64,
     /// What memory is bounded by with the links open now, in bytes.
@@ -91,24 +121,38 @@ pub struct NodeReport<'a> {
     pub flash_blocks: u64,
     /// Payload bytes the device's segments hold when full.
     pub flash_bytes_max: u64,
-    /// What the links of all shards did.
+    /// What recovery found, one entry a shard.
+    pub recovery: Vec<RecoveryReport>,
+    /// Threads that did not answer in time.
+    #[serde(skip)]
+    pub threads_silent: u32,
+    /// What the links of all threads did.
     pub links: LinkCounters,
     /// Each shard.
-    pub shards: &'a [ShardReport],
+    pub shards: Vec<ShardReport>,
 }
 
 impl<'a> NodeReport<'a> {
     /// Sums up. `now_unix` is the time of the reports in seconds since 1970.
-    #[must_use]
-    pub fn new(
+    pub(crate) fn new(
         facts: &'a NodeFacts,
-        shards: &'a [ShardReport],
-        ready: bool,
+        view: &View,
+        threads: u32,
+        mut reports: Vec<ThreadReport>,
         uptime_s: u64,
         now_unix: f64,
     ) -> Self {
         let mut links = LinkCounters::default();
-        shards.iter().for_each(|shard| links += shard.links);
+        reports.sort_by_key(|report| report.thread);
+        let threads_silent = threads.saturating_sub(reports.len() as u32);
+        reports.iter().for_each(|report| links += report.links);
+        let shards = reports.into_iter().flat_map(|report| report.shards);
+        let mut shards: Vec<ShardReport> = shards.collect();
+        shards.sort_by_key(|shard| (shard.device, shard.engine.shard));
+        let memory_bytes_max = crate::node::MEMORY_BASE_BYTES + view.memory_bytes;
+        let devices = view.devices.iter().cloned();
+        let devices = devices.map(|device| DeviceReport::new(device, &shards));
+        let devices = devices.collect();
         let engines = || shards.iter().map(|shard| &shard.engine);
         let oldest_us = engines()
             .map(|engine| engine.unflushed_age_us)
@@ -122,9 +166,15 @@ impl<'a> NodeReport<'a> {
         }
         Self {
             facts,
-            ready,
+            state: view.phase,
+            ready: view.phase == Phase::Serving,
+            shards_loaded: view.shards_loaded,
+            shards_to_load: view.shards,
+            loading_bytes: shards.iter().filter_map(|shard| shard.loaded_bytes).sum(),
+            devices,
             uptime_s,
-            memory_bytes_bound: facts.memory_bytes_max + links.links_open * facts.link_bytes_max,
+            memory_bytes_max,
+            memory_bytes_bound: memory_bytes_max + links.links_open * facts.link_bytes_max,
             flushed_through: now_unix - oldest_us as f64 / 1e6,
             unflushed_puts: engines().map(|engine| engine.unflushed_puts).sum(),
             write_amplification: (payload > 0).then(|| written as f64 / payload as f64),
@@ -132,6 +182,11 @@ impl<'a> NodeReport<'a> {
             dram_used_bytes: engines().map(|engine| engine.dram_bytes).sum(),
             flash_blocks: engines().map(|engine| engine.flash_blocks).sum(),
             flash_bytes_max: engines().map(|engine| engine.flash_bytes_max).sum(),
+            recovery: shards
+                .iter()
+                .filter_map(|shard| shard.recovery.clone())
+                .collect(),
+            threads_silent,
             links,
             shards,
         }

@@ -10,14 +10,19 @@
 //! ```
 //!
 //! The key is on disk before the device is formatted, so there is never a device whose key was
-//! never written.
+//! never written. A store of several devices is put together by [`assemble`](crate::assemble), with
+//! the same order: key, device table, devices.
 
-use crate::config::Config;
+use crate::config::{Config, DataPath};
+use crate::devices::{DeviceTable, TableError};
 use crate::key_file::{KeyFile, KeyFileError};
 use kvar_base::{Clock as _, DeviceUuid, SystemClock};
 use kvar_engine::{FormatOptions, OpenError, Superblock, format, read_superblock};
-use kvar_io::{Arena, DeviceError, DeviceOptions, Target, TargetError, Wanted, open_device};
-use std::path::PathBuf;
+use kvar_io::{
+    Arena, Device, DeviceError, DeviceOptions, IoEngine, Target, TargetError, Wanted, open_device,
+};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Memory for reading and writing superblocks: single pages.
 const ARENA_BYTES: usize = 1 << 20;
@@ -94,6 +99,49 @@ pub enum StorageError {
         /// The device the key was made with.
         expected: DeviceUuid,
     },
+    /// The device table.
+    #[error(transparent)]
+    Table(#[from] TableError),
+    /// A device that nobody knows.
+    #[error(
+        "{} is device {uuid}, which does not belong to this store: take it out of the settings, or          erase it first to add it as a new device", path.display()
+    )]
+    Unknown {
+        /// The data file or block device.
+        path: PathBuf,
+        /// Its name.
+        uuid: DeviceUuid,
+    },
+    /// One device under two names.
+    #[error("{} and {} are the same device {uuid}; name it once", path.display(), other.display())]
+    Twice {
+        /// The data file or block device.
+        path: PathBuf,
+        /// The other path.
+        other: PathBuf,
+        /// Its name.
+        uuid: DeviceUuid,
+    },
+    /// Devices that are not there, where all must be.
+    #[error(
+        "{} of {all} devices missing: {}; bring them back, or start without them \
+         (missing_device = \"start\")", missing.len(), missing.join("; ")
+    )]
+    Missing {
+        /// Each with its reason.
+        missing: Vec<String>,
+        /// Devices of the store.
+        all: usize,
+    },
+    /// None is there.
+    #[error(
+        "none of the store's devices is there: {}; bring one back, or move the device table away to \
+         start with an empty store", missing.join("; ")
+    )]
+    NoneThere {
+        /// Each with its reason.
+        missing: Vec<String>,
+    },
     /// Another number of shards than the device has.
     #[error(
         "{} was made with {found} shards and {wanted} were asked for; the number is fixed when a \
@@ -110,10 +158,27 @@ pub enum StorageError {
     },
 }
 
+/// A device that is there and belongs to this store.
+pub(crate) struct OpenDevice {
+    pub(crate) path: PathBuf,
+    pub(crate) target: Arc<Target>,
+    pub(crate) superblock: Arc<Superblock>,
+}
+
+/// A device of this store that is not there.
+#[derive(Clone, Debug)]
+pub(crate) struct AwayDevice {
+    pub(crate) uuid: DeviceUuid,
+    pub(crate) reason: String,
+}
+
 /// Storage that can be served from.
 pub(crate) struct Storage {
-    pub(crate) target: Target,
-    pub(crate) superblock: Superblock,
+    /// At least one.
+    pub(crate) devices: Vec<OpenDevice>,
+    pub(crate) away: Vec<AwayDevice>,
+    /// Which devices belong to the store.
+    pub(crate) table: DeviceTable,
     pub(crate) key_file: KeyFile,
     /// What an operator should hear.
     pub(crate) notes: Vec<String>,
@@ -122,8 +187,20 @@ pub(crate) struct Storage {
 impl Storage {
     /// Opens it, or makes it at a first start.
     pub(crate) fn open(config: &Config, clock: &SystemClock) -> Result<Self, StorageError> {
-        let path = &config.data;
-        let size = config.size.map(|size| size.0);
+        match (DeviceTable::read(&config.table_path())?, &config.data[..]) {
+            (None, [data]) => Self::open_one(config, data, clock),
+            (table, _) => crate::assemble::open(config, table, clock),
+        }
+    }
+
+    /// A store of one device needs no table: the key file names it.
+    fn open_one(
+        config: &Config,
+        data: &DataPath,
+        clock: &SystemClock,
+    ) -> Result<Self, StorageError> {
+        let path = &data.path;
+        let size = data.size.or(config.size).map(|size| size.0);
         let on_device = |source| StorageError::Device {
             path: path.clone(),
             source,
@@ -140,16 +217,7 @@ impl Storage {
         let target = Target::open(path, Wanted { size, create: true })?;
         let mut notes = target.notes();
         let arena = arena(ARENA_BYTES)?;
-        let device_options = DeviceOptions {
-            engine: config.io_engine,
-            ..DeviceOptions::default()
-        };
-        // The notes of this short-lived device are the same as the shards' own.
-        let (mut device, _) =
-            open_device(&target, &arena, device_options).map_err(|source| StorageError::Io {
-                path: path.clone(),
-                source,
-            })?;
+        let mut device = device_over(&target, &arena, config.io_engine)?;
         let key_path = config.key_path();
         let (superblock, key_file) = match read_superblock(&mut *device, &arena) {
             Ok(Some(superblock)) => {
@@ -211,25 +279,131 @@ impl Storage {
             }
             Err(error) => return Err(on_device(error)),
         };
-        if let Some(wanted) = config.shards
-            && wanted.get() != superblock.shards
-        {
-            return Err(StorageError::Shards {
-                data: path.clone(),
-                found: superblock.shards,
-                wanted: wanted.get(),
-            });
-        }
+        check_shards(config, path, &superblock)?;
+        let mut table = DeviceTable::default();
+        table.enter(superblock.uuid, path, superblock.device_bytes);
+        let device = OpenDevice {
+            path: path.clone(),
+            target: Arc::new(target),
+            superblock: Arc::new(superblock),
+        };
         Ok(Self {
-            target,
-            superblock,
+            devices: vec![device],
+            away: Vec::new(),
+            table,
             key_file,
             notes,
         })
     }
 }
 
-fn plan(bytes: u64, options: &FormatOptions) -> Result<(), OpenError> {
+/// A device keeps the number of shards it was made with.
+pub(crate) fn check_shards(
+    config: &Config,
+    path: &Path,
+    superblock: &Superblock,
+) -> Result<(), StorageError> {
+    match config.shards {
+        Some(wanted) if wanted.get() != superblock.shards => Err(StorageError::Shards {
+            data: path.to_path_buf(),
+            found: superblock.shards,
+            wanted: wanted.get(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// What lies at a path.
+pub(crate) enum Found {
+    /// A device of kvar's.
+    Device(Target, Superblock),
+    /// Nothing that anybody needs.
+    Blank(Target),
+}
+
+/// Opens what lies at a path, without writing to it; with `create` makes a file that is not there.
+pub(crate) fn look(
+    path: &Path,
+    size: Option<u64>,
+    create: bool,
+    io_engine: IoEngine,
+) -> Result<Found, StorageError> {
+    let target = Target::open(path, Wanted { size, create })?;
+    let arena = arena(ARENA_BYTES)?;
+    let mut device = device_over(&target, &arena, io_engine)?;
+    let found = match read_superblock(&mut *device, &arena) {
+        Ok(found) => found,
+        Err(OpenError::NotKvar) => {
+            let what = target.foreign_content()?.unwrap_or("something else");
+            return Err(StorageError::Foreign {
+                path: path.into(),
+                what,
+            });
+        }
+        Err(source) => {
+            return Err(StorageError::Device {
+                path: path.into(),
+                source,
+            });
+        }
+    };
+    drop(device);
+    match found {
+        Some(superblock) => Ok(Found::Device(target, superblock)),
+        None => match target.foreign_content()? {
+            Some(what) => Err(StorageError::Foreign {
+                path: path.into(),
+                what,
+            }),
+            None => Ok(Found::Blank(target)),
+        },
+    }
+}
+
+/// Divides a blank device, under a name that is on disk already.
+pub(crate) fn make(
+    target: &Target,
+    options: &FormatOptions,
+    io_engine: IoEngine,
+) -> Result<Superblock, StorageError> {
+    let arena = arena(ARENA_BYTES)?;
+    let mut device = device_over(target, &arena, io_engine)?;
+    format(&mut *device, &arena, options).map_err(|source| StorageError::Device {
+        path: target.path().into(),
+        source,
+    })
+}
+
+/// Whether a device answers at all: reads its superblock copies.
+pub(crate) fn is_alive(target: &Target, uuid: DeviceUuid) -> bool {
+    let Ok(arena) = arena(ARENA_BYTES) else {
+        return true;
+    };
+    // Threads: the kernel's ring would cost more to set up than the four reads.
+    device_over(target, &arena, IoEngine::Threads).is_ok_and(|mut device| {
+        matches!(read_superblock(&mut *device, &arena), Ok(Some(found)) if found.uuid == uuid)
+    })
+}
+
+fn device_over(
+    target: &Target,
+    arena: &Arena,
+    engine: IoEngine,
+) -> Result<Box<dyn Device>, StorageError> {
+    let options = DeviceOptions {
+        engine,
+        ..DeviceOptions::default()
+    };
+    // The notes of this short-lived device are the same as the shards' own.
+    let opened = open_device(target, arena, options).map_err(|source| StorageError::Io {
+        path: target.path().into(),
+        source,
+    })?;
+    Ok(opened.0)
+}
+
+/// Whether so many bytes can be divided like that.
+pub(crate) fn plan(bytes: u64, options: &FormatOptions) -> Result<Superblock, OpenError> {
     let FormatOptions {
         shards,
         expected_block_bytes,
@@ -237,15 +411,14 @@ fn plan(bytes: u64, options: &FormatOptions) -> Result<(), OpenError> {
         uuid,
         secret,
     } = options.clone();
-    Superblock::plan(
+    Ok(Superblock::plan(
         bytes,
         shards,
         expected_block_bytes,
         uuid,
         secret,
         created_unix,
-    )?;
-    Ok(())
+    )?)
 }
 
 /// Maps memory.

@@ -109,13 +109,14 @@ fn data_and_key_must_belong_together() {
     let id = stored(&config);
     stored(&other_config);
     let key = config.key_path();
+    let (data, other_data) = (&config.data[0].path, &other_config.data[0].path);
 
     // The data file of another device.
     let away = dir.path().join("away");
-    std::fs::rename(&config.data, &away).unwrap();
-    std::fs::copy(&other_config.data, &config.data).unwrap();
+    std::fs::rename(data, &away).unwrap();
+    std::fs::copy(other_data, data).unwrap();
     refused(&config, &["swapped", "--key-file"]);
-    std::fs::rename(&away, &config.data).unwrap();
+    std::fs::rename(&away, data).unwrap();
 
     // No key, and a key that others can read.
     let kept = std::fs::read(&key).unwrap();
@@ -155,35 +156,39 @@ fn a_data_file_that_is_damaged_says_how() {
     };
     let sized = support::config(dir.path(), 1);
     let id = stored(&sized);
-    let whole = std::fs::read(&config.data).unwrap();
+    let data = &config.data[0].path;
+    let whole = std::fs::read(data).unwrap();
 
     std::fs::File::options()
         .write(true)
-        .open(&config.data)
+        .open(data)
         .unwrap()
         .set_len(50 << 20)
         .unwrap();
     refused(&config, &["truncated"]);
-    std::fs::write(&config.data, &whole).unwrap();
+    std::fs::write(data, &whole).unwrap();
 
     // Not kvar's at all: left alone.
     let foreign = dir.path().join("foreign");
     let text = b"somebody's thesis ".repeat(1 << 20);
     std::fs::write(&foreign, &text).unwrap();
     let other = Config {
-        data: foreign.clone(),
+        data: vec![kvar_node::DataPath {
+            path: foreign.clone(),
+            size: None,
+        }],
         ..config.clone()
     };
     refused(&other, &["not kvar's"]);
     assert!(std::fs::read(&foreign).unwrap() == text);
 
     // Flipped bytes: one superblock copy is mended, a block is a miss and can be put again.
-    flip(&config.data, 100, 8);
+    flip(data, 100, 8);
     let at = whole
         .windows(64)
         .position(|window| window == &bytes_of(&id, 10_000)[..64])
         .unwrap();
-    flip(&config.data, at as u64 + 5000, 1);
+    flip(data, at as u64 + 5000, 1);
     let node = start(&config);
     let mut peer = Peer::greet(&node);
     assert_eq!(peer.get(id), Err(kvar_base::MissReason::Corrupt));

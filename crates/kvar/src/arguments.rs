@@ -39,13 +39,34 @@ pub(crate) enum Command {
     #[command(after_help = "\
 A first start makes the data file (or takes an empty block device) and writes the namespace key \
 beside it as <data>.key. SIGTERM or Ctrl-C once: what is in memory only is written, within \
-shutdown_flush. A second one ends the process at once.
+shutdown_flush. A second one ends the process at once: what was not written yet is lost, as after a \
+kill, and the exit code is 1. While it loads what it stored before, a node answers already: lookups \
+find nothing, gets are Miss(loading), puts are refused as busy; /readyz says how far it is.
 
 Examples:
   kvar serve --data ./kvar-data --size 4GiB --dram 1GiB
   kvar serve --config /etc/kvar/kvar.toml --listen 127.0.0.1:0 --ready-file /run/kvar.json
-  kvar serve --data /dev/nvme1n1 --dram 64GiB --shards 8")]
+  kvar serve --data /dev/nvme1n1 --dram 64GiB --shards 8
+  kvar serve --data /dev/nvme1n1 --data /dev/nvme2n1 --data /mnt/c/kvar=2TB --dram 64GiB")]
     Serve(SettingsArguments),
+
+    /// The devices of a running node: list them, add one, retire one, replace one.
+    #[command(after_help = "\
+Blocks are spread over the devices by size. A device that fails while the node serves is taken out of \
+service by itself: its blocks are misses, and new ones go to the others. A device that was away comes \
+back with its blocks (kvar device add), unless blocks were removed meanwhile: then it begins empty. \
+Changes ask for the namespace key and for the node's own machine.
+
+Examples:
+  kvar device list
+  kvar device add /dev/nvme3n1
+  kvar device add /mnt/d/kvar --size 2TiB
+  kvar device retire 2
+  kvar device replace 1 /dev/nvme4n1 --json")]
+    Device {
+        #[command(subcommand)]
+        command: DeviceCommand,
+    },
 
     /// How a node is.
     Status {
@@ -63,7 +84,8 @@ again says `exists`.
 
 Examples:
   kvar put greeting hello.txt
-  head -c 1M /dev/urandom | kvar put noise - --durable")]
+  head -c 1M /dev/urandom | kvar put noise - --durable
+  kvar put greeting hello.txt --ttl 1h")]
     Put {
         #[command(flatten)]
         node: NodeArguments,
@@ -76,6 +98,9 @@ Examples:
         /// Answer only when it survives a power cut.
         #[arg(long)]
         durable: bool,
+        /// How long it lives, in whole seconds or more; without it, until it makes room for others.
+        #[arg(long, value_name = "DURATION", value_parser = time_to_live)]
+        ttl: Option<u32>,
         /// Print the outcome as JSON.
         #[arg(long)]
         json: bool,
@@ -148,6 +173,7 @@ Examples:
 
 With --offline: the production policy over the trace, no node.
   kvar replay conversation.jsonl.zst --offline --capacity 5% --capacity 10% --model engine
+  kvar replay conversation.jsonl.zst --offline --capacity 5% --policy optimum
 
 A crash test: what was acknowledged is journalled, and asked for again after a restart.
   kvar replay trace.jsonl --block-bytes 64KiB --journal acks.txt     (kill -9 the node meanwhile)
@@ -193,12 +219,89 @@ Examples:
     },
 }
 
+/// What to do with devices.
+#[derive(Debug, Subcommand)]
+pub(crate) enum DeviceCommand {
+    /// Every device of the store: where it is, how it is, what lies on it.
+    List {
+        #[command(flatten)]
+        admin: AdminArguments,
+    },
+    /// Take a device in: a new one, or one of this store that was away.
+    Add {
+        #[command(flatten)]
+        new: NewDeviceArguments,
+        #[command(flatten)]
+        admin: AdminArguments,
+    },
+    /// Take a device out of service for good. Its blocks are misses from then on.
+    Retire {
+        /// Its slot, uuid or path.
+        #[arg(value_name = "DEVICE")]
+        device: String,
+        #[command(flatten)]
+        admin: AdminArguments,
+    },
+    /// Put a new device in the place of another, which may be gone already.
+    Replace {
+        /// The old one's slot, uuid or path.
+        #[arg(value_name = "DEVICE")]
+        device: String,
+        #[command(flatten)]
+        new: NewDeviceArguments,
+        #[command(flatten)]
+        admin: AdminArguments,
+    },
+}
+
+/// A device that comes in.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct NewDeviceArguments {
+    /// A raw block device, or a file (made if it is not there). As the node sees it.
+    #[arg(value_name = "PATH")]
+    pub(crate) path: PathBuf,
+    /// Size of a new file.
+    #[arg(long, value_name = "SIZE")]
+    pub(crate) size: Option<ByteSize>,
+    /// Take it even if it holds the data of another store, which is lost then.
+    #[arg(long)]
+    pub(crate) erase: bool,
+}
+
+/// The admin door of a node on this machine.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct AdminArguments {
+    /// Where the node's admin HTTP answers.
+    #[arg(
+        long,
+        value_name = "ADDRESS:PORT",
+        env = "KVAR_ADMIN",
+        default_value = "127.0.0.1:7412"
+    )]
+    pub(crate) admin: String,
+    /// The node's key file; changes need it.
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "KVAR_KEY_FILE",
+        default_value = "./kvar-data.key"
+    )]
+    pub(crate) key_file: PathBuf,
+    /// How long to wait for the answer. A change goes on if nobody waits any more.
+    #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = duration)]
+    pub(crate) deadline: Duration,
+    /// Print the outcome as JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
 /// What to measure.
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
     /// The engine against fio on a file of the same size (fio must be installed).
     Engine {
-        /// Where the data file is made; the same name with .fio beside it. What is there is lost.
+        /// The data file, made here with a .fio beside it; or a block device of twice the size. What is
+        /// there is lost.
         #[arg(long, value_name = "PATH", default_value = "./kvar-bench.data")]
         path: PathBuf,
         /// Size of each of the two files.
@@ -213,6 +316,27 @@ pub(crate) enum BenchCommand {
         #[command(flatten)]
         rounds: RoundsArguments,
     },
+    /// Memory and time of an index entry, and recovery with that many blocks.
+    Index {
+        /// Blocks.
+        #[arg(long, value_name = "N", default_value_t = 10_000_000, value_parser = clap::value_parser!(u64).range(1000..=50_000_000))]
+        entries: u64,
+        /// A folder for a sparse file (its metadata take about 200 bytes a block).
+        #[arg(long, value_name = "FOLDER", default_value = ".")]
+        folder: PathBuf,
+        /// The table alone.
+        #[arg(long)]
+        no_recovery: bool,
+        /// Print the figures as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Fills a device for `index` and ends by SIGKILL.
+    #[command(hide = true)]
+    IndexFill { path: PathBuf, entries: u64 },
+    /// Opens a device for `index`.
+    #[command(hide = true)]
+    IndexOpen { path: PathBuf },
     /// A node over loopback against a bare pair of sockets, and from flash against fio.
     Net {
         /// A folder with room for the data files; they are removed afterwards.
@@ -318,6 +442,28 @@ pub(crate) enum OfflineModel {
     Engine,
 }
 
+/// Who decides what stays, in `--offline`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OfflinePolicy {
+    /// What a node runs; with --model blocks that is LRU with tails first.
+    Production,
+    /// LRU with tails first (--model blocks).
+    Lru,
+    /// Who knows the future (--model blocks): no policy can do better.
+    Optimum,
+    /// Worth learned from what comes back (--model engine); a node does not run it yet.
+    Learned,
+}
+
+/// When a block is written to flash, in `--offline --policy learned`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OfflineAdmission {
+    /// When it leaves memory, if it is worth a place then.
+    Worth,
+    /// At its put.
+    All,
+}
+
 /// `kvar replay`.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ReplayArguments {
@@ -375,12 +521,37 @@ pub(crate) struct ReplayArguments {
     /// Offline: which store.
     #[arg(long, value_enum, default_value_t = OfflineModel::Blocks)]
     pub(crate) model: OfflineModel,
+    /// Offline: who decides what stays.
+    #[arg(long, value_enum, default_value_t = OfflinePolicy::Production)]
+    pub(crate) policy: OfflinePolicy,
+    /// Offline, --policy learned: when a block is written to flash.
+    #[arg(long, value_enum, default_value_t = OfflineAdmission::Worth)]
+    pub(crate) admission: OfflineAdmission,
+    /// Offline: the share of the requests that warm the store up and are not counted.
+    #[arg(
+        long,
+        value_name = "SHARE",
+        default_value_t = 0.0,
+        requires = "offline"
+    )]
+    pub(crate) warmup_share: f64,
     /// Offline, --model engine: DRAM as a share of the distinct blocks.
     #[arg(long, value_name = "SHARE", default_value_t = 0.02)]
     pub(crate) dram_share: f64,
     /// Print the report as JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// A time to live in seconds; parts of one count as one.
+fn time_to_live(text: &str) -> Result<u32, String> {
+    let time = duration(text)?;
+    let seconds = time.as_secs() + u64::from(time.subsec_nanos() > 0);
+    match u32::try_from(seconds) {
+        Ok(0) => Err("a block lives for a second at least; leave --ttl out to keep it".to_owned()),
+        Ok(seconds) => Ok(seconds),
+        Err(_) => Err("that is more than 136 years; leave --ttl out to keep it".to_owned()),
+    }
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

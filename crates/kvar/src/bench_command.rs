@@ -1,13 +1,13 @@
 //! `kvar bench`: from arguments to a benchmark's settings, and its figures to standard output.
 
 use crate::arguments::{BenchCommand, RoundsArguments};
-use crate::bench::{self, engine, net};
+use crate::bench::{self, engine, index, net};
 use crate::failure::Outcome;
 use crate::print;
 
 /// Runs one benchmark and prints what it found.
 pub(crate) fn run(command: &BenchCommand) -> Outcome {
-    let (found, rounds) = match command {
+    let (found, json) = match command {
         BenchCommand::Engine {
             path,
             size,
@@ -24,8 +24,23 @@ pub(crate) fn run(command: &BenchCommand) -> Outcome {
                 io_engine: *io_engine,
                 keep: *keep,
             };
-            (engine::run(&settings)?, rounds)
+            (engine::run(&settings)?, rounds.json)
         }
+        BenchCommand::Index {
+            entries,
+            folder,
+            no_recovery,
+            json,
+        } => {
+            let settings = index::Settings {
+                entries: *entries,
+                folder: folder.clone(),
+                no_recovery: *no_recovery,
+            };
+            (index::run(&settings)?, *json)
+        }
+        BenchCommand::IndexFill { path, entries } => return index::fill(path, *entries),
+        BenchCommand::IndexOpen { path } => return print::json(&index::open(path)?),
         BenchCommand::Net {
             folder,
             flash_size,
@@ -40,12 +55,12 @@ pub(crate) fn run(command: &BenchCommand) -> Outcome {
                 seconds,
                 spin: *spin,
             };
-            (net::run(&settings)?, rounds)
+            (net::run(&settings)?, rounds.json)
         }
     };
-    if rounds.json {
-        return print::json(&found.report);
+    if json {
+        return print::json(&found.json());
     }
-    bench::print_table(&found.rows, found.report.idle_cpu.unwrap_or(0.0));
+    bench::print_table(&found);
     Ok(())
 }

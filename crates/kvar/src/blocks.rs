@@ -5,7 +5,7 @@ use crate::connect::{Connected, connect, failure};
 use crate::failure::{Failure, Outcome};
 use crate::print;
 use kvar_base::{BLOCK_BYTES_MAX, BlockId, ByteSize, MissReason, PutOutcome, Refusal};
-use kvar_client::{GetItem, GetOutcome, PutItem};
+use kvar_client::{GetItem, GetOutcome, PutHints, PutItem};
 use serde_json::json;
 use std::io::Read;
 use std::path::Path;
@@ -18,12 +18,21 @@ fn id_of(connected: &Connected, block: &BlockArguments) -> Result<BlockId, Failu
     }
 }
 
+/// How a block is to be kept.
+#[derive(Clone, Copy)]
+pub(crate) struct Kept {
+    /// The answer waits until it is flushed.
+    pub(crate) durable: bool,
+    /// For how long; `None` is without end.
+    pub(crate) ttl_s: Option<u32>,
+}
+
 /// Stores a file as one block. `words` are NAME FILE, or FILE alone with an id.
 pub(crate) fn put(
     node: &NodeArguments,
     words: &[String],
     id: Option<BlockId>,
-    durable: bool,
+    kept: Kept,
     as_json: bool,
 ) -> Outcome {
     let (block, file) = match (words, id) {
@@ -52,7 +61,11 @@ pub(crate) fn put(
     }
     let len = bytes.len();
     let item = PutItem {
-        durable,
+        durable: kept.durable,
+        hints: PutHints {
+            ttl_s: kept.ttl_s,
+            ..PutHints::default()
+        },
         ..PutItem::of_bytes(id, bytes)
     };
     let outcomes = connected
@@ -215,6 +228,18 @@ pub(crate) fn flush(node: &NodeArguments, as_json: bool) -> Outcome {
     print::line("flushed")
 }
 
+/// When a block ends, in words.
+fn expires(unix_s: Option<u64>) -> String {
+    let Some(unix_s) = unix_s else {
+        return "never".to_owned();
+    };
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs());
+    let left = std::time::Duration::from_secs(unix_s.saturating_sub(now));
+    format!("in {}", humantime::format_duration(left))
+}
+
 /// Where a block is.
 pub(crate) fn stat(node: &NodeArguments, block: &BlockArguments, as_json: bool) -> Outcome {
     let connected = connect(node)?;
@@ -232,6 +257,7 @@ pub(crate) fn stat(node: &NodeArguments, block: &BlockArguments, as_json: bool) 
             "flushed": stat.flushed,
             "version": stat.version,
             "age_s": stat.age_s,
+            "expires_unix_s": stat.expires_unix_s,
         }));
     }
     let tier = match (stat.in_dram, stat.on_flash) {
@@ -243,6 +269,11 @@ pub(crate) fn stat(node: &NodeArguments, block: &BlockArguments, as_json: bool) 
         vec!["id".into(), id.to_string()],
         vec!["bytes stored".into(), stat.bytes.to_string()],
         vec!["in".into(), tier.into()],
+        vec!["expires".into(), expires(stat.expires_unix_s)],
+        vec![
+            "survives power loss".into(),
+            if stat.flushed { "yes" } else { "not yet" }.into(),
+        ],
     ])
 }
 
@@ -271,9 +302,29 @@ pub(crate) fn status(node: &NodeArguments, as_json: bool) -> Outcome {
         .pointer("/write_amplification")
         .and_then(serde_json::Value::as_f64)
         .map_or_else(|| "-".to_owned(), |value| format!("{value:.3}"));
+    let state = match word("/state").as_str() {
+        "loading" => format!(
+            "loading: {} of {} shards, {} read for the others",
+            word("/shards_loaded"),
+            word("/shards_to_load"),
+            size("/loading_bytes")
+        ),
+        state => state.to_owned(),
+    };
+    let devices = status
+        .pointer("/devices")
+        .and_then(serde_json::Value::as_array);
+    let devices: Vec<String> = devices
+        .into_iter()
+        .flatten()
+        .filter(|device| device["state"] != "retired")
+        .map(crate::devices::in_words)
+        .collect();
+    let devices = devices.join("; ");
     let rows = [
         ("version", word("/version")),
-        ("device", format!("{} {}", word("/uuid"), word("/data"))),
+        ("state", state),
+        ("devices", devices),
         (
             "listen",
             format!("{} (admin {})", word("/listen"), word("/admin")),

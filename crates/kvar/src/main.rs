@@ -9,6 +9,7 @@ mod blocks;
 mod config_command;
 mod connect;
 mod device_command;
+mod devices;
 mod failure;
 mod print;
 mod replay;
@@ -29,8 +30,15 @@ fn main() -> ExitCode {
             words,
             id,
             durable,
+            ttl,
             json,
-        } => blocks::put(node, words, *id, *durable, *json),
+        } => {
+            let kept = blocks::Kept {
+                durable: *durable,
+                ttl_s: *ttl,
+            };
+            blocks::put(node, words, *id, kept, *json)
+        }
         Command::Get { node, block } => blocks::get(node, block),
         Command::Remove {
             node,
@@ -42,6 +50,7 @@ fn main() -> ExitCode {
         Command::Flush { node, json } => blocks::flush(node, *json),
         Command::Stat { node, block, json } => blocks::stat(node, block, *json),
         Command::Bench { command } => bench_command::run(command),
+        Command::Device { command } => devices::run(command),
         Command::Check { path, json } => device_command::check(path, *json),
         Command::Inspect { path, json } => device_command::inspect(path, *json),
         Command::Replay(arguments) => replay::run(arguments),

@@ -2,13 +2,14 @@
 //!
 //! ```text
 //!   SIGTERM or Ctrl-C   first: stop accepting, write what is in memory only, exit 0
-//!                       second: exit 1 at once
+//!                       (while it still loads: end at once, exit 0)
+//!                       second: exit 1 at once; what was not written is lost, as after a kill
 //! ```
 
 use crate::failure::{Failure, Outcome};
 use crate::settings_arguments::SettingsArguments;
 use kvar_node::config::{Config, LogFormat};
-use kvar_node::{Node, StartError, StopReport, Stopper};
+use kvar_node::{Hooks, Node, Readiness, StartError, StopReport, Stopper};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -22,11 +23,15 @@ pub(crate) fn run(arguments: &SettingsArguments) -> Outcome {
     raise_descriptor_limit();
     let signals = Signals::new([SIGTERM, SIGINT])
         .map_err(|error| Failure::failed(format!("cannot watch for signals: {error}")))?;
-    let node = Node::start(&config).map_err(|error| match &error {
+    let refused = |error: StartError| match &error {
         StartError::Config(_) => Failure::usage(error),
         _ => Failure::failed(error),
-    })?;
+    };
+    let node = Node::listen(&config, Hooks::default()).map_err(refused)?;
     watch(signals, node.stopper())?;
+    if node.loaded().map_err(refused)? == Readiness::Stopped {
+        tracing::info!("told to stop while it was loading: nothing was changed");
+    }
     let StopReport {
         kept_blocks,
         dropped_blocks,
@@ -72,7 +77,10 @@ fn watch(mut signals: Signals, stopper: Stopper) -> Outcome {
     let body = move || {
         for (number, _) in signals.forever().enumerate() {
             if number > 0 {
-                tracing::warn!("told to stop again: ending at once");
+                tracing::warn!(
+                    "told to stop again: ending at once; what was in memory only is lost, as after a \
+                     kill"
+                );
                 std::process::exit(1);
             }
             tracing::info!("told to stop: writing what is in memory only (once more ends at once)");

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 #[derive(Clone, Debug)]
 pub(crate) struct SettingsArguments {
     file: Option<PathBuf>,
-    given: Vec<(&'static str, String)>,
+    given: Vec<(&'static str, Vec<String>)>,
 }
 
 impl SettingsArguments {
@@ -20,8 +20,8 @@ impl SettingsArguments {
             Some(path) => Config::load(path)?,
             None => Config::default(),
         };
-        for (key, text) in &self.given {
-            config.set(key, text).map_err(|message| ConfigError {
+        for (key, texts) in &self.given {
+            config.set_all(key, texts).map_err(|message| ConfigError {
                 origin: None,
                 line: None,
                 message: format!("--{}: {message}", key.replace('_', "-")),
@@ -35,12 +35,15 @@ impl SettingsArguments {
 impl FromArgMatches for SettingsArguments {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         let given = SETTINGS.iter().filter_map(|setting| {
-            let text = if setting.is_switch {
-                matches.get_flag(setting.key).then(|| "true".to_owned())
+            let texts = if setting.is_switch {
+                matches
+                    .get_flag(setting.key)
+                    .then(|| vec!["true".to_owned()])
             } else {
-                matches.get_one::<String>(setting.key).cloned()
+                let texts = matches.get_many::<String>(setting.key);
+                texts.map(|texts| texts.cloned().collect())
             };
-            text.map(|text| (setting.key, text))
+            texts.map(|texts| (setting.key, texts))
         });
         Ok(Self {
             file: matches.get_one::<PathBuf>("config").cloned(),
@@ -72,7 +75,12 @@ impl Args for SettingsArguments {
                 command.arg(if setting.is_switch {
                     arg.action(ArgAction::SetTrue)
                 } else {
-                    arg.value_name(
+                    let action = if setting.is_list {
+                        ArgAction::Append
+                    } else {
+                        ArgAction::Set
+                    };
+                    arg.action(action).value_name(
                         setting
                             .form
                             .to_uppercase()

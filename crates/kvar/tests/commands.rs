@@ -57,6 +57,51 @@ fn a_block_goes_in_and_comes_out() {
 }
 
 #[test]
+fn a_block_with_a_time_to_live_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Place::new(dir.path()).serve();
+    let file = dir.path().join("hello.txt");
+    std::fs::write(&file, b"hello").unwrap();
+    let file = file.to_str().unwrap();
+    server.json("put", &["short", file, "--ttl", "1s"]);
+    server.json("put", &["long", file, "--ttl", "1h", "--durable"]);
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_secs();
+    let expires = server.json("stat", &["long"])["expires_unix_s"]
+        .as_u64()
+        .unwrap();
+    assert!(
+        (now + 3540..now + 3602).contains(&expires),
+        "{expires} {now}"
+    );
+    let begun = std::time::Instant::now();
+    loop {
+        let mut get = server.command("get");
+        get.arg("short");
+        let output = get.output().unwrap();
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(
+                output.status.code() == Some(3) && said.contains("expired"),
+                "{said}"
+            );
+            break;
+        }
+        assert!(
+            begun.elapsed() < std::time::Duration::from_secs(20),
+            "it lives on"
+        );
+    }
+    assert_eq!(server.run("get", &["long"]).stdout, b"hello");
+    let mut put = server.command("put");
+    put.args(["never", file, "--ttl", "0s"]);
+    fails(put, 2, &["a second at least", "--ttl"]);
+    assert_eq!(server.stop(), 0);
+}
+
+#[test]
 fn blocks_that_cannot_be_are_refused_before_they_are_sent() {
     let dir = tempfile::tempdir().unwrap();
     let server = Place::new(dir.path()).serve();

@@ -32,6 +32,7 @@ const MAP: &[(&str, &[&str])] = &[
         ],
     ),
     ("kvar-python", &["kvar-client"]),
+    ("kvar-sim", &["kvar-engine", "kvar-io"]),
 ];
 
 /// Crates whose purpose needs `unsafe`, and the files that may hold it.

@@ -14,13 +14,13 @@
 //!
 //! What is absent: the engine (see [`Desk`]) and the socket's readiness (see `links`).
 
-use super::desk::{Desk, LINK_TIMER, LinkKey, Operation};
+use super::desk::{Desk, LINK_TIMER, LinkKey, Operation, To};
 use super::filling::Filling;
 use super::request::{Get, Item, ItemState, Kind, Open, Put, PutState};
-use crate::mail::Ask;
+use crate::mail::{Ask, Ticket};
 use crate::report::NodeFacts;
 use kvar_base::{BLOCK_BYTES_MAX, MissReason, Moment, PutOutcome, Refusal};
-use kvar_engine::{Copy, GetRequest, PutTicket, Touch};
+use kvar_engine::{Copy, GetRequest, Touch};
 use kvar_transport::{Link as _, SharedPieces, TcpLink};
 use kvar_wire::{
     Body, Failure, FailureCode, GetAnswer, GetOutcome, Header, Message, NodeHandshake, NodeStep,
@@ -286,7 +286,7 @@ impl Conversation {
                 opening,
                 part: u32::from(index),
             };
-            desk.ask(id.shard(desk.shards), operation, ask);
+            desk.ask_owner(&id, operation, ask);
         }
     }
 
@@ -402,7 +402,7 @@ impl Conversation {
         &mut self,
         desk: &mut Desk,
         request: u64,
-        begun: Result<PutTicket, PutOutcome>,
+        begun: Result<Ticket, PutOutcome>,
     ) {
         let Some(Open {
             kind: Kind::Put(put),
@@ -448,7 +448,7 @@ impl Conversation {
     }
 
     /// A put's payload is complete: on to its owner.
-    pub(super) fn on_received(&mut self, desk: &mut Desk, ticket: PutTicket) {
+    pub(super) fn on_received(&mut self, desk: &mut Desk, ticket: Ticket) {
         let Incoming::Filling { request, .. } = self.incoming else {
             return abort(desk, Some(ticket));
         };
@@ -468,11 +468,8 @@ impl Conversation {
                     opening: *opening,
                     part: 0,
                 };
-                desk.ask(
-                    ticket.id().shard(desk.shards),
-                    operation,
-                    Ask::PutCommit(ticket),
-                );
+                let Ticket { engine, ticket } = ticket;
+                desk.ask(To::Engine(engine, Ask::PutCommit(ticket)), operation);
             }
             _ => abort(desk, Some(ticket)),
         }
@@ -535,9 +532,9 @@ impl Conversation {
 }
 
 /// Gives a ticket back unused.
-pub(super) fn abort(desk: &mut Desk, ticket: Option<PutTicket>) {
-    if let Some(ticket) = ticket {
-        desk.tell(ticket.id().shard(desk.shards), Ask::PutAbort(ticket));
+pub(super) fn abort(desk: &mut Desk, ticket: Option<Ticket>) {
+    if let Some(Ticket { engine, ticket }) = ticket {
+        desk.tell(engine, Ask::PutAbort(ticket));
     }
 }
 

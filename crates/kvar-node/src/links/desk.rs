@@ -1,12 +1,13 @@
-//! What all links of a shard share: operations under way, timers, counters, limits.
+//! What all links of a thread share: operations under way, timers, counters, limits.
 //!
-//! A link never calls an engine. It leaves an ask here, under an operation number; the shard's
+//! A link never calls an engine. It leaves an ask here, under an operation number; the thread's
 //! loop takes asks to their owners and brings the answers back under the same number.
 
 use crate::counters::LinkCounters;
-use crate::mail::Ask;
-use crate::report::ShardReport;
-use kvar_base::{Clock as _, Moment, NamespaceKey, SystemClock};
+use crate::devices::{Note, Routes};
+use crate::mail::{Ask, EngineKey};
+use crate::report::ThreadReport;
+use kvar_base::{BlockId, Clock as _, Moment, NamespaceKey, SystemClock};
 use kvar_wire::Limits;
 use slab::Slab;
 use std::collections::BTreeSet;
@@ -30,15 +31,26 @@ pub(crate) struct Operation {
     pub(crate) request: u64,
     /// Which opening of that request number, since a client may use a number again.
     pub(crate) opening: u64,
-    /// Which part of the request: an item, or a shard.
+    /// Which part of the request: an item, or an engine.
     pub(crate) part: u32,
 }
 
 /// An ask on its way to its owner.
 pub(crate) struct Outgoing {
-    pub(crate) shard: u32,
     pub(crate) operation: u64,
-    pub(crate) ask: Ask,
+    pub(crate) to: To,
+}
+
+/// Whom something is asked of.
+pub(crate) enum To {
+    /// The engine that owns a block.
+    Engine(EngineKey, Ask),
+    /// A thread, for its report.
+    Thread(u32),
+    /// The keeper of the devices: it notes that blocks go while a device is away.
+    Keeper(Note),
+    /// There is no device at the moment.
+    Nobody(Ask),
 }
 
 /// What links are served under.
@@ -57,15 +69,17 @@ pub(crate) struct LinkSettings {
     pub(crate) describe: Arc<dyn Describe>,
 }
 
-/// Makes the node's status out of its shards' reports.
+/// Makes the node's status out of its threads' reports.
 pub(crate) trait Describe: Send + Sync {
     /// As a JSON document.
-    fn json(&self, reports: &[ShardReport]) -> String;
+    fn json(&self, reports: Vec<ThreadReport>) -> String;
 }
 
 /// See the module.
 pub(crate) struct Desk {
-    pub(crate) shards: u32,
+    pub(crate) threads: u32,
+    /// Who owns which block.
+    pub(crate) routes: Arc<Routes>,
     pub(crate) operations: Slab<Operation>,
     pub(crate) outgoing: Vec<Outgoing>,
     pub(crate) timers: BTreeSet<(Moment, LinkKey, u64)>,
@@ -79,9 +93,10 @@ pub(crate) struct Desk {
 }
 
 impl Desk {
-    pub(crate) fn new(shards: u32, settings: LinkSettings, clock: SystemClock) -> Self {
+    pub(crate) fn new(threads: u32, settings: LinkSettings, clock: SystemClock) -> Self {
         Self {
-            shards,
+            threads,
+            routes: Arc::new(Routes::new(Vec::new(), false, &Arc::default())),
             operations: Slab::new(),
             outgoing: Vec::new(),
             timers: BTreeSet::new(),
@@ -106,23 +121,27 @@ impl Desk {
         self.next_number
     }
 
-    /// Leaves an ask for the owner of a block, to be answered to `operation`.
-    pub(crate) fn ask(&mut self, shard: u32, operation: Operation, ask: Ask) {
+    /// Leaves an ask, to be answered to `operation`.
+    pub(crate) fn ask(&mut self, to: To, operation: Operation) {
         let operation = self.operations.insert(operation) as u64;
-        self.outgoing.push(Outgoing {
-            shard,
-            operation,
-            ask,
-        });
+        self.outgoing.push(Outgoing { operation, to });
+    }
+
+    /// Leaves an ask for the owner of a block.
+    pub(crate) fn ask_owner(&mut self, id: &BlockId, operation: Operation, ask: Ask) {
+        let to = match self.routes.owner(id) {
+            Some(engine) => To::Engine(engine, ask),
+            None => To::Nobody(ask),
+        };
+        self.ask(to, operation);
     }
 
     /// Leaves an ask that has no answer.
-    pub(crate) fn tell(&mut self, shard: u32, ask: Ask) {
+    pub(crate) fn tell(&mut self, engine: EngineKey, ask: Ask) {
         debug_assert!(!ask.wants_answer());
         self.outgoing.push(Outgoing {
-            shard,
             operation: u64::MAX,
-            ask,
+            to: To::Engine(engine, ask),
         });
     }
 

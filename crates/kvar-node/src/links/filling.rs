@@ -1,16 +1,16 @@
 //! A put's destination as a sink: payload is received straight into the owner's memory, each
 //! section where it will be stored.
 
-use kvar_engine::PutTicket;
+use crate::mail::Ticket;
 use kvar_transport::Sink;
 
 /// A ticket that a link is receiving into.
 #[derive(Debug)]
-pub(crate) struct Filling(pub(crate) PutTicket);
+pub(crate) struct Filling(pub(crate) Ticket);
 
 impl Sink for Filling {
     fn visit_mut<'a>(&'a mut self, visit: &mut dyn FnMut(&'a mut [u8])) {
-        let ticket = &mut self.0;
+        let ticket = &mut self.0.ticket;
         // One section is by far the usual case; it needs no list.
         let ranges: smallvec::SmallVec<[_; 4]> = (0..ticket.sections())
             .map(|section| ticket.section_range(section))
@@ -27,8 +27,9 @@ impl Sink for Filling {
     }
 
     fn len(&self) -> usize {
-        (0..self.0.sections())
-            .map(|section| self.0.section_range(section).len())
+        let ticket = &self.0.ticket;
+        (0..ticket.sections())
+            .map(|section| ticket.section_range(section).len())
             .sum()
     }
 }

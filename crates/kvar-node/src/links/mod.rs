@@ -1,11 +1,11 @@
-//! The links of one shard: who is connected, who has something to do, whose time is up.
+//! The links of one thread: who is connected, who has something to do, whose time is up.
 //!
 //! | file | question |
 //! |---|---|
 //! | `conversation` | how does one link go from Hello to its end? |
 //! | `serve` | what does each request ask, and each answer say? |
 //! | `request` | what is open on a link? |
-//! | `desk` | what do all links of the shard share? |
+//! | `desk` | what do all links of the thread share? |
 //! | `filling` | how is a payload received straight to where it is stored? |
 //!
 //! What must always be true: a link is polled while it can move something and sleeps otherwise;
@@ -14,16 +14,17 @@
 mod conversation;
 mod desk;
 mod filling;
+mod lease;
 mod request;
 mod serve;
 
-pub(crate) use desk::{Describe, LinkSettings, Outgoing};
+pub(crate) use desk::{Describe, LinkSettings, Outgoing, To};
 
-use crate::mail::Answer;
+use crate::devices::Routes;
+use crate::mail::{Answer, Ticket};
 use conversation::{Conversation, Incoming, NodeLink, Phase, abort};
 use desk::{Desk, LINK_TIMER, LinkKey};
 use kvar_base::{Moment, SystemClock};
-use kvar_engine::PutTicket;
 use kvar_transport::{
     Armed, DownReason, Event, FrameLengths, HEADER_BYTES, Link as _, LinkOptions, Owned,
     TURN_BYTES, TcpStream,
@@ -34,6 +35,7 @@ use slab::Slab;
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 /// Room for answers without payload. What a link has queued is bounded before this: no frame is
 /// taken while more than its budget is queued, and what is open then is bounded in number. A link
@@ -52,8 +54,8 @@ pub(crate) struct Links {
 /// What a poll of a link said, free of its borrow.
 enum Happened {
     Frame(Result<(Header, Message), WireError>, usize),
-    Received(PutTicket),
-    Returned(Option<PutTicket>),
+    Received(Ticket),
+    Returned(Option<Ticket>),
     Nothing,
     Down(DownReason),
     Rest,
@@ -70,13 +72,13 @@ fn framing(header: &[u8; HEADER_BYTES]) -> Result<FrameLengths, String> {
 impl Links {
     /// No links yet; their events will carry tokens from `token_base` on.
     pub(crate) fn new(
-        shards: u32,
+        threads: u32,
         settings: LinkSettings,
         clock: SystemClock,
         registry: Registry,
         token_base: usize,
     ) -> Self {
-        let desk = Desk::new(shards, settings, clock);
+        let desk = Desk::new(threads, settings, clock);
         Self {
             slots: Slab::new(),
             desk,
@@ -84,6 +86,11 @@ impl Links {
             registry,
             token_base,
         }
+    }
+
+    /// Blocks belong to these engines from now on. What is under way stays where it was asked.
+    pub(crate) fn set_routes(&mut self, routes: Arc<Routes>) {
+        self.desk.routes = routes;
     }
 
     /// Notes the time.

@@ -1,19 +1,22 @@
 //! The requests a link has open.
 //!
 //! ```text
-//!   Lookup   asked of every shard concerned ............ answered when all have
+//!   Lookup   asked of every engine concerned ............ answered when all have
+//!   Lease    the same; AboutLease: a renewal or release, asked of all engines
 //!   Get      each item: waiting for budget -> asked -> answered
 //!   Put      Beginning -> (Pulling, announced) -> Receiving -> Committing -> answered
-//!   Finish   remove, flush, purge: asked of shards ...... answered when all have
+//!   Finish   remove, flush, purge: asked of engines ..... answered when all have
 //!   Stat, Status
 //! ```
 //!
 //! A request ends once: by its answer, its deadline, a cancel, or with its link.
 
-use crate::report::ShardReport;
-use kvar_base::Moment;
-use kvar_engine::PutTicket;
+use crate::devices::Routes;
+use crate::mail::Ticket;
+use crate::report::ThreadReport;
+use kvar_base::{LeaseToken, MissReason, Moment};
 use kvar_wire::GetItem;
+use std::sync::Arc;
 
 /// One open request.
 pub(crate) struct Open {
@@ -26,13 +29,19 @@ pub(crate) struct Open {
 /// What it is, and how far.
 pub(crate) enum Kind {
     Lookup(Lookup),
+    Lease(Lease),
+    AboutLease {
+        about: AboutLease,
+        left: u32,
+        until: Option<Moment>,
+    },
     Get(Get),
     Put(Put),
     Finish(Finish),
     Stat,
     Status {
         left: u32,
-        reports: Vec<ShardReport>,
+        reports: Vec<ThreadReport>,
     },
 }
 
@@ -41,8 +50,27 @@ pub(crate) struct Lookup {
     pub(crate) leading_only: bool,
     pub(crate) left: u32,
     pub(crate) present: Vec<bool>,
-    /// For each shard where its ids stand in the request; empty when one shard has them all.
+    /// For each engine where its ids stand in the request; empty when one has them all.
     pub(crate) positions: Vec<Vec<u32>>,
+}
+
+/// A lease that is being gathered.
+pub(crate) struct Lease {
+    pub(crate) left: u32,
+    pub(crate) granted: Vec<bool>,
+    /// The first block that is not promised, and why.
+    pub(crate) refused: Option<(usize, MissReason)>,
+    /// Until when all engines promise what they do.
+    pub(crate) until: Option<Moment>,
+    /// As in [`Lookup`].
+    pub(crate) positions: Vec<Vec<u32>>,
+}
+
+/// A call about a lease that stands.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum AboutLease {
+    Renew { token: LeaseToken, ttl_ms: u32 },
+    Release { token: LeaseToken },
 }
 
 /// A get, item by item.
@@ -80,7 +108,7 @@ pub(crate) enum PutState {
     /// door already.
     Beginning { eager: bool },
     /// The client was told to send.
-    Pulling(PutTicket),
+    Pulling(Ticket),
     /// Payload comes in; the link has the ticket under this token.
     Receiving(u64),
     /// The owner verifies it (and flushes it, if durable).
@@ -93,6 +121,8 @@ pub(crate) struct Finish {
     pub(crate) left: u32,
     pub(crate) count: u64,
     pub(crate) failure: Option<String>,
+    /// Whom it was asked of.
+    pub(crate) routes: Arc<Routes>,
 }
 
 /// Which of them.

@@ -1,17 +1,20 @@
 //! What each request makes a link ask, and each answer makes it say.
 
 use super::conversation::{Conversation, Incoming, abort};
-use super::desk::{Desk, LINK_TIMER, Operation};
+use super::desk::{Desk, LINK_TIMER, Operation, To};
 use super::filling::Filling;
-use super::request::{Finish, Get, Item, ItemState, Kind, Lookup, Open, Put, PutState, Which};
+use super::request::{
+    AboutLease, Finish, Get, Item, ItemState, Kind, Lookup, Open, Put, PutState, Which,
+};
+use crate::devices::{Note, Routes};
 use crate::mail::{Answer, Ask};
-use crate::report::ShardReport;
+use crate::report::ThreadReport;
 use kvar_base::{BlockId, MissReason, PutOutcome, Refusal};
 use kvar_engine::{BlockStat, PutHints, PutRequest, Tier};
 use kvar_transport::Link as _;
 use kvar_wire::{
-    Bitmap, Finished, FlushAnswer, GetAnswer, GetOutcome, LookupAnswer, Message, Pong, PurgeAnswer,
-    RemoveAnswer, StatAnswer,
+    Bitmap, Finished, FlushAnswer, GetAnswer, GetOutcome, LeaseAnswer, LookupAnswer, Message, Pong,
+    PurgeAnswer, RemoveAnswer, StatAnswer,
 };
 
 impl Conversation {
@@ -33,6 +36,9 @@ impl Conversation {
                 | Message::Purge(_)
                 | Message::Stat(_)
                 | Message::Status(_)
+                | Message::Lease(_)
+                | Message::Renew(_)
+                | Message::Release(_)
         );
         if begins && (request == LINK_TIMER || self.open.contains_key(&request)) {
             let text = format!(
@@ -64,6 +70,21 @@ impl Conversation {
                 desk.counters.purges += 1;
                 self.on_finish(desk, request, Which::Purge, purge.deadline_us, &[]);
             }
+            Message::Lease(lease) => self.on_lease(desk, request, &lease),
+            Message::Renew(renew) => {
+                let kvar_wire::Renew {
+                    token,
+                    ttl_ms,
+                    deadline_us,
+                } = renew;
+                let about = AboutLease::Renew { token, ttl_ms };
+                self.on_about_lease(desk, request, about, deadline_us);
+            }
+            Message::Release(release) => {
+                let token = release.token;
+                let about = AboutLease::Release { token };
+                self.on_about_lease(desk, request, about, release.deadline_us);
+            }
             Message::Stat(stat) => self.on_stat(desk, request, stat),
             Message::Status(_) => self.on_status(desk, request),
             Message::Cancel(_) => {
@@ -83,7 +104,7 @@ impl Conversation {
         }
     }
 
-    fn is_full(&self, desk: &Desk, more: usize) -> bool {
+    pub(super) fn is_full(&self, desk: &Desk, more: usize) -> bool {
         let more = u32::try_from(more).unwrap_or(u32::MAX);
         self.open_weight.saturating_add(more) > desk.settings.limits.requests_max
     }
@@ -102,7 +123,7 @@ impl Conversation {
             return self.send(desk, request, &LookupAnswer::Miss(reason));
         }
         let touch_request = touch_request(desk, lookup.touch_request);
-        let (parts, positions) = split(&lookup.ids, desk.shards);
+        let (parts, positions) = split(&lookup.ids, &desk.routes);
         let kind = Kind::Lookup(Lookup {
             leading_only: lookup.leading_only,
             left: parts.len() as u32,
@@ -116,20 +137,17 @@ impl Conversation {
         let Some(operation) = self.open(desk, request, Some(lookup.deadline_us), kind) else {
             return;
         };
-        for (shard, ids) in parts {
+        for (part, ids) in parts {
             let ask = Ask::Lookup { ids, touch_request };
-            desk.ask(
-                shard,
-                Operation {
-                    part: shard,
-                    ..operation
-                },
-                ask,
-            );
+            let to = match desk.routes.engines().get(part as usize) {
+                Some(engine) => To::Engine(*engine, ask),
+                None => To::Nobody(ask),
+            };
+            desk.ask(to, Operation { part, ..operation });
         }
     }
 
-    fn on_looked_up(&mut self, desk: &mut Desk, request: u64, shard: u32, found: Vec<bool>) {
+    fn on_looked_up(&mut self, desk: &mut Desk, request: u64, part: u32, found: Vec<bool>) {
         let Some(Open {
             kind: Kind::Lookup(lookup),
             ..
@@ -137,7 +155,7 @@ impl Conversation {
         else {
             return;
         };
-        match lookup.positions.get(shard as usize) {
+        match lookup.positions.get(part as usize) {
             None => lookup.present = found,
             Some(positions) => {
                 for (position, present) in positions.iter().zip(found) {
@@ -216,8 +234,7 @@ impl Conversation {
             () if put.deadline_us == 0 => Some(Refusal::Deadline),
             () if payload_bytes > u64::from(limits.block_bytes_max) => Some(Refusal::TooBig),
             () if eager && at_the_door as u64 != payload_bytes => Some(Refusal::WrongFormat),
-            // An expiry that cannot be kept must not be promised.
-            () if payload_bytes == 0 || put.hints.ttl_s.is_some() => Some(Refusal::WrongFormat),
+            () if payload_bytes == 0 => Some(Refusal::WrongFormat),
             () if self.is_full(desk, 1) => Some(Refusal::Busy),
             () if self.announced_bytes + payload_bytes > limits.bytes_max => Some(Refusal::Busy),
             () => None,
@@ -245,6 +262,8 @@ impl Conversation {
             request: touch_request(desk, put.hints.request),
             depth: put.hints.depth,
             ephemeral: put.hints.ephemeral,
+            ttl_s: put.hints.ttl_s,
+            ..PutHints::default()
         };
         let sections = put
             .sections
@@ -260,7 +279,7 @@ impl Conversation {
             durable,
             deadline,
         });
-        desk.ask(id.shard(desk.shards), operation, ask);
+        desk.ask_owner(&id, operation, ask);
     }
 
     /// The payload of an announced put.
@@ -313,34 +332,39 @@ impl Conversation {
         left_us: u64,
         ids: &[BlockId],
     ) {
-        let (parts, _) = split(ids, desk.shards);
         let finished = match () {
             () if left_us == 0 => Some(Finished::Deadline),
             () if self.is_full(desk, 1) => Some(Finished::Overloaded),
-            () if which == Which::Remove && parts.is_empty() => Some(Finished::Done(0)),
+            () if which == Which::Remove && ids.is_empty() => Some(Finished::Done(0)),
             () => None,
         };
         if let Some(finished) = finished {
             return self.send_finished(desk, request, which, finished);
         }
-        let asks: Vec<(u32, Ask)> = match which {
-            Which::Remove => parts
-                .into_iter()
-                .map(|(shard, ids)| (shard, Ask::Remove(ids)))
-                .collect(),
-            Which::Flush => (0..desk.shards).map(|shard| (shard, Ask::Flush)).collect(),
-            Which::Purge => (0..desk.shards).map(|shard| (shard, Ask::Purge)).collect(),
+        let routes = desk.routes.clone();
+        let engines = || routes.engines().iter();
+        let mut asks: Vec<To> = match which {
+            Which::Remove => removals(ids, &routes),
+            Which::Flush => engines().map(|key| To::Engine(*key, Ask::Flush)).collect(),
+            Which::Purge => engines().map(|key| To::Engine(*key, Ask::Purge)).collect(),
         };
+        if asks.is_empty() {
+            asks.push(To::Nobody(Ask::Flush));
+        }
+        // What goes while a device is away must not come back with it.
+        if routes.note_removals && which != Which::Flush {
+            asks.push(To::Keeper(Note::Removal));
+        }
         let left = asks.len() as u32;
         let kind = Kind::Finish(Finish {
             which,
             left,
             count: 0,
             failure: None,
+            routes,
         });
         if let Some(operation) = self.open(desk, request, Some(left_us), kind) {
-            asks.into_iter()
-                .for_each(|(shard, ask)| desk.ask(shard, operation, ask));
+            asks.into_iter().for_each(|to| desk.ask(to, operation));
         }
     }
 
@@ -362,6 +386,10 @@ impl Conversation {
         }
         let which = finish.which;
         let finished = match finish.failure.take() {
+            // A device that came in meanwhile was not asked.
+            None if which != Which::Flush && !finish.routes.is_latest() => {
+                Finished::Failed("the node's devices changed meanwhile; try again".to_owned())
+            }
             None => Finished::Done(finish.count),
             Some(text) => Finished::Failed(cut(text, kvar_wire::TEXT_BYTES_MAX)),
         };
@@ -389,23 +417,23 @@ impl Conversation {
             return self.send(desk, request, &StatAnswer { stat: Err(reason) });
         }
         if let Some(operation) = self.open(desk, request, Some(stat.deadline_us), Kind::Stat) {
-            desk.ask(stat.id.shard(desk.shards), operation, Ask::Stat(stat.id));
+            desk.ask_owner(&stat.id, operation, Ask::Stat(stat.id));
         }
     }
 
     fn on_status(&mut self, desk: &mut Desk, request: u64) {
         let kind = Kind::Status {
-            left: desk.shards,
+            left: desk.threads,
             reports: Vec::new(),
         };
         if let Some(operation) = self.open(desk, request, None, kind) {
-            for shard in 0..desk.shards {
-                desk.ask(shard, operation, Ask::Report);
+            for thread in 0..desk.threads {
+                desk.ask(To::Thread(thread), operation);
             }
         }
     }
 
-    fn on_report(&mut self, desk: &mut Desk, request: u64, report: ShardReport) {
+    fn on_report(&mut self, desk: &mut Desk, request: u64, report: ThreadReport) {
         let Some(Open {
             kind: Kind::Status { left, reports },
             ..
@@ -418,11 +446,10 @@ impl Conversation {
         if *left > 0 {
             return;
         }
-        let mut reports = std::mem::take(reports);
+        let reports = std::mem::take(reports);
         self.close(desk, request);
-        reports.sort_by_key(|report| report.engine.shard);
         let json = cut(
-            desk.settings.describe.json(&reports),
+            desk.settings.describe.json(reports),
             kvar_wire::STATUS_BYTES_MAX,
         );
         self.send(desk, request, &kvar_wire::StatusAnswer { json });
@@ -447,13 +474,15 @@ impl Conversation {
         }
         match answer {
             Answer::Lookup(found) => self.on_looked_up(desk, request, part, found),
+            Answer::Leased(grant) => self.on_leased(desk, request, part, grant),
+            Answer::AboutLease(until) => self.on_about_leased(desk, request, until),
             Answer::Get(outcome) => self.on_got(desk, request, part, outcome),
             Answer::PutBegun(begun) => self.on_put_begun(desk, request, begun),
             Answer::Put(outcome) => self.answer_put(desk, request, outcome),
             Answer::Done(result) => self.on_done(desk, request, result),
             Answer::Stat(stat) => {
                 self.close(desk, request);
-                let stat = stat.map(describe).ok_or(MissReason::Absent);
+                let stat = stat.map(describe);
                 self.send(desk, request, &StatAnswer { stat });
             }
             Answer::Report(report) => self.on_report(desk, request, *report),
@@ -469,6 +498,15 @@ impl Conversation {
             Kind::Finish(finish) => {
                 self.send_finished(desk, request, finish.which, Finished::Deadline);
             }
+            Kind::Lease(_) => {
+                let answer = LeaseAnswer {
+                    leading: 0,
+                    reason: Some(MissReason::Deadline),
+                    lasts_ms: 0,
+                };
+                self.send(desk, request, &answer);
+            }
+            Kind::AboutLease { about, .. } => self.send_about_lease(desk, request, *about, None),
             Kind::Stat => {
                 self.send(
                     desk,
@@ -492,7 +530,7 @@ pub(super) fn orphan(desk: &mut Desk, answer: Answer) {
 
 /// Zero means that the client leaves recency to the node: every call is a prompt of its own, under a
 /// number that no client of ours chooses.
-fn touch_request(desk: &Desk, given: u64) -> u64 {
+pub(super) fn touch_request(desk: &Desk, given: u64) -> u64 {
     if given == 0 {
         1 << 63 | desk.now.0
     } else {
@@ -501,27 +539,47 @@ fn touch_request(desk: &Desk, given: u64) -> u64 {
 }
 
 /// Ids by owner, and where each stood; with one owner in all, no positions.
-type Parts = (Vec<(u32, Vec<BlockId>)>, Vec<Vec<u32>>);
+pub(super) type Parts = (Vec<(u32, Vec<BlockId>)>, Vec<Vec<u32>>);
 
-fn split(ids: &[BlockId], shards: u32) -> Parts {
+pub(super) fn split(ids: &[BlockId], routes: &Routes) -> Parts {
     if ids.is_empty() {
         return (Vec::new(), Vec::new());
     }
-    if shards == 1 {
+    let engines = routes.engines().len();
+    if engines <= 1 {
         return (vec![(0, ids.to_vec())], Vec::new());
     }
-    let mut parts: Vec<Vec<BlockId>> = vec![Vec::new(); shards as usize];
-    let mut positions: Vec<Vec<u32>> = vec![Vec::new(); shards as usize];
+    let mut parts: Vec<Vec<BlockId>> = vec![Vec::new(); engines];
+    let mut positions: Vec<Vec<u32>> = vec![Vec::new(); engines];
     for (position, id) in ids.iter().enumerate() {
-        let shard = id.shard(shards) as usize;
-        parts[shard].push(*id);
-        positions[shard].push(position as u32);
+        if let Some(part) = routes.owner_part(id) {
+            parts[part].push(*id);
+            positions[part].push(position as u32);
+        }
     }
     let parts = (0..)
         .zip(parts)
         .filter(|(_, ids)| !ids.is_empty())
         .collect();
     (parts, positions)
+}
+
+/// A remove goes to every device: a block may have been put elsewhere while its owner was away, and
+/// must not come back when its owner goes again.
+fn removals(ids: &[BlockId], routes: &Routes) -> Vec<To> {
+    let mut parts: Vec<Vec<BlockId>> = vec![Vec::new(); routes.engines().len()];
+    for id in ids {
+        for part in routes.holder_parts(id) {
+            parts[part].push(*id);
+        }
+    }
+    routes
+        .engines()
+        .iter()
+        .zip(parts)
+        .filter(|(_, ids)| !ids.is_empty())
+        .map(|(engine, ids)| To::Engine(*engine, Ask::Remove(ids)))
+        .collect()
 }
 
 fn leading_or_each(leading_only: bool, present: &[bool]) -> LookupAnswer {
@@ -540,10 +598,9 @@ fn describe(stat: BlockStat) -> kvar_wire::BlockStat {
         version: stat.version,
         in_dram: stat.tier != Tier::Flash,
         on_flash: stat.tier != Tier::Dram,
-        // The engine does not tell written from flushed a block at a time; `kvar flush` makes all.
-        flushed: stat.tier == Tier::Flash,
+        flushed: stat.flushed,
         age_s: None,
-        expires_unix_s: None,
+        expires_unix_s: stat.expires_unix_s,
     }
 }
 

@@ -3,7 +3,7 @@
 #![allow(dead_code)] // each test file uses its part
 
 use kvar_base::{BlockId, ByteSize, ContentCheck, MapEpoch, NamespaceKey, PutOutcome};
-use kvar_node::{Config, KeyFile, Node, NodeHandle};
+use kvar_node::{Config, DataPath, KeyFile, Node, NodeHandle};
 use kvar_wire::*;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -16,7 +16,10 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Settings of a small node in `dir`.
 pub(crate) fn config(dir: &Path, shards: u32) -> Config {
     let mut config = Config {
-        data: dir.join("data"),
+        data: vec![DataPath {
+            path: dir.join("data"),
+            size: None,
+        }],
         size: Some(ByteSize(96 << 20)),
         dram: ByteSize(u64::from(shards) * (24 << 20)),
         ..Config::default()
@@ -262,4 +265,62 @@ impl Peer {
             }
         }
     }
+}
+
+/// A request to the admin HTTP: status code and body.
+pub(crate) fn request(
+    node: &NodeHandle,
+    method: &str,
+    path: &str,
+    body: &str,
+    headers: &[(&str, String)],
+) -> (u16, String) {
+    let mut stream = TcpStream::connect(node.admin_addr()).unwrap();
+    let headers: String = headers
+        .iter()
+        .map(|(name, value)| format!("{name}: {value}\r\n"))
+        .collect();
+    let length = body.len();
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nhost: node\r\nconnection: close\r\ncontent-length: {length}\r\n\
+         {headers}\r\n"
+    );
+    stream
+        .write_all(format!("{head}{body}").as_bytes())
+        .unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let (head, body) = text.split_once("\r\n\r\n").unwrap();
+    let code = head.split_whitespace().nth(1).unwrap().parse().unwrap();
+    (code, body.to_owned())
+}
+
+pub(crate) fn http(node: &NodeHandle, path: &str) -> (u16, String) {
+    request(node, "GET", path, "", &[])
+}
+
+/// What proves to the admin HTTP that the sender of a body has the key.
+pub(crate) fn proof_headers(key: &NamespaceKey, body: &str) -> [(&'static str, String); 2] {
+    let now = std::time::SystemTime::now();
+    let now = now.duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    [
+        (kvar_node::TIME_HEADER, now.to_string()),
+        (
+            kvar_node::PROOF_HEADER,
+            kvar_node::device_proof(key, now, body.as_bytes()),
+        ),
+    ]
+}
+
+/// Changes the devices: status code and answer.
+pub(crate) fn post_devices(
+    node: &NodeHandle,
+    body: &serde_json::Value,
+) -> (u16, serde_json::Value) {
+    let body = body.to_string();
+    let headers = proof_headers(&key_of(node), &body);
+    let (code, text) = request(node, "POST", "/v1/devices", &body, &headers);
+    let value =
+        serde_json::from_str(&text).unwrap_or_else(|_| serde_json::json!({ "error": text }));
+    (code, value)
 }

@@ -3,11 +3,12 @@
 //! The file is formatted and filled to the brim with random blocks of 64 KiB. The append runs first,
 //! over that full store: reclaim works all the time and drops everything, since nothing was
 //! touched. fio writes to a file of the same size beside it. Then blocks are read at random with a
-//! DRAM tier too small to matter, every byte passes its check, and fio reads the same file.
+//! DRAM tier too small to matter, every byte passes its check, and fio reads the same file. On a
+//! block device kvar has the first half and fio writes to the second.
 
 use super::fio::{self, Job};
-use super::stats::{Ratio, idle_cpu, thread_cpu};
-use super::{BLOCK_BYTES, BenchReport, Outcome, Row, bar, fill};
+use super::stats::{idle_cpu, thread_cpu};
+use super::{BLOCK_BYTES, Outcome, Row, bar};
 use crate::failure::Failure;
 use hdrhistogram::Histogram;
 use kvar_base::{BlockId, ByteSize, Clock, ContentCheck, Moment, SystemClock, check::crc64};
@@ -15,7 +16,7 @@ use kvar_engine::{
     Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, Touch,
 };
 use kvar_io::{Arena, DeviceOptions, IoEngine, Target, Wanted, open_device};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Enough for the reads under way, little against the file: a hit in memory would be a lie here.
@@ -56,10 +57,12 @@ struct Reads {
 pub(crate) fn run(settings: &Settings) -> Result<Outcome, Failure> {
     fio::check()?;
     let made = !settings.path.exists();
-    let beside = settings.path.with_extension("fio");
+    let beside = Beside::of(settings)?;
     let result = run_inner(settings, &beside);
     if !settings.keep {
-        let _ = std::fs::remove_file(&beside);
+        if beside.is_file {
+            let _ = std::fs::remove_file(&beside.path);
+        }
         if made {
             let _ = std::fs::remove_file(&settings.path);
         }
@@ -67,7 +70,47 @@ pub(crate) fn run(settings: &Settings) -> Result<Outcome, Failure> {
     result
 }
 
-fn run_inner(settings: &Settings, beside: &Path) -> Result<Outcome, Failure> {
+/// Where fio writes: a file beside ours, or the second half of the device that we have the first of.
+struct Beside {
+    path: PathBuf,
+    offset: u64,
+    is_file: bool,
+}
+
+impl Beside {
+    fn of(settings: &Settings) -> Result<Self, Failure> {
+        use std::io::{Seek, SeekFrom};
+        use std::os::unix::fs::FileTypeExt;
+        let path = &settings.path;
+        let is_device =
+            std::fs::metadata(path).is_ok_and(|metadata| metadata.file_type().is_block_device());
+        if !is_device {
+            return Ok(Self {
+                path: path.with_extension("fio"),
+                offset: 0,
+                is_file: true,
+            });
+        }
+        let bytes = std::fs::File::open(path)
+            .and_then(|mut file| file.seek(SeekFrom::End(0)))
+            .map_err(|error| Failure::failed(format!("cannot open {}: {error}", path.display())))?;
+        if bytes < settings.size.0 * 2 {
+            return Err(Failure::failed(format!(
+                "{} has {}: kvar takes --size ({}) of it and fio as much again; say a --size of at most half",
+                path.display(),
+                ByteSize(bytes),
+                settings.size
+            )));
+        }
+        Ok(Self {
+            path: path.clone(),
+            offset: settings.size.0,
+            is_file: false,
+        })
+    }
+}
+
+fn run_inner(settings: &Settings, beside: &Beside) -> Result<Outcome, Failure> {
     let mut bench = Bench::open(settings)?;
     let steps = (settings.pairs * 4) as u64;
     bench.fill(settings.size.0)?;
@@ -80,39 +123,35 @@ fn run_inner(settings: &Settings, beside: &Path) -> Result<Outcome, Failure> {
         depth,
         seconds: settings.seconds,
     };
-    let (mut qd16, mut p50, mut qd1, mut cpu, mut append) =
-        (vec![], vec![], vec![], vec![], vec![]);
+    let mut figures = Figures::default();
     let before = bench.engine.counters().clone();
     for pair in 0..settings.pairs {
         idle.push(idle_cpu());
-        let write_fio = || fio::run(beside, settings.size.0, job("write", 1 << 20, 4));
+        let write_fio = || {
+            fio::run(
+                &beside.path,
+                beside.offset,
+                settings.size.0,
+                job("write", 1 << 20, 4),
+            )
+        };
         let (theirs, ours) = abba(pair, write_fio, || bench.append(settings.seconds))?;
-        append.push(ours / theirs.bytes_per_s);
+        figures.append.push(ours / theirs.bytes_per_s);
+        figures.append_rate.push(ours);
+        figures.append_fio_rate.push(theirs.bytes_per_s);
         progress.inc(2);
     }
     let after = bench.engine.counters().clone();
     for pair in 0..settings.pairs {
         for depth in [16_u32, 1] {
             idle.push(idle_cpu());
-            let read_fio = || {
-                fio::run(
-                    &settings.path,
-                    settings.size.0,
-                    job(RANDREAD, BLOCK_BYTES as u64, depth),
-                )
-            };
+            let read = job(RANDREAD, BLOCK_BYTES as u64, depth);
+            let read_fio = || fio::run(&settings.path, 0, settings.size.0, read);
             let (theirs, ours) = abba(pair, read_fio, || {
                 bench.read(depth as usize, settings.seconds)
             })?;
             progress.inc(1);
-            let ratio = ours.bytes_per_s / theirs.bytes_per_s;
-            if depth == 16 {
-                qd16.push(ratio);
-                p50.push(ours.p50_us / theirs.p50_us);
-                cpu.push(ours.cpu_us);
-            } else {
-                qd1.push(ratio);
-            }
+            figures.add_reads(depth, &ours, &theirs);
         }
     }
     progress.finish_and_clear();
@@ -127,72 +166,74 @@ fn run_inner(settings: &Settings, beside: &Path) -> Result<Outcome, Failure> {
             "{corrupt} blocks failed their check: the device or kvar is broken"
         )));
     }
-    let amplification = Ratio {
-        median: amplification,
-        low: amplification,
-        high: amplification,
-    };
-    let idle_cpu = idle.iter().copied().fold(1.0, f64::min);
-    let mut report = BenchReport {
-        idle_cpu: Some(idle_cpu),
-        ..BenchReport::default()
-    };
-    let (qd16, p50, qd1) = (Ratio::of(qd16), Ratio::of(p50), Ratio::of(qd1));
-    let (append, cpu) = (Ratio::of(append), Ratio::of(cpu));
-    fill!(
-        report,
-        read_64k_qd16_vs_fio,
-        read_64k_qd16_vs_fio_low,
-        read_64k_qd16_vs_fio_high,
-        qd16
-    );
-    fill!(
-        report,
-        read_64k_qd16_p50_vs_fio,
-        read_64k_qd16_p50_vs_fio_low,
-        read_64k_qd16_p50_vs_fio_high,
-        p50
-    );
-    fill!(
-        report,
-        read_64k_qd1_vs_fio,
-        read_64k_qd1_vs_fio_low,
-        read_64k_qd1_vs_fio_high,
-        qd1
-    );
-    fill!(
-        report,
-        append_vs_fio,
-        append_vs_fio_low,
-        append_vs_fio_high,
-        append
-    );
-    fill!(
-        report,
-        write_amplification,
-        write_amplification_low,
-        write_amplification_high,
-        amplification
-    );
-    fill!(report, read_cpu_us, read_cpu_us_low, read_cpu_us_high, cpu);
-    let row = |name, ratio, note: &str| Row {
-        name,
-        ratio,
-        note: note.to_owned(),
-    };
-    let rows = vec![
-        row("read_64k_qd16_vs_fio", qd16, "every byte checked"),
-        row("read_64k_qd16_p50_vs_fio", p50, "lower is better"),
-        row("read_64k_qd1_vs_fio", qd1, ""),
-        row("append_vs_fio", append, "against 1 MiB writes"),
-        row("write_amplification", amplification, "checkpoints included"),
-        row(
-            "read_cpu_us",
-            cpu,
-            "microseconds a 64 KiB read, check included",
-        ),
-    ];
-    Ok(Outcome { report, rows })
+    Ok(Outcome::new(figures.rows(amplification), &idle))
+}
+
+/// What the pairs gave, one value a pair.
+#[derive(Default)]
+struct Figures {
+    append: Vec<f64>,
+    append_rate: Vec<f64>,
+    append_fio_rate: Vec<f64>,
+    qd16: Vec<f64>,
+    qd16_rate: Vec<f64>,
+    qd16_fio_rate: Vec<f64>,
+    p50: Vec<f64>,
+    cpu: Vec<f64>,
+    qd1: Vec<f64>,
+    qd1_p50: Vec<f64>,
+    qd1_fio_p50: Vec<f64>,
+}
+
+impl Figures {
+    fn add_reads(&mut self, depth: u32, ours: &Reads, theirs: &fio::FioResult) {
+        let ratio = ours.bytes_per_s / theirs.bytes_per_s;
+        if depth == 1 {
+            self.qd1.push(ratio);
+            self.qd1_p50.push(ours.p50_us);
+            self.qd1_fio_p50.push(theirs.p50_us);
+            return;
+        }
+        self.qd16.push(ratio);
+        self.qd16_rate.push(ours.bytes_per_s);
+        self.qd16_fio_rate.push(theirs.bytes_per_s);
+        self.p50.push(ours.p50_us / theirs.p50_us);
+        self.cpu.push(ours.cpu_us);
+    }
+
+    fn rows(self, amplification: f64) -> Vec<Row> {
+        let gigabytes = |rates: Vec<f64>| rates.into_iter().map(|rate| rate / 1e9).collect();
+        vec![
+            Row::of("read_64k_qd16_vs_fio", self.qd16, "every byte checked"),
+            Row::of("read_64k_qd16_p50_vs_fio", self.p50, "lower is better"),
+            Row::of("read_64k_qd1_vs_fio", self.qd1, ""),
+            Row::of("append_vs_fio", self.append, "against 1 MiB writes"),
+            Row::of(
+                "write_amplification",
+                vec![amplification],
+                "checkpoints included",
+            ),
+            Row::of(
+                "read_cpu_us",
+                self.cpu,
+                "microseconds a 64 KiB read, check included",
+            ),
+            Row::of("read_64k_qd16_gb_per_s", gigabytes(self.qd16_rate), "ours"),
+            Row::of(
+                "fio_64k_qd16_gb_per_s",
+                gigabytes(self.qd16_fio_rate),
+                "fio",
+            ),
+            Row::of("read_64k_qd1_p50_us", self.qd1_p50, "ours, microseconds"),
+            Row::of("fio_64k_qd1_p50_us", self.qd1_fio_p50, "fio, microseconds"),
+            Row::of("append_gb_per_s", gigabytes(self.append_rate), "ours"),
+            Row::of(
+                "fio_append_gb_per_s",
+                gigabytes(self.append_fio_rate),
+                "fio",
+            ),
+        ]
+    }
 }
 
 const RANDREAD: &str = "randread";
@@ -225,13 +266,20 @@ fn random_block(state: &mut u64, len: usize) -> Vec<u8> {
         .collect()
 }
 
-/// A file of random bytes, so that fio overwrites what is there instead of growing it.
-fn write_random(path: &Path, bytes: u64) -> Result<(), Failure> {
-    use std::io::Write;
+/// Random bytes, so that fio overwrites what is there instead of growing it.
+fn write_random(beside: &Beside, bytes: u64) -> Result<(), Failure> {
+    use std::io::{Seek, SeekFrom, Write};
     let failed = |error: std::io::Error| {
-        Failure::failed(format!("cannot write {}: {error}", path.display()))
+        Failure::failed(format!("cannot write {}: {error}", beside.path.display()))
     };
-    let mut file = std::fs::File::create(path).map_err(failed)?;
+    let mut options = std::fs::OpenOptions::new();
+    let mut file = options
+        .write(true)
+        .create(beside.is_file)
+        .truncate(beside.is_file)
+        .open(&beside.path)
+        .map_err(failed)?;
+    file.seek(SeekFrom::Start(beside.offset)).map_err(failed)?;
     let block = random_block(&mut 77, 1 << 20);
     let progress = bar(bytes >> 20, "MiB written beside for fio");
     for _ in 0..bytes >> 20 {
@@ -268,6 +316,8 @@ impl Bench {
         drop(device);
         let config = EngineConfig {
             dram_bytes: DRAM_BYTES,
+            // What is measured is the load alone.
+            scrub_bytes_per_s: 0,
             ..EngineConfig::default()
         };
         let arena = Arena::new(kvar_engine::arena_bytes(&config, &superblock)).map_err(memory)?;

@@ -35,8 +35,8 @@ pub(crate) fn check() -> Result<(), Failure> {
     ))
 }
 
-/// Runs a job over a file that is there.
-pub(crate) fn run(path: &Path, bytes: u64, job: Job) -> Result<FioResult, Failure> {
+/// Runs a job over `bytes` of a file or device that is there, from `offset` on.
+pub(crate) fn run(path: &Path, offset: u64, bytes: u64, job: Job) -> Result<FioResult, Failure> {
     let output = Command::new("fio")
         .args([
             "--name=kvar",
@@ -55,6 +55,7 @@ pub(crate) fn run(path: &Path, bytes: u64, job: Job) -> Result<FioResult, Failur
         .arg(format!("--rw={}", job.rw))
         .arg(format!("--bs={}", job.block_bytes))
         .arg(format!("--iodepth={}", job.depth))
+        .arg(format!("--offset={offset}"))
         .arg(format!("--size={bytes}"))
         .arg(format!("--runtime={}ms", (job.seconds * 1000.0) as u64))
         .output()

@@ -1,17 +1,17 @@
 //! `kvar bench`: our speed as a ratio to a limit, in one run on one machine.
 //!
-//! Ours and the yardstick run in alternating order (ABBA), a few seconds each; a figure is the
-//! median of the paired ratios with its 90 % interval. Idle CPU is looked at before each pair: a
+//! Ours and the yardstick run in alternating order (ABBA: the order turns with every pair), a few
+//! seconds each; a figure is the median of the paired ratios with its 90 % interval. Idle CPU is looked at before each pair: a
 //! machine that is not idle makes intervals wide, and an interval wider than 0.10 is no judgement.
 
 pub(crate) mod engine;
 mod fio;
+pub(crate) mod index;
 pub(crate) mod net;
 mod pair;
 mod stats;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use serde::Serialize;
 use stats::Ratio;
 
 /// What every figure is about.
@@ -22,63 +22,67 @@ pub(crate) const PAIRS: usize = 15;
 /// Seconds of each half of a pair.
 pub(crate) const SECONDS: f64 = 3.0;
 
-/// Everything `kvar bench` reports, flat; what was not measured is null.
-#[derive(Clone, Debug, Default, Serialize)]
-pub(crate) struct BenchReport {
-    pub(crate) read_64k_qd16_vs_fio: Option<f64>,
-    pub(crate) read_64k_qd16_vs_fio_low: Option<f64>,
-    pub(crate) read_64k_qd16_vs_fio_high: Option<f64>,
-    pub(crate) read_64k_qd16_p50_vs_fio: Option<f64>,
-    pub(crate) read_64k_qd16_p50_vs_fio_low: Option<f64>,
-    pub(crate) read_64k_qd16_p50_vs_fio_high: Option<f64>,
-    pub(crate) read_64k_qd1_vs_fio: Option<f64>,
-    pub(crate) read_64k_qd1_vs_fio_low: Option<f64>,
-    pub(crate) read_64k_qd1_vs_fio_high: Option<f64>,
-    pub(crate) append_vs_fio: Option<f64>,
-    pub(crate) append_vs_fio_low: Option<f64>,
-    pub(crate) append_vs_fio_high: Option<f64>,
-    pub(crate) write_amplification: Option<f64>,
-    pub(crate) write_amplification_low: Option<f64>,
-    pub(crate) write_amplification_high: Option<f64>,
-    pub(crate) read_cpu_us: Option<f64>,
-    pub(crate) read_cpu_us_low: Option<f64>,
-    pub(crate) read_cpu_us_high: Option<f64>,
-    pub(crate) get_64k_qd16_vs_checking_pair: Option<f64>,
-    pub(crate) get_64k_qd16_vs_checking_pair_low: Option<f64>,
-    pub(crate) get_64k_qd16_vs_checking_pair_high: Option<f64>,
-    pub(crate) get_64k_qd16_vs_pair: Option<f64>,
-    pub(crate) get_64k_qd16_vs_pair_low: Option<f64>,
-    pub(crate) get_64k_qd16_vs_pair_high: Option<f64>,
-    pub(crate) get_64k_qd1_p50_vs_ping: Option<f64>,
-    pub(crate) get_64k_qd1_p50_vs_ping_low: Option<f64>,
-    pub(crate) get_64k_qd1_p50_vs_ping_high: Option<f64>,
-    pub(crate) get_64k_qd4_p99_us: Option<f64>,
-    pub(crate) get_64k_qd4_p99_us_low: Option<f64>,
-    pub(crate) get_64k_qd4_p99_us_high: Option<f64>,
-    pub(crate) shm_64k_vs_memcpy: Option<f64>,
-    pub(crate) shm_64k_vs_memcpy_low: Option<f64>,
-    pub(crate) shm_64k_vs_memcpy_high: Option<f64>,
-    pub(crate) shm_64k_qd1_p50_us: Option<f64>,
-    pub(crate) shm_64k_qd1_p50_us_low: Option<f64>,
-    pub(crate) shm_64k_qd1_p50_us_high: Option<f64>,
-    pub(crate) flash_get_64k_qd16_vs_fio: Option<f64>,
-    pub(crate) flash_get_64k_qd16_vs_fio_low: Option<f64>,
-    pub(crate) flash_get_64k_qd16_vs_fio_high: Option<f64>,
-    /// Share of all CPUs that was idle before the pairs, lowest.
-    pub(crate) idle_cpu: Option<f64>,
-}
+/// The figures that a report always names; what was not measured is null.
+const FIGURES: &[&str] = &[
+    "read_64k_qd16_vs_fio",
+    "read_64k_qd16_p50_vs_fio",
+    "read_64k_qd1_vs_fio",
+    "append_vs_fio",
+    "write_amplification",
+    "read_cpu_us",
+    "get_64k_qd16_vs_checking_pair",
+    "get_64k_qd16_vs_pair",
+    "get_64k_qd1_p50_vs_ping",
+    "get_64k_qd4_p99_us",
+    "shm_64k_vs_memcpy",
+    "shm_64k_qd1_p50_us",
+    "flash_get_64k_qd16_vs_fio",
+];
 
-/// What a benchmark found.
+/// What a benchmark found: ratios to the yardsticks, and the absolute medians behind them, without
+/// which nobody could tell a fast store from a slow yardstick.
 pub(crate) struct Outcome {
-    pub(crate) report: BenchReport,
     pub(crate) rows: Vec<Row>,
+    /// Share of all CPUs that was idle before the pairs, lowest.
+    pub(crate) idle_cpu: f64,
 }
 
-/// A named figure of a report, for the table.
+impl Outcome {
+    pub(crate) fn new(rows: Vec<Row>, idle: &[f64]) -> Self {
+        let idle_cpu = idle.iter().copied().fold(1.0, f64::min);
+        Self { rows, idle_cpu }
+    }
+
+    /// One flat object: each figure with its 90 % interval as `NAME_low` and `NAME_high`.
+    pub(crate) fn json(&self) -> serde_json::Map<String, serde_json::Value> {
+        let mut report = serde_json::Map::new();
+        let mut put = |name: &str, ratio: Option<Ratio>| {
+            report.insert(name.to_owned(), ratio.map(|ratio| ratio.median).into());
+            report.insert(format!("{name}_low"), ratio.map(|ratio| ratio.low).into());
+            report.insert(format!("{name}_high"), ratio.map(|ratio| ratio.high).into());
+        };
+        FIGURES.iter().for_each(|name| put(name, None));
+        for row in &self.rows {
+            put(row.name, Some(row.ratio));
+        }
+        report.insert("idle_cpu".to_owned(), self.idle_cpu.into());
+        report
+    }
+}
+
+/// A named figure of a report.
 pub(crate) struct Row {
     pub(crate) name: &'static str,
     pub(crate) ratio: Ratio,
-    pub(crate) note: String,
+    pub(crate) note: &'static str,
+}
+
+impl Row {
+    /// From what the pairs gave.
+    pub(crate) fn of(name: &'static str, values: Vec<f64>, note: &'static str) -> Self {
+        let ratio = Ratio::of(values);
+        Self { name, ratio, note }
+    }
 }
 
 /// A bar on standard error.
@@ -89,9 +93,9 @@ fn bar(steps: u64, what: &'static str) -> ProgressBar {
 }
 
 /// Prints figures the way a person reads them.
-pub(crate) fn print_table(rows: &[Row], idle_cpu: f64) {
-    println!("{:<32} {:>8}  {:>17}", "figure", "median", "90 % interval");
-    for row in rows {
+pub(crate) fn print_table(found: &Outcome) {
+    println!("{:<36} {:>8}  {:>19}", "figure", "median", "90 % interval");
+    for row in &found.rows {
         let Ratio { median, low, high } = row.ratio;
         let judged = if row.name.contains("_vs_") && high - low > 0.10 {
             "  (not judged: wider than 0.10)"
@@ -99,19 +103,29 @@ pub(crate) fn print_table(rows: &[Row], idle_cpu: f64) {
             ""
         };
         println!(
-            "{:<32} {median:>8.3}  [{low:>7.3} {high:>7.3}]  {}{judged}",
+            "{:<36} {median:>8.4}  [{low:>8.4} {high:>8.4}]  {}{judged}",
             row.name, row.note
         );
     }
-    println!("lowest idle CPU before a pair: {:.0} %", idle_cpu * 100.0);
+    println!(
+        "lowest idle CPU before a pair: {:.0} %",
+        found.idle_cpu * 100.0
+    );
 }
 
-macro_rules! fill {
-    ($report:expr, $name:ident, $low:ident, $high:ident, $ratio:expr) => {{
-        let ratio: $crate::bench::stats::Ratio = $ratio;
-        $report.$name = Some(ratio.median);
-        $report.$low = Some(ratio.low);
-        $report.$high = Some(ratio.high);
-    }};
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_names_every_figure_and_what_was_not_measured_is_null() {
+        let rows = vec![Row::of("append_vs_fio", vec![0.5, 0.7, 0.6], "")];
+        let report = Outcome::new(rows, &[0.9, 0.8]).json();
+        assert_eq!(report["append_vs_fio"], 0.6);
+        assert_eq!(report["append_vs_fio_low"], 0.5);
+        assert_eq!(report["append_vs_fio_high"], 0.7);
+        assert_eq!(report["idle_cpu"], 0.8);
+        assert!(report["shm_64k_vs_memcpy"].is_null());
+        assert_eq!(report.len(), FIGURES.len() * 3 + 1);
+    }
 }
-pub(crate) use fill;

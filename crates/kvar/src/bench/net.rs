@@ -7,8 +7,8 @@
 
 use super::fio::{self, Job};
 use super::pair::{Pair, Reached};
-use super::stats::{Ratio, idle_cpu};
-use super::{BLOCK_BYTES, BenchReport, Outcome, Row, bar, fill};
+use super::stats::idle_cpu;
+use super::{BLOCK_BYTES, Outcome, Row, bar};
 use crate::failure::Failure;
 use hdrhistogram::Histogram;
 use kvar_base::{BlockId, ByteSize, PutOutcome};
@@ -52,22 +52,18 @@ pub(crate) fn run(settings: &Settings) -> Result<Outcome, Failure> {
 }
 
 fn run_inner(settings: &Settings, folder: &Path) -> Result<Outcome, Failure> {
-    let mut report = BenchReport::default();
     let mut rows = Vec::new();
     let mut idle = Vec::new();
-    from_memory(settings, folder, &mut report, &mut rows, &mut idle)?;
+    from_memory(settings, folder, &mut rows, &mut idle)?;
     if settings.flash_size.0 > 0 {
-        from_flash(settings, folder, &mut report, &mut rows, &mut idle)?;
+        from_flash(settings, folder, &mut rows, &mut idle)?;
     }
-    let idle_cpu = idle.iter().copied().fold(1.0, f64::min);
-    report.idle_cpu = Some(idle_cpu);
-    Ok(Outcome { report, rows })
+    Ok(Outcome::new(rows, &idle))
 }
 
 fn from_memory(
     settings: &Settings,
     folder: &Path,
-    report: &mut BenchReport,
     rows: &mut Vec<Row>,
     idle: &mut Vec<f64>,
 ) -> Result<(), Failure> {
@@ -77,6 +73,8 @@ fn from_memory(
     let mut pair = Pair::open(false)?;
     let progress = bar((settings.pairs * 4) as u64, "pairs against sockets");
     let (mut checking, mut bare, mut ping, mut p99) = (vec![], vec![], vec![], vec![]);
+    let (mut rate, mut checking_rate, mut bare_rate) = (vec![], vec![], vec![]);
+    let (mut p50, mut ping_p50) = (vec![], vec![]);
     for number in 0..settings.pairs {
         idle.push(idle_cpu());
         // Ours stands between the two yardsticks, so that both are next to it.
@@ -95,6 +93,9 @@ fn from_memory(
         };
         checking.push(ours.bytes_per_s / with_check.bytes_per_s);
         bare.push(ours.bytes_per_s / without.bytes_per_s);
+        rate.push(ours.bytes_per_s / 1e9);
+        checking_rate.push(with_check.bytes_per_s / 1e9);
+        bare_rate.push(without.bytes_per_s / 1e9);
         progress.inc(2);
         p99.push(client.read(4, settings.seconds / 2.0, DRAM_BLOCKS)?.p99_us);
         progress.inc(1);
@@ -102,72 +103,42 @@ fn from_memory(
         let mut polling = Pair::open(true)?;
         let theirs = polling.run(1, settings.seconds / 2.0, false)?;
         drop(polling);
-        ping.push(client.read(1, settings.seconds / 2.0, DRAM_BLOCKS)?.p50_us / theirs.p50_us);
+        let ours = client.read(1, settings.seconds / 2.0, DRAM_BLOCKS)?;
+        ping.push(ours.p50_us / theirs.p50_us);
+        p50.push(ours.p50_us);
+        ping_p50.push(theirs.p50_us);
         progress.inc(1);
     }
     progress.finish_and_clear();
-    let (checking, bare, ping, p99) = (
-        Ratio::of(checking),
-        Ratio::of(bare),
-        Ratio::of(ping),
-        Ratio::of(p99),
-    );
-    fill!(
-        report,
-        get_64k_qd16_vs_checking_pair,
-        get_64k_qd16_vs_checking_pair_low,
-        get_64k_qd16_vs_checking_pair_high,
-        checking
-    );
-    fill!(
-        report,
-        get_64k_qd16_vs_pair,
-        get_64k_qd16_vs_pair_low,
-        get_64k_qd16_vs_pair_high,
-        bare
-    );
-    fill!(
-        report,
-        get_64k_qd1_p50_vs_ping,
-        get_64k_qd1_p50_vs_ping_low,
-        get_64k_qd1_p50_vs_ping_high,
-        ping
-    );
-    fill!(
-        report,
-        get_64k_qd4_p99_us,
-        get_64k_qd4_p99_us_low,
-        get_64k_qd4_p99_us_high,
-        p99
-    );
-    let spin = format!("node and client spin {} us", settings.spin.as_micros());
-    rows.push(Row {
-        name: "get_64k_qd16_vs_checking_pair",
-        ratio: checking,
-        note: "from memory, over TCP".into(),
-    });
-    rows.push(Row {
-        name: "get_64k_qd16_vs_pair",
-        ratio: bare,
-        note: String::new(),
-    });
-    rows.push(Row {
-        name: "get_64k_qd1_p50_vs_ping",
-        ratio: ping,
-        note: format!("lower is better; {spin}"),
-    });
-    rows.push(Row {
-        name: "get_64k_qd4_p99_us",
-        ratio: p99,
-        note: "microseconds".into(),
-    });
+    rows.extend([
+        Row::of(
+            "get_64k_qd16_vs_checking_pair",
+            checking,
+            "from memory, over TCP",
+        ),
+        Row::of("get_64k_qd16_vs_pair", bare, ""),
+        Row::of(
+            "get_64k_qd1_p50_vs_ping",
+            ping,
+            "lower is better; --spin matters",
+        ),
+        Row::of("get_64k_qd4_p99_us", p99, "microseconds"),
+        Row::of("get_64k_qd16_gb_per_s", rate, "ours"),
+        Row::of(
+            "checking_pair_gb_per_s",
+            checking_rate,
+            "sockets and a CRC64",
+        ),
+        Row::of("pair_gb_per_s", bare_rate, "sockets alone"),
+        Row::of("get_64k_qd1_p50_us", p50, "ours, microseconds"),
+        Row::of("ping_p50_us", ping_p50, "sockets that poll, microseconds"),
+    ]);
     Ok(())
 }
 
 fn from_flash(
     settings: &Settings,
     folder: &Path,
-    report: &mut BenchReport,
     rows: &mut Vec<Row>,
     idle: &mut Vec<f64>,
 ) -> Result<(), Failure> {
@@ -183,7 +154,7 @@ fn from_flash(
     let blocks = settings.flash_size.0 * 9 / 10 / BLOCK_BYTES as u64;
     client.fill(blocks)?;
     let progress = bar(settings.pairs as u64, "pairs against fio");
-    let mut ratios = Vec::new();
+    let (mut ratios, mut rate, mut fio_rate) = (vec![], vec![], vec![]);
     let job = Job {
         rw: "randread",
         block_bytes: BLOCK_BYTES as u64,
@@ -192,31 +163,25 @@ fn from_flash(
     };
     for number in 0..settings.pairs {
         idle.push(idle_cpu());
-        let read_fio = || fio::run(&data, settings.flash_size.0, job);
-        let ratio = if number.is_multiple_of(2) {
+        let read_fio = || fio::run(&data, 0, settings.flash_size.0, job);
+        let (theirs, ours) = if number.is_multiple_of(2) {
             let theirs = read_fio()?;
-            client.read(16, settings.seconds, blocks)?.bytes_per_s / theirs.bytes_per_s
+            (theirs, client.read(16, settings.seconds, blocks)?)
         } else {
             let ours = client.read(16, settings.seconds, blocks)?;
-            ours.bytes_per_s / read_fio()?.bytes_per_s
+            (read_fio()?, ours)
         };
-        ratios.push(ratio);
+        ratios.push(ours.bytes_per_s / theirs.bytes_per_s);
+        rate.push(ours.bytes_per_s / 1e9);
+        fio_rate.push(theirs.bytes_per_s / 1e9);
         progress.inc(1);
     }
     progress.finish_and_clear();
-    let ratio = Ratio::of(ratios);
-    fill!(
-        report,
-        flash_get_64k_qd16_vs_fio,
-        flash_get_64k_qd16_vs_fio_low,
-        flash_get_64k_qd16_vs_fio_high,
-        ratio
-    );
-    rows.push(Row {
-        name: "flash_get_64k_qd16_vs_fio",
-        ratio,
-        note: "from flash, over TCP".into(),
-    });
+    rows.extend([
+        Row::of("flash_get_64k_qd16_vs_fio", ratios, "from flash, over TCP"),
+        Row::of("flash_get_64k_qd16_gb_per_s", rate, "ours"),
+        Row::of("flash_fio_64k_qd16_gb_per_s", fio_rate, "fio"),
+    ]);
     Ok(())
 }
 

@@ -19,9 +19,9 @@ mod source;
 mod tally;
 mod verify;
 
-use crate::arguments::{OfflineModel, ReplayArguments};
+use crate::arguments::{OfflineAdmission, OfflineModel, OfflinePolicy, ReplayArguments};
 use crate::failure::{Failure, Outcome};
-use kvar_plan::{Model, TraceOptions};
+use kvar_plan::{Admit, Model, Policy, TraceOptions};
 
 /// Block size that `--offline --model engine` assumes when none is given.
 const OFFLINE_BLOCK_BYTES: u64 = 64 << 10;
@@ -37,7 +37,22 @@ pub(crate) fn run(arguments: &ReplayArguments) -> Outcome {
             .trace
             .as_deref()
             .ok_or_else(|| Failure::usage("no trace given"))?;
+        let policy = match arguments.policy {
+            OfflinePolicy::Lru if arguments.model == OfflineModel::Engine => {
+                let what = "--policy lru is for --model blocks: a node's flash is no LRU";
+                return Err(Failure::usage(what));
+            }
+            OfflinePolicy::Lru | OfflinePolicy::Production => Policy::Production,
+            OfflinePolicy::Optimum => Policy::Optimum,
+            OfflinePolicy::Learned => Policy::Learned,
+        };
         return offline::run(offline::OfflineRequest {
+            policy,
+            admit: match arguments.admission {
+                OfflineAdmission::Worth => Admit::ByWorth,
+                OfflineAdmission::All => Admit::All,
+            },
+            warmup_share: arguments.warmup_share,
             trace,
             trace_options,
             capacities: arguments.capacity.clone(),

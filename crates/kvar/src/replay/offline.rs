@@ -1,9 +1,9 @@
-//! `kvar replay --offline`: hit rate against capacity, with the production policy and no node.
+//! `kvar replay --offline`: hit rate against capacity, with the policy alone and no node.
 
 use crate::failure::{Failure, Outcome};
 use crate::print;
 use crate::replay::source::read_trace;
-use kvar_plan::{Capacity, Model, OfflineOptions, TraceOptions, replay_offline};
+use kvar_plan::{Admit, Capacity, Model, OfflineOptions, Policy, TraceOptions, replay_offline};
 use std::path::Path;
 
 /// What `kvar replay --offline` was asked for.
@@ -12,6 +12,9 @@ pub(crate) struct OfflineRequest<'a> {
     pub(crate) trace_options: TraceOptions,
     pub(crate) capacities: Vec<Capacity>,
     pub(crate) model: Model,
+    pub(crate) policy: Policy,
+    pub(crate) admit: Admit,
+    pub(crate) warmup_share: f64,
     pub(crate) dram_share: f64,
     pub(crate) block_bytes: u64,
     pub(crate) json: bool,
@@ -22,6 +25,9 @@ pub(crate) fn run(request: OfflineRequest<'_>) -> Outcome {
     let trace = read_trace(request.trace, &request.trace_options).map_err(Failure::failed)?;
     let mut options = OfflineOptions {
         model: request.model,
+        policy: request.policy,
+        admit: request.admit,
+        warmup_share: request.warmup_share,
         dram_share: request.dram_share,
         block_bytes: request.block_bytes,
         ..OfflineOptions::default()

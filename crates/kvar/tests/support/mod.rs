@@ -25,6 +25,8 @@ pub(crate) fn kvar() -> Command {
 pub(crate) struct Place {
     pub(crate) dir: PathBuf,
     pub(crate) flags: Vec<String>,
+    /// Where the data is; empty: a file in `dir`.
+    pub(crate) data: Vec<PathBuf>,
 }
 
 impl Place {
@@ -45,6 +47,7 @@ impl Place {
         Self {
             dir: dir.to_path_buf(),
             flags: flags.map(str::to_owned).to_vec(),
+            data: Vec::new(),
         }
     }
 
@@ -60,13 +63,30 @@ impl Place {
         self
     }
 
+    /// On these block devices, whole; the key lies in `dir`.
+    pub(crate) fn on(mut self, devices: &[&str]) -> Self {
+        self.data = devices.iter().map(PathBuf::from).collect();
+        let key = self.dir.join("store.key").display().to_string();
+        let size = self.flags.iter().position(|flag| flag == "--size");
+        if let Some(at) = size {
+            self.flags.drain(at..at + 2);
+        }
+        self.with(&["--key-file", &key])
+    }
+
     pub(crate) fn data(&self) -> PathBuf {
         self.dir.join("data")
     }
 
-    fn command(&self) -> Command {
+    pub(crate) fn command(&self) -> Command {
         let mut command = kvar();
-        command.arg("serve").arg("--data").arg(self.data());
+        command.arg("serve");
+        if self.data.is_empty() {
+            command.arg("--data").arg(self.data());
+        }
+        for data in &self.data {
+            command.arg("--data").arg(data);
+        }
         command
             .arg("--ready-file")
             .arg(self.dir.join("ready.json"))
@@ -76,16 +96,18 @@ impl Place {
 
     /// Starts a server and waits until it serves.
     pub(crate) fn serve(&self) -> Server {
+        self.serve_with(|_| {})
+    }
+
+    /// As `serve`, with a command that is changed first.
+    pub(crate) fn serve_with(&self, change: impl FnOnce(&mut Command)) -> Server {
         let ready = self.dir.join("ready.json");
         let _ = std::fs::remove_file(&ready);
         let log = std::fs::File::create(self.dir.join("log")).unwrap();
         let begun = Instant::now();
-        let mut child = self
-            .command()
-            .stderr(log)
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
+        let mut command = self.command();
+        change(&mut command);
+        let mut child = command.stderr(log).stdout(Stdio::null()).spawn().unwrap();
         let until = begun + PATIENCE;
         while !ready.exists() {
             if let Some(status) = child.try_wait().unwrap() {
@@ -304,4 +326,44 @@ pub(crate) fn write_trace(path: &Path, requests: usize, seed: u64) {
         }
     }
     std::fs::write(path, text).unwrap();
+}
+
+/// A page of the admin HTTP.
+pub(crate) fn admin(server: &Server, path: &str) -> String {
+    use std::io::Write as _;
+    let mut stream = std::net::TcpStream::connect(&server.admin).unwrap();
+    write!(
+        stream,
+        "GET {path} HTTP/1.1\r\nhost: node\r\nconnection: close\r\n\r\n"
+    )
+    .unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    text.split_once("\r\n\r\n").unwrap().1.to_owned()
+}
+
+/// Runs a tool of the system: what it printed, or why it failed.
+pub(crate) fn tool(program: &str, words: &[&str]) -> Result<String, String> {
+    match Command::new(program).args(words).output() {
+        Ok(output) if output.status.success() => {
+            Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+        }
+        Ok(output) => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
+        Err(error) => Err(format!("{program}: {error}")),
+    }
+}
+
+/// A loop device over a file, detached with the test.
+pub(crate) struct Loop(pub(crate) String);
+
+impl Loop {
+    pub(crate) fn over(file: &Path) -> Result<Self, String> {
+        tool("losetup", &["--find", "--show", file.to_str().unwrap()]).map(Self)
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = tool("losetup", &["--detach", &self.0]);
+    }
 }

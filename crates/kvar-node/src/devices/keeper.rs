@@ -1,0 +1,511 @@
+//! The thread that decides about devices.
+//!
+//! ```text
+//!   loaded, failed, closed ──┐                          ┌── Open, Close, Routes ──> threads
+//!   a remove while one is away├──> Keeper: table, lives ─┼── table on disk
+//!   add, retire, replace ─────┘     (one at a time)      └── view ──> status, metrics
+//! ```
+//!
+//! Coming in: known and written to the table, then formatted (a new one), then loaded, then emptied
+//! (a stale one), then routed to. Going out: routed around, then closed, so that nobody is sent to
+//! an engine that is not there. Every change of the routes has a number; a remove that began under
+//! another number than it ends under is not acknowledged.
+//!
+//! What must always be true: the last device in service is never taken out: its DRAM still serves,
+//! and there is no other place for a block; the data path never waits for this thread, except
+//! a remove while a device is away, which waits until that is noted on disk.
+//!
+//! | file | question |
+//! |---|---|
+//! | `going` | when and how does a device go? |
+//! | `asked` | what if an operator wants something? |
+//! | `told` | what do threads and people hear? |
+//!
+//! What is absent: when a device counts as lost (`watch`), who owns which block (`routes`), how an
+//! engine is opened and closed (`loading`, `owner`).
+
+mod asked;
+mod going;
+mod told;
+
+use super::table::DeviceTable;
+use super::view::{DeviceView, Phase, Views};
+use super::watch::{Kind, Run, Watch};
+use crate::config::{Config, DRAM_BYTES_MIN};
+use crate::loading::{LoadFailed, LoadingHook, OpenShard, Progress};
+use crate::mail::{Answer, Ask, EngineKey, KEEPER, Mail, Origin, Post};
+use crate::storage::{OpenDevice, Storage};
+use crossbeam_channel::{Receiver, Sender};
+use kvar_base::{Clock as _, DeviceUuid, SystemClock};
+use kvar_engine::{EngineConfig, Superblock, arena_bytes};
+use kvar_io::Target;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+/// Between the two probes that find a device dead: a controller that is reset takes some hundred
+/// milliseconds.
+const PROBE_AGAIN: Duration = Duration::from_millis(500);
+
+/// What an operator asks for. A device is named by slot, uuid or path.
+#[derive(Clone, Debug, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct NewDevice {
+    pub(crate) path: PathBuf,
+    #[serde(default)]
+    pub(crate) size: Option<u64>,
+    /// Take it even if it holds data of another store.
+    #[serde(default)]
+    pub(crate) erase: bool,
+}
+
+/// What an operator asks for.
+#[derive(Clone, Debug)]
+pub(crate) enum Command {
+    Add(NewDevice),
+    Retire { device: String },
+    Replace { device: String, new: NewDevice },
+}
+
+/// What is to be remembered of a request.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Note {
+    /// Blocks are removed while a device is away.
+    Removal,
+}
+
+/// Tells an operator how it went: the device's view, or why not.
+pub(crate) type Reply = tokio::sync::oneshot::Sender<Result<DeviceView, String>>;
+
+/// What the keeper is told.
+pub(crate) enum Event {
+    /// An engine is loaded, or cannot be.
+    Loaded(EngineKey, Result<(), LoadFailed>),
+    /// An operation failed; hard: not for want of space.
+    Failed {
+        device: u32,
+        kind: Kind,
+        is_hard: bool,
+        text: String,
+    },
+    /// Writes go well again after one was refused.
+    WritesAgain { device: u32 },
+    /// A device that was doubted answers, or does not.
+    Probed { device: u32, alive: bool },
+    /// An engine is gone.
+    Closed(EngineKey),
+    /// The answer to an ask of the keeper's own.
+    Answered(u64, Answer),
+    /// A request waits until this is remembered.
+    Note(Origin, Note),
+    /// An operator asks.
+    Command(Command, Reply),
+    /// The node stops.
+    Stop,
+}
+
+/// Why the node cannot go on.
+pub(crate) struct Fatal {
+    pub(crate) shard: u32,
+    pub(crate) path: PathBuf,
+    pub(crate) failure: LoadFailed,
+}
+
+/// What the keeper is given.
+pub(crate) struct KeeperParts {
+    pub(crate) config: Config,
+    pub(crate) storage: Storage,
+    pub(crate) post: Post,
+    pub(crate) views: Arc<Views>,
+    pub(crate) clock: SystemClock,
+    pub(crate) hook: Option<LoadingHook>,
+    pub(crate) block_bytes_max: u64,
+    /// Told once: all is loaded, or the node cannot go on.
+    pub(crate) started: Sender<Result<(), Fatal>>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// So many engines are being loaded.
+    Loading(usize),
+    /// So many engines are being emptied.
+    Emptying(usize),
+    Online,
+    /// Out; so many engines are still to go.
+    Closing(usize),
+}
+
+/// A device that is open.
+struct Live {
+    number: u32,
+    uuid: DeviceUuid,
+    path: PathBuf,
+    target: Arc<Target>,
+    superblock: Arc<Superblock>,
+    engines: Vec<EngineKey>,
+    watches: Vec<Arc<Watch>>,
+    stage: Stage,
+    is_routed: bool,
+    memory_bytes: u64,
+    runs: [Run; 2],
+    is_probed: bool,
+    /// Whether its writes fail at the moment.
+    is_refusing: bool,
+    /// Whether it would be out of service if it were not the last.
+    is_hopeless: bool,
+    /// Why it is of little use, though it is the last one.
+    trouble: Option<String>,
+    /// Who waits for it to come in or to go.
+    reply: Option<Reply>,
+    /// The device whose place it takes once it is loaded.
+    replaces: Option<DeviceUuid>,
+}
+
+/// See the module.
+pub(crate) struct Keeper {
+    config: Config,
+    table: DeviceTable,
+    /// Whether a mark in the table is not on disk yet.
+    is_unsaved: bool,
+    post: Post,
+    views: Arc<Views>,
+    clock: SystemClock,
+    hook: Option<LoadingHook>,
+    block_bytes_max: u64,
+    started: Option<Sender<Result<(), Fatal>>>,
+    sender: Sender<Event>,
+    receiver: Receiver<Event>,
+    lives: Vec<Live>,
+    /// Why devices of the store are not online: state and words.
+    away: BTreeMap<String, (&'static str, String)>,
+    latest: Arc<AtomicU64>,
+    next_serial: u32,
+    next_device: u32,
+    /// DRAM for each byte of device, from the first start on.
+    dram_per_byte: f64,
+    /// Seconds since 1970 at the clock's zero.
+    unix_at_start_s: u64,
+}
+
+impl Keeper {
+    /// Takes the devices over, hands their shards to the threads and says who owns what. Mail lies
+    /// ready before the threads run.
+    pub(crate) fn new(
+        parts: KeeperParts,
+        sender: Sender<Event>,
+        receiver: Receiver<Event>,
+    ) -> Self {
+        let Storage {
+            devices,
+            away,
+            table,
+            ..
+        } = parts.storage;
+        let bytes: u64 = devices.iter().map(|it| it.superblock.device_bytes).sum();
+        let away = away.into_iter();
+        let mut keeper = Self {
+            dram_per_byte: parts.config.dram.0 as f64 / bytes as f64,
+            unix_at_start_s: parts.clock.unix_seconds() - parts.clock.now().0 / 1_000_000,
+            config: parts.config,
+            table,
+            is_unsaved: false,
+            post: parts.post,
+            views: parts.views,
+            clock: parts.clock,
+            hook: parts.hook,
+            block_bytes_max: parts.block_bytes_max,
+            started: Some(parts.started),
+            sender,
+            receiver,
+            lives: Vec::new(),
+            away: away
+                .map(|device| (device.uuid.to_string(), ("missing", device.reason)))
+                .collect(),
+            latest: Arc::default(),
+            next_serial: 0,
+            next_device: 0,
+        };
+        let only = devices.len() == 1;
+        for device in devices {
+            let is_stale = keeper.is_stale(device.superblock.uuid);
+            let live = keeper.open(device, only);
+            // Its blocks are Miss(loading) meanwhile; one that must be emptied first is not asked.
+            live.is_routed = !is_stale;
+        }
+        keeper.publish();
+        keeper
+    }
+
+    /// Runs until the node stops.
+    pub(crate) fn run(mut self) {
+        while let Ok(event) = self.receiver.recv() {
+            match event {
+                Event::Loaded(key, result) => self.on_loaded(key, result),
+                Event::Failed {
+                    device,
+                    kind,
+                    is_hard,
+                    text,
+                } => self.on_failed(device, kind, is_hard, &text),
+                Event::WritesAgain { device } => self.on_writes_again(device),
+                Event::Probed { device, alive } => self.on_probed(device, alive),
+                Event::Closed(key) => self.on_closed(key),
+                Event::Answered(number, answer) => self.on_answered(number, &answer),
+                Event::Note(origin, Note::Removal) => self.note_removal(origin),
+                Event::Command(command, reply) => self.on_command(command, reply),
+                Event::Stop => {
+                    self.views.change(|view| view.phase = Phase::Stopping);
+                    return;
+                }
+            }
+        }
+    }
+
+    // ---- coming in --------------------------------------------------------------------------
+
+    fn open(&mut self, device: OpenDevice, only: bool) -> &mut Live {
+        let OpenDevice {
+            path,
+            target,
+            superblock,
+        } = device;
+        let number = self.next_device;
+        self.next_device += 1;
+        let shards = u64::from(superblock.shards);
+        let dram_bytes = if only {
+            self.config.dram.0 / shards
+        } else {
+            let share = self.dram_per_byte * superblock.device_bytes as f64;
+            (share as u64 / shards).max(DRAM_BYTES_MIN)
+        };
+        let config = EngineConfig {
+            dram_bytes,
+            flush_after: self.config.flush_after,
+            shutdown_flush: self.config.shutdown_flush,
+            unix_at_start_s: self.unix_at_start_s,
+            scrub_bytes_per_s: self.config.scrub.0,
+            discard: self.config.discard,
+        };
+        let one = arena_bytes(&config, &superblock) as u64 + superblock.buckets * 64;
+        let (mut engines, mut watches) = (Vec::new(), Vec::new());
+        for shard in 0..superblock.shards {
+            let key = EngineKey {
+                thread: shard % self.post.threads(),
+                serial: self.next_serial,
+            };
+            self.next_serial += 1;
+            let watch = Arc::new(Watch::default());
+            engines.push(key);
+            watches.push(watch.clone());
+            let open = OpenShard {
+                key,
+                device: number,
+                number: shard,
+                target: target.clone(),
+                superblock: superblock.clone(),
+                config: config.clone(),
+                io_engine: self.config.io_engine,
+                progress: Arc::new(Progress::default()),
+                watch,
+                keeper: self.sender.clone(),
+                hook: self.hook.clone(),
+            };
+            self.post.send(key.thread, Mail::Open(Box::new(open)));
+        }
+        self.away.remove(&superblock.uuid.to_string());
+        self.lives.push(Live {
+            number,
+            uuid: superblock.uuid,
+            path,
+            target,
+            stage: Stage::Loading(engines.len()),
+            memory_bytes: shards * one,
+            superblock,
+            engines,
+            watches,
+            is_routed: false,
+            runs: [Run::default(); 2],
+            is_probed: false,
+            is_refusing: false,
+            is_hopeless: false,
+            trouble: None,
+            reply: None,
+            replaces: None,
+        });
+        let last = self.lives.len() - 1;
+        &mut self.lives[last]
+    }
+
+    fn on_loaded(&mut self, key: EngineKey, result: Result<(), LoadFailed>) {
+        let Some(at) = self.position(key) else { return };
+        let Stage::Loading(left) = self.lives[at].stage else {
+            return;
+        };
+        if let Err(failure) = result {
+            return self.on_load_failed(at, key, failure);
+        }
+        self.lives[at].stage = Stage::Loading(left - 1);
+        if left > 1 {
+            return self.publish_view();
+        }
+        if !self.is_stale(self.lives[at].uuid) {
+            return self.come_online(at);
+        }
+        let live = &mut self.lives[at];
+        tracing::warn!(
+            uuid = %live.uuid,
+            path = %live.path.display(),
+            "blocks were removed while this device was away: it begins empty"
+        );
+        live.stage = Stage::Emptying(live.engines.len());
+        for engine in &live.engines {
+            let origin = Origin {
+                thread: KEEPER,
+                operation: u64::from(live.number),
+            };
+            self.post
+                .send(engine.thread, Mail::Ask(origin, *engine, Ask::Purge));
+        }
+    }
+
+    fn on_answered(&mut self, number: u64, answer: &Answer) {
+        let found = self
+            .lives
+            .iter()
+            .position(|it| u64::from(it.number) == number);
+        let Some(at) = found else { return };
+        let Stage::Emptying(left) = self.lives[at].stage else {
+            return;
+        };
+        match answer {
+            Answer::Done(Ok(_)) => {}
+            Answer::Done(Err(text)) => {
+                let text = format!("it cannot be emptied: {text}");
+                return self.take_out(at, "failed", &text);
+            }
+            _ => return,
+        }
+        self.lives[at].stage = Stage::Emptying(left - 1);
+        if left > 1 {
+            return;
+        }
+        let uuid = self.lives[at].uuid;
+        if let Some(entry) = self.table.find_mut(uuid) {
+            entry.stale = false;
+        }
+        match self.save() {
+            Ok(()) => self.come_online(at),
+            Err(text) => self.take_out(at, "failed", &text),
+        }
+    }
+
+    fn come_online(&mut self, at: usize) {
+        let live = &mut self.lives[at];
+        live.stage = Stage::Online;
+        live.is_routed = true;
+        let (uuid, replaces, reply) = (live.uuid, live.replaces.take(), live.reply.take());
+        tracing::info!(%uuid, path = %live.path.display(), "device online");
+        if let Some(old) = replaces {
+            let mut table = self.table.clone();
+            let slot = table.retire(old);
+            if let (Some(slot), Some(entry)) = (slot, table.find_mut(uuid)) {
+                entry.slot = Some(slot);
+            }
+            self.table = table;
+            if let Err(text) = self.save() {
+                // Still in force: what the table says on disk is the new device beside the old one.
+                tracing::error!("{text}");
+            }
+            self.away.remove(&old.to_string());
+            if let Some(old) = self.lives.iter().position(|it| it.uuid == old) {
+                self.close(old);
+            }
+        }
+        self.publish();
+        if let Some(reply) = reply {
+            let view = self
+                .view_of(uuid)
+                .ok_or_else(|| "it is gone again".to_owned());
+            let _ = reply.send(view);
+        }
+        self.say_started();
+    }
+
+    fn on_load_failed(&mut self, at: usize, key: EngineKey, failure: LoadFailed) {
+        let live = &self.lives[at];
+        let shard = live.engines.iter().position(|it| *it == key).unwrap_or(0) as u32;
+        let others = self.lives.iter().filter(|it| it.is_routed).count();
+        let is_alone = others <= usize::from(live.is_routed);
+        if let (LoadFailed::Cancelled, _) | (_, true) = (&failure, is_alone)
+            && let Some(started) = self.started.take()
+        {
+            let path = live.path.clone();
+            let _ = started.send(Err(Fatal {
+                shard,
+                path,
+                failure,
+            }));
+            return;
+        }
+        let text = format!("shard {shard} cannot be loaded: {failure}");
+        self.take_out(at, "failed", &text);
+        self.say_started();
+    }
+
+    /// Once nothing of what was there at start is being loaded any more.
+    fn say_started(&mut self) {
+        let is_loading = |it: &Live| matches!(it.stage, Stage::Loading(_) | Stage::Emptying(_));
+        if self.lives.iter().any(is_loading) {
+            return;
+        }
+        if let Some(started) = self.started.take() {
+            self.views.change(|view| view.phase = Phase::Serving);
+            let _ = started.send(Ok(()));
+        }
+    }
+
+    // ---- what is remembered -----------------------------------------------------------------
+
+    fn is_stale(&self, uuid: DeviceUuid) -> bool {
+        self.table.find(uuid).is_some_and(|entry| entry.stale)
+    }
+
+    fn is_routed(&self, uuid: DeviceUuid) -> bool {
+        self.lives.iter().any(|it| it.uuid == uuid && it.is_routed)
+    }
+
+    fn save(&self) -> Result<(), String> {
+        self.table
+            .write(&self.config.table_path())
+            .map_err(|error| error.to_string())
+    }
+
+    fn note_removal(&mut self, origin: Origin) {
+        let away: Vec<DeviceUuid> = self
+            .table
+            .in_use()
+            .filter(|entry| !entry.stale && !self.is_routed(entry.uuid.0))
+            .map(|entry| entry.uuid.0)
+            .collect();
+        self.is_unsaved |= !away.is_empty();
+        for uuid in away {
+            if let Some(entry) = self.table.find_mut(uuid) {
+                entry.stale = true;
+            }
+        }
+        let mut noted = Ok(0);
+        if self.is_unsaved {
+            // Until it is on disk it must not be acknowledged; in memory it holds either way.
+            noted = self.save().map(|()| 0).map_err(|text| {
+                format!("a device is away and it cannot be noted that blocks went: {text}")
+            });
+            self.is_unsaved = noted.is_err();
+        }
+        self.post.send(
+            origin.thread,
+            Mail::Answer(origin.operation, Answer::Done(noted)),
+        );
+    }
+}

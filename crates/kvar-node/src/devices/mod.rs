@@ -1,0 +1,39 @@
+//! The devices of a node: which there are, which blocks lie on which, what happens when one goes.
+//!
+//! ```text
+//!              add                 load, drop what was removed meanwhile
+//!   (blank) ────────> joining ──────────────────────────────────> online
+//!                        ▲                                       │  │  │
+//!              add       │          refuses for good, is gone    │  │  │ retire, replace
+//!        ┌───────────────┴─── failed <───────────────────────────┘  │  ▼
+//!   missing (at start)                                  node stops  │ retired ── add ──> joining, empty
+//! ```
+//!
+//! | file | question |
+//! |---|---|
+//! | `table` | which devices belong to this store, in which slots? On disk, beside the key |
+//! | `routes` | which engine has a block? |
+//! | `watch` | is a device still one? |
+//! | `admit` | may this device come in? |
+//! | `keeper` | the thread that decides: opens, fences, adds, retires, replaces |
+//! | `view` | what status, metrics and `kvar device list` say of them |
+//!
+//! `docs/internals/devices.md` has the tables, the rule and its reasons.
+//!
+//! What must always be true: a block is asked for where the routes say, and never two engines at
+//! once; a block that was removed while its device was away does not come back with the device.
+
+mod admit;
+mod keeper;
+mod routes;
+mod table;
+mod view;
+mod watch;
+
+pub(crate) use keeper::{Command, Event, Fatal, Keeper, KeeperParts, NewDevice, Note};
+pub(crate) use routes::{RoutedDevice, Routes};
+pub use table::TableError;
+pub(crate) use table::{DeviceState, DeviceTable, Entry};
+pub use view::{DeviceReport, DeviceView, Phase};
+pub(crate) use view::{View, Views};
+pub(crate) use watch::{Sign, Watch, WatchedDevice, is_hard};

@@ -1,0 +1,305 @@
+//! The device table: which devices belong to this store.
+//!
+//! ```text
+//!   <key file with .devices for .key>, JSON, written whole and renamed into place:
+//!     { "format": 1,
+//!       "devices": [ { "uuid", "slot", "path", "bytes", "state": "in" | "retired", "stale" } ] }
+//! ```
+//!
+//! | field | meaning |
+//! |---|---|
+//! | uuid | the device, wherever it is plugged in |
+//! | slot | its place in the routes; a replacement takes it over; none once retired |
+//! | path | where it was last seen |
+//! | bytes | its weight in the routes, also while it is away |
+//! | stale | blocks were removed while it was away: it is emptied before it serves again |
+//!
+//! What must always be true: the table is on disk before what it allows happens: before a device is
+//! formatted, and `stale` before the remove is acknowledged. A store of one device needs no table:
+//! the key file names the device.
+//!
+//! What is absent: whether a device is there right now; that is seen, not stored.
+
+use kvar_base::DeviceUuid;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+/// The form this code reads and writes.
+const FORMAT: u32 = 1;
+
+/// Most devices of a node, retired ones included: routes number them with a byte.
+pub(crate) const DEVICES_MAX: usize = 255;
+
+/// What the store wants of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum DeviceState {
+    /// To be used.
+    In,
+    /// Taken out of service for good; not opened even if it is there.
+    Retired,
+}
+
+/// One device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Entry {
+    pub(crate) uuid: DeviceUuidText,
+    pub(crate) slot: Option<u32>,
+    pub(crate) path: PathBuf,
+    pub(crate) bytes: u64,
+    pub(crate) state: DeviceState,
+    pub(crate) stale: bool,
+}
+
+/// A uuid that is written as people read it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub(crate) struct DeviceUuidText(pub(crate) DeviceUuid);
+
+impl TryFrom<String> for DeviceUuidText {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+            .map(Self)
+            .map_err(|error: kvar_base::NamespaceKeyError| error.to_string())
+    }
+}
+
+impl From<DeviceUuidText> for String {
+    fn from(uuid: DeviceUuidText) -> Self {
+        uuid.0.to_string()
+    }
+}
+
+/// See the module.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct DeviceTable {
+    format: u32,
+    pub(crate) devices: Vec<Entry>,
+}
+
+/// Why the table cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TableError {
+    /// Not what a table looks like.
+    #[error(
+        "device table {} is damaged: {reason}; restore it from a backup (without it nobody knows \
+         which devices belong to this store)", path.display()
+    )]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong in it.
+        reason: String,
+    },
+    /// The system refused.
+    #[error("device table {}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Its words.
+        source: std::io::Error,
+    },
+}
+
+impl Default for DeviceTable {
+    fn default() -> Self {
+        Self {
+            format: FORMAT,
+            devices: Vec::new(),
+        }
+    }
+}
+
+impl DeviceTable {
+    /// Reads the table; `None` when there is none.
+    pub(crate) fn read(path: &Path) -> Result<Option<Self>, TableError> {
+        let damaged = |reason: String| TableError::Damaged {
+            path: path.into(),
+            reason,
+        };
+        let text = match std::fs::read_to_string(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => {
+                return Err(TableError::Io {
+                    path: path.into(),
+                    source,
+                });
+            }
+            Ok(text) => text,
+        };
+        let table: Self =
+            serde_json::from_str(&text).map_err(|error| damaged(error.to_string()))?;
+        table.check().map_err(damaged)?;
+        Ok(Some(table))
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if self.format != FORMAT {
+            return Err(format!(
+                "it has form {}, this program knows {FORMAT}",
+                self.format
+            ));
+        }
+        if self.devices.len() > DEVICES_MAX {
+            return Err(format!("it has more than {DEVICES_MAX} devices"));
+        }
+        for (at, entry) in self.devices.iter().enumerate() {
+            let others = &self.devices[..at];
+            if others.iter().any(|other| other.uuid == entry.uuid) {
+                return Err(format!("device {} stands in it twice", entry.uuid.0));
+            }
+            if entry.slot.is_some() != (entry.state == DeviceState::In) {
+                return Err(format!("device {} has a wrong slot", entry.uuid.0));
+            }
+            if entry.slot.is_some() && others.iter().any(|other| other.slot == entry.slot) {
+                return Err(format!("two devices have the slot of {}", entry.uuid.0));
+            }
+            if entry.bytes == 0 {
+                return Err(format!("device {} has no size", entry.uuid.0));
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes the table so that a power cut leaves the old or the new one.
+    pub(crate) fn write(&self, path: &Path) -> Result<(), TableError> {
+        debug_assert_eq!(self.check(), Ok(()));
+        let mut draft = path.to_path_buf().into_os_string();
+        draft.push(".draft");
+        let write = || {
+            let mut file = File::create(&draft)?;
+            file.write_all(&serde_json::to_vec_pretty(self)?)?;
+            file.sync_all()?;
+            std::fs::rename(&draft, path)?;
+            let folder = path
+                .parent()
+                .filter(|folder| !folder.as_os_str().is_empty());
+            File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+        };
+        write().map_err(|source| TableError::Io {
+            path: path.into(),
+            source,
+        })
+    }
+
+    /// The entry of a device.
+    pub(crate) fn find(&self, uuid: DeviceUuid) -> Option<&Entry> {
+        self.devices.iter().find(|entry| entry.uuid.0 == uuid)
+    }
+
+    /// As [`find`](Self::find), to change it.
+    pub(crate) fn find_mut(&mut self, uuid: DeviceUuid) -> Option<&mut Entry> {
+        self.devices.iter_mut().find(|entry| entry.uuid.0 == uuid)
+    }
+
+    /// Devices in use, whether they are there or not.
+    pub(crate) fn in_use(&self) -> impl Iterator<Item = &Entry> {
+        self.devices
+            .iter()
+            .filter(|entry| entry.state == DeviceState::In)
+    }
+
+    /// The lowest slot that nobody has.
+    pub(crate) fn free_slot(&self) -> u32 {
+        (0..)
+            .find(|slot| self.devices.iter().all(|entry| entry.slot != Some(*slot)))
+            .unwrap_or(0)
+    }
+
+    /// A device comes in at a free slot.
+    pub(crate) fn enter(&mut self, uuid: DeviceUuid, path: &Path, bytes: u64) -> u32 {
+        let slot = self.free_slot();
+        self.devices.push(Entry {
+            uuid: DeviceUuidText(uuid),
+            slot: Some(slot),
+            path: path.into(),
+            bytes,
+            state: DeviceState::In,
+            stale: false,
+        });
+        slot
+    }
+
+    /// A device leaves for good; should it ever come back, it comes back empty.
+    pub(crate) fn retire(&mut self, uuid: DeviceUuid) -> Option<u32> {
+        let entry = self.find_mut(uuid)?;
+        entry.state = DeviceState::Retired;
+        entry.stale = true;
+        entry.slot.take()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn uuid(number: u8) -> DeviceUuid {
+        DeviceUuid::new([number; 16])
+    }
+
+    #[test]
+    fn a_table_survives_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("data.devices");
+        assert_eq!(DeviceTable::read(&path).unwrap(), None);
+        let mut table = DeviceTable::default();
+        for number in 1..=3 {
+            table.enter(uuid(number), Path::new("/a/b"), 100);
+        }
+        assert_eq!(table.retire(uuid(2)), Some(1));
+        table.enter(uuid(4), Path::new("/c"), 100);
+        assert_eq!(
+            table.find(uuid(4)).unwrap().slot,
+            Some(1),
+            "a free slot is used again"
+        );
+        assert_eq!(table.in_use().count(), 3);
+        table.write(&path).unwrap();
+        assert_eq!(DeviceTable::read(&path).unwrap().unwrap(), table);
+    }
+
+    #[test]
+    fn a_table_that_makes_no_sense_says_why() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("data.devices");
+        let check = |text: &str, part: &str| {
+            std::fs::write(&path, text).unwrap();
+            let error = DeviceTable::read(&path).unwrap_err().to_string();
+            assert!(
+                error.contains(part) && error.contains("data.devices"),
+                "{error}"
+            );
+        };
+        let entry = |uuid: u8, slot: &str, state: &str| {
+            format!(
+                "{{\"uuid\":\"{}\",\"slot\":{slot},\"path\":\"/x\",\"bytes\":5,\
+                 \"state\":\"{state}\",\"stale\":false}}",
+                DeviceUuid::new([uuid; 16])
+            )
+        };
+        let table =
+            |entries: &[String]| format!("{{\"format\":1,\"devices\":[{}]}}", entries.join(","));
+        check("{", "damaged");
+        check("{\"format\":2,\"devices\":[]}", "form 2");
+        check(&table(&[entry(1, "0", "in"), entry(1, "1", "in")]), "twice");
+        check(
+            &table(&[entry(1, "0", "in"), entry(2, "0", "in")]),
+            "two devices",
+        );
+        check(&table(&[entry(1, "null", "in")]), "wrong slot");
+        check(&table(&[entry(1, "0", "retired")]), "wrong slot");
+        check(
+            &table(&[entry(1, "0", "in").replace(":5", ":0")]),
+            "no size",
+        );
+        check(
+            &table(&[entry(1, "0", "in").replace("0101", "01zz")]),
+            "digit",
+        );
+    }
+}

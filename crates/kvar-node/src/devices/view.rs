@@ -1,0 +1,109 @@
+//! What is said of the devices: status, metrics, `kvar device list`.
+//!
+//! The keeper writes it whole at every change; whoever asks takes a reference. What changes with
+//! every block comes from the engines' reports and is added by [`DeviceReport`].
+
+use crate::report::ShardReport;
+use serde::Serialize;
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError, RwLock};
+
+/// One device as the keeper sees it.
+#[derive(Clone, Debug, Serialize)]
+pub struct DeviceView {
+    /// Its number in this process, while it is open.
+    #[serde(skip)]
+    pub number: Option<u32>,
+    /// Its place in the routes; none once retired.
+    pub slot: Option<u32>,
+    /// Its name.
+    pub uuid: String,
+    /// Where it is, or was.
+    pub path: PathBuf,
+    /// Size in bytes.
+    pub bytes: u64,
+    /// `loading`, `online`, `failed`, `missing` or `retired`.
+    pub state: &'static str,
+    /// Why it is not online.
+    pub reason: Option<String>,
+    /// Share of new blocks that it gets.
+    pub share: f64,
+    /// Whether it will be emptied before it serves again.
+    pub stale: bool,
+}
+
+/// A device with what its engines say.
+#[derive(Clone, Debug, Serialize)]
+pub struct DeviceReport {
+    /// What the keeper sees.
+    #[serde(flatten)]
+    pub device: DeviceView,
+    /// Blocks on it.
+    pub blocks: u64,
+    /// Payload bytes its segments hold when full.
+    pub payload_bytes_max: u64,
+    /// Why it takes no writes at the moment, if so.
+    pub trouble: Option<String>,
+}
+
+impl DeviceReport {
+    pub(crate) fn new(device: DeviceView, shards: &[ShardReport]) -> Self {
+        let own = || {
+            shards
+                .iter()
+                .filter(|shard| Some(shard.device) == device.number && shard.state != "closed")
+                .map(|shard| &shard.engine)
+        };
+        Self {
+            blocks: own().map(|engine| engine.flash_blocks).sum(),
+            payload_bytes_max: own().map(|engine| engine.flash_bytes_max).sum(),
+            trouble: own().find_map(|engine| engine.device_trouble.clone()),
+            device,
+        }
+    }
+}
+
+/// How far the node is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Reads what it stored before its last stop; answers, and has no blocks yet.
+    #[default]
+    Loading,
+    /// Serves.
+    Serving,
+    /// Was told to stop.
+    Stopping,
+}
+
+/// Everything the keeper says.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct View {
+    pub(crate) phase: Phase,
+    pub(crate) shards: u32,
+    pub(crate) shards_loaded: u32,
+    /// Memory of arenas and indexes in bytes.
+    pub(crate) memory_bytes: u64,
+    pub(crate) devices: Vec<DeviceView>,
+}
+
+/// The latest view.
+#[derive(Debug, Default)]
+pub(crate) struct Views(RwLock<Arc<View>>);
+
+impl Views {
+    pub(crate) fn latest(&self) -> Arc<View> {
+        // The lock guards one pointer: there is no half-made state a panic could leave.
+        self.0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    pub(crate) fn change(&self, change: impl FnOnce(&mut View)) {
+        let mut guard = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut view = View::clone(&guard);
+        change(&mut view);
+        *guard = Arc::new(view);
+    }
+}

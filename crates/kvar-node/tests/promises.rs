@@ -1,0 +1,203 @@
+//! How long a node keeps what: times to live and leases, asked in the bare protocol.
+
+mod support;
+
+use kvar_base::{BlockId, LeaseToken, MissReason, PutOutcome};
+use kvar_wire::*;
+use std::time::{Duration, Instant};
+use support::{Peer, bytes_of, config, start};
+
+fn ids(count: usize) -> Vec<BlockId> {
+    let key = kvar_base::NamespaceKey::new([9; 32]);
+    (0..count)
+        .map(|number| BlockId::from_name(&key, &format!("block {number}")))
+        .collect()
+}
+
+fn lease(ids: &[BlockId], token: LeaseToken, client: u64, ttl_ms: u32) -> Lease {
+    Lease {
+        ids: ids.to_vec(),
+        first_depth: 0,
+        touch_request: 0,
+        token,
+        client,
+        ttl_ms,
+        deadline_us: 10_000_000,
+    }
+}
+
+fn ask_lease(peer: &mut Peer, lease: &Lease) -> LeaseAnswer {
+    match peer.ask(lease) {
+        Message::LeaseAnswer(answer) => answer,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn renew(peer: &mut Peer, token: LeaseToken, ttl_ms: u32) -> u32 {
+    let renew = Renew {
+        token,
+        ttl_ms,
+        deadline_us: 10_000_000,
+    };
+    match peer.ask(&renew) {
+        Message::RenewAnswer(answer) => answer.lasts_ms,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn release(peer: &mut Peer, token: LeaseToken) -> bool {
+    let release = Release {
+        token,
+        deadline_us: 10_000_000,
+    };
+    match peer.ask(&release) {
+        Message::ReleaseAnswer(answer) => answer.released,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_lease_spans_shards_and_outlives_the_link_that_took_it() {
+    for shards in [1, 3] {
+        let dir = tempfile::tempdir().unwrap();
+        let node = start(&config(dir.path(), shards));
+        let mut one = Peer::greet(&node);
+        let ids = ids(12);
+        for id in &ids[..10] {
+            assert_eq!(
+                one.put(*id, &[&bytes_of(id, 5000)], false),
+                PutOutcome::Stored
+            );
+        }
+        let token = LeaseToken::new([shards as u8; 16]);
+        let answer = ask_lease(&mut one, &lease(&ids, token, 1, 20_000));
+        assert_eq!(
+            (answer.leading, answer.reason),
+            (10, Some(MissReason::Absent))
+        );
+        assert!((15_000..=20_000).contains(&answer.lasts_ms), "{answer:?}");
+        // Nothing said is the default; too much is cut.
+        let other = LeaseToken::new([100; 16]);
+        let short = ask_lease(&mut one, &lease(&ids[..3], other, 1, 0));
+        assert!(short.leading == 3 && short.reason.is_none(), "{short:?}");
+        assert!((1..=2000).contains(&short.lasts_ms), "{short:?}");
+        assert!((20_000..=30_000).contains(&renew(&mut one, other, u32::MAX)));
+        assert!(release(&mut one, other) && !release(&mut one, other));
+        drop(one);
+        let mut two = Peer::greet(&node);
+        assert!((20_000..=30_000).contains(&renew(&mut two, token, 30_000)));
+        // A remove wins, and leaves the rest of the lease as it is.
+        let remove = Remove {
+            ids: vec![ids[4]],
+            deadline_us: 10_000_000,
+        };
+        two.ask(&remove);
+        assert_eq!(two.get(ids[4]), Err(MissReason::Absent));
+        assert!(two.get(ids[5]).is_ok());
+        assert!(release(&mut two, token));
+        assert_eq!(renew(&mut two, token, 1000), 0);
+        // No such blocks, no ids, no time.
+        let none = ask_lease(&mut two, &lease(&ids[10..], token, 1, 1000));
+        assert_eq!((none.leading, none.lasts_ms), (0, 0));
+        let empty = ask_lease(&mut two, &lease(&[], token, 1, 1000));
+        assert_eq!((empty.leading, empty.reason), (0, None));
+        let late = Lease {
+            deadline_us: 0,
+            ..lease(&ids, token, 1, 1000)
+        };
+        assert_eq!(
+            ask_lease(&mut two, &late).reason,
+            Some(MissReason::Deadline)
+        );
+        node.shutdown();
+        assert!(node.wait().defects.is_empty());
+    }
+}
+
+#[test]
+fn one_client_holds_a_share_and_another_still_gets_some() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = start(&config(dir.path(), 1));
+    let mut peer = Peer::greet(&node);
+    let ids = ids(100);
+    for id in &ids {
+        let mut put = Peer::put_message(*id, &[&bytes_of(id, 60_000)], false);
+        put.hints.ephemeral = true;
+        let request = peer.number();
+        peer.send_with(request, &put, &bytes_of(id, 60_000));
+        let stored = PutAnswer {
+            outcome: PutOutcome::Stored,
+        };
+        assert_eq!(peer.receive().1, stored.into());
+    }
+    // 24 MiB of memory: a tenth is 2.4 MiB, a quarter of that 10 blocks of 60 KiB.
+    let first = lease(&ids, LeaseToken::new([1; 16]), 1, 20_000);
+    let answer = ask_lease(&mut peer, &first);
+    assert_eq!(answer.reason, Some(MissReason::Overloaded));
+    assert!((8..=11).contains(&answer.leading), "{answer:?}");
+    let again = lease(&ids[50..], LeaseToken::new([2; 16]), 1, 20_000);
+    assert_eq!(ask_lease(&mut peer, &again).leading, 0);
+    let other = lease(&ids[50..], LeaseToken::new([3; 16]), 2, 20_000);
+    assert_eq!(ask_lease(&mut peer, &other).leading, answer.leading);
+}
+
+#[test]
+fn a_block_with_a_time_to_live_ends_by_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = config(dir.path(), 2);
+    let node = start(&settings);
+    let mut peer = Peer::greet(&node);
+    let ids = ids(2);
+    let bytes = bytes_of(&ids[0], 3000);
+    for (id, ttl_s) in ids.iter().zip([2, 3600]) {
+        let mut put = Peer::put_message(*id, &[&bytes], true);
+        put.sections = support::sections_of(id, &[&bytes]);
+        put.hints.ttl_s = Some(ttl_s);
+        let request = peer.number();
+        peer.send_with(request, &put, &bytes);
+        let stored = PutAnswer {
+            outcome: PutOutcome::Stored,
+        };
+        assert_eq!(peer.receive().1, stored.into());
+    }
+    let put = Instant::now();
+    assert!(peer.get(ids[0]).is_ok());
+    let stat = Stat {
+        id: ids[1],
+        deadline_us: 10_000_000,
+    };
+    let Message::StatAnswer(StatAnswer { stat: Ok(stat) }) = peer.ask(&stat) else {
+        panic!("it is there")
+    };
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_secs();
+    let expires = stat.expires_unix_s.unwrap();
+    assert!(
+        (now + 3500..now + 3605).contains(&expires),
+        "{expires} {now}"
+    );
+    while peer.get(ids[0]).is_ok() {
+        assert!(put.elapsed() < Duration::from_secs(10), "it lives on");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(
+        put.elapsed() >= Duration::from_millis(1900),
+        "it ended early"
+    );
+    assert_eq!(peer.get(ids[0]), Err(MissReason::Expired));
+    // Over a restart too.
+    drop(peer);
+    node.shutdown();
+    node.wait();
+    let node = start(&settings);
+    let mut peer = Peer::greet(&node);
+    loop {
+        match peer.get(ids[1]) {
+            Err(MissReason::Loading) => std::thread::sleep(Duration::from_millis(10)),
+            outcome => break assert!(outcome.is_ok(), "{outcome:?}"),
+        }
+    }
+    assert_eq!(peer.get(ids[0]), Err(MissReason::Expired));
+}

@@ -1,0 +1,147 @@
+//! `kvar device`: the devices of a running node, over its admin HTTP.
+//!
+//! Listing needs nothing; changes carry a proof of the namespace key, which itself stays here.
+
+use crate::arguments::{AdminArguments, DeviceCommand, NewDeviceArguments};
+use crate::failure::{Failure, Outcome};
+use crate::print;
+use kvar_base::ByteSize;
+use kvar_node::{KeyFile, PROOF_HEADER, TIME_HEADER, device_proof};
+use serde_json::{Value, json};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// Longest answer that is read: 255 devices of about 400 bytes, with room.
+const ANSWER_BYTES_MAX: u64 = 4 << 20;
+
+/// Runs one of the commands.
+pub(crate) fn run(command: &DeviceCommand) -> Outcome {
+    match command {
+        DeviceCommand::List { admin } => list(admin),
+        DeviceCommand::Add { new, admin } => {
+            let device = change(admin, &with_new(json!({ "action": "add" }), new)?)?;
+            say(admin, &device, "in service")
+        }
+        DeviceCommand::Retire { device, admin } => {
+            let device = change(admin, &json!({ "action": "retire", "device": device }))?;
+            say(admin, &device, "out of service; it can be taken away")
+        }
+        DeviceCommand::Replace { device, new, admin } => {
+            let action = json!({ "action": "replace", "device": device });
+            let device = change(admin, &with_new(action, new)?)?;
+            say(admin, &device, "in service in the old one's place")
+        }
+    }
+}
+
+/// The node has another working folder than this command: a path it is told is whole.
+fn with_new(mut action: Value, new: &NewDeviceArguments) -> Result<Value, Failure> {
+    let path = std::path::absolute(&new.path)
+        .map_err(|error| Failure::usage(format!("{}: {error}", new.path.display())))?;
+    action["path"] = json!(path);
+    action["size"] = json!(new.size.map(|size| size.0));
+    action["erase"] = json!(new.erase);
+    Ok(action)
+}
+
+fn list(admin: &AdminArguments) -> Outcome {
+    let answer = agent(admin.deadline).get(url(admin)).call();
+    let devices = read(admin, answer)?;
+    if admin.json {
+        return print::json(&devices);
+    }
+    let head = [
+        "slot", "state", "size", "blocks", "share", "path", "uuid", "why",
+    ];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    for device in devices.as_array().into_iter().flatten() {
+        let word = |key: &str| match &device[key] {
+            Value::String(text) => text.clone(),
+            Value::Null => "-".to_owned(),
+            value => value.to_string(),
+        };
+        let share = device["share"].as_f64().unwrap_or(0.0);
+        rows.push(vec![
+            word("slot"),
+            word("state"),
+            ByteSize(device["bytes"].as_u64().unwrap_or(0)).to_string(),
+            word("blocks"),
+            format!("{:.1} %", share * 100.0),
+            word("path"),
+            word("uuid"),
+            word("reason"),
+        ]);
+    }
+    print::table(&rows)
+}
+
+/// A device on one line.
+pub(crate) fn in_words(device: &Value) -> String {
+    let word = |key: &str| device[key].as_str().unwrap_or("-").to_owned();
+    let mut text = format!("{} {} {}", word("path"), word("uuid"), word("state"));
+    for key in ["reason", "trouble"] {
+        if let Some(why) = device[key].as_str() {
+            text.push_str(&format!(" ({why})"));
+        }
+    }
+    text
+}
+
+fn say(admin: &AdminArguments, device: &Value, what: &str) -> Outcome {
+    if admin.json {
+        return print::json(device);
+    }
+    let word = |key: &str| device[key].as_str().unwrap_or("-").to_owned();
+    print::line(&format!("{} ({}) {what}", word("path"), word("uuid")))
+}
+
+fn url(admin: &AdminArguments) -> String {
+    format!("http://{}/v1/devices", admin.admin)
+}
+
+fn agent(deadline: Duration) -> ureq::Agent {
+    ureq::Agent::config_builder()
+        .timeout_global(Some(deadline))
+        .http_status_as_error(false)
+        .proxy(None)
+        .build()
+        .into()
+}
+
+fn change(admin: &AdminArguments, action: &Value) -> Result<Value, Failure> {
+    let key = KeyFile::read(&admin.key_file).map_err(Failure::usage)?.key;
+    let body = action.to_string();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now = now.map_or(0, |elapsed| elapsed.as_secs());
+    let answer = agent(admin.deadline)
+        .post(url(admin))
+        .header("content-type", "application/json")
+        .header(TIME_HEADER, now.to_string())
+        .header(PROOF_HEADER, device_proof(&key, now, body.as_bytes()))
+        .send(&body);
+    read(admin, answer)
+}
+
+fn read(
+    admin: &AdminArguments,
+    answer: Result<ureq::http::Response<ureq::Body>, ureq::Error>,
+) -> Result<Value, Failure> {
+    let mut answer = answer.map_err(|error| {
+        Failure::failed(format!(
+            "no answer from the admin HTTP at {} ({error}); is a node running there, and is --admin \
+             right?",
+            admin.admin
+        ))
+    })?;
+    let text = answer
+        .body_mut()
+        .with_config()
+        .limit(ANSWER_BYTES_MAX)
+        .read_to_string()
+        .map_err(|error| Failure::failed(format!("half an answer: {error}")))?;
+    let value: Value = serde_json::from_str(&text).unwrap_or_else(|_| json!({ "error": text }));
+    if answer.status().is_success() {
+        return Ok(value);
+    }
+    let why = value["error"].as_str().unwrap_or("no reason given");
+    Err(Failure::failed(why))
+}
