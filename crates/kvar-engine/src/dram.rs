@@ -225,9 +225,24 @@ impl Dram {
         self.residents.iter()
     }
 
+    /// Those that are `wanted`, oldest put first: in whatever order the map has them, the same calls
+    /// must give the same writes, or no seed of the simulation would replay.
+    pub(crate) fn in_order(
+        &self,
+        mut wanted: impl FnMut(&BlockId, &Resident) -> bool,
+    ) -> Vec<BlockId> {
+        let mut found: Vec<(u64, BlockId)> = self
+            .iter()
+            .filter(|(id, resident)| wanted(id, resident))
+            .map(|(id, resident)| (resident.number, *id))
+            .collect();
+        found.sort_unstable();
+        found.into_iter().map(|(_, id)| id).collect()
+    }
+
     /// Drops every resident (not the reservations of tickets and reads).
     pub(crate) fn clear(&mut self) -> usize {
-        let ids: Vec<_> = self.residents.keys().copied().collect();
+        let ids = self.in_order(|_, _| true);
         ids.iter().for_each(|id| {
             self.remove(id);
         });

@@ -285,6 +285,16 @@ impl Model {
         Ok(())
     }
 
+    /// The copy of a block that is in doubt may have been given up: nothing is promised of it any
+    /// more, and nothing is denied.
+    pub(crate) fn perhaps_displaced(&mut self, number: u64) {
+        let block = self.block(number);
+        for put in block.current() {
+            (put.guaranteed, put.given_up) = (false, true);
+        }
+        block.on_device = false;
+    }
+
     /// All puts before `order` are flushed, it was said; `told` is the one put this is about, if so.
     pub(crate) fn flushed(&mut self, order: u64, told: Option<u64>) -> Verdict {
         let lenient = self.lenient;

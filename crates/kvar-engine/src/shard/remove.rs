@@ -45,7 +45,7 @@ impl Shard {
                 .iter()
                 .filter(|(id, _)| self.index.find(id).is_some())
                 .count() as u64;
-        let ids: Vec<_> = self.dram.iter().map(|(id, _)| *id).collect();
+        let ids = self.dram.in_order(|_, _| true);
         let found = on_flash_alone + ids.len() as u64;
         for id in &ids {
             self.forget_resident(id);
@@ -53,12 +53,14 @@ impl Shard {
         self.dram.clear();
         self.index.clear();
         self.counters.leased_removed += self.leases.lost_all(&self.segments);
-        let reading: Vec<_> = self
+        let mut reading: Vec<_> = self
             .reading
             .keys()
             .chain(self.parts.keys().map(|(id, _)| id))
             .copied()
             .collect();
+        reading.sort_unstable();
+        reading.dedup();
         for id in reading {
             self.end_reads(&id, MissReason::Removed);
         }

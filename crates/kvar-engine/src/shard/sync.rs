@@ -314,14 +314,9 @@ impl Shard {
                 }
             }
         }
-        again.extend(
-            self.dram
-                .iter()
-                .filter(|(_, resident)| {
-                    resident.state == State::Clean && lost.remove(&resident.number)
-                })
-                .map(|(id, _)| *id),
-        );
+        again.extend(self.dram.in_order(|_, resident| {
+            resident.state == State::Clean && lost.remove(&resident.number)
+        }));
         // Memory let go of these.
         let mut gone: Vec<u64> = lost.into_iter().collect();
         gone.sort_unstable();

@@ -116,15 +116,11 @@ impl Shard {
     /// What is in memory alone, because reclaim, the index or a device in trouble gave it up, is
     /// queued again.
     pub(super) fn queue_given_up(&mut self, now: Moment) {
-        let volatile: Vec<_> = self
-            .dram
-            .iter()
-            .filter(|(id, resident)| {
-                let may_leave = matches!(resident.state, State::Volatile | State::Clean);
-                may_leave && !resident.ephemeral && self.index.find(id).is_none()
-            })
-            .map(|(id, _)| *id)
-            .collect();
+        let index = &self.index;
+        let volatile = self.dram.in_order(|id, resident| {
+            let may_leave = matches!(resident.state, State::Volatile | State::Clean);
+            may_leave && !resident.ephemeral && index.find(id).is_none()
+        });
         for id in volatile {
             self.queue_resident(now, &id);
         }

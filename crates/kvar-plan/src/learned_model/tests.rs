@@ -1,3 +1,8 @@
+//! The learned model on rows of requests short enough to follow by hand.
+//!
+//! What must always be true: what it counts as a hit was put before and not given up since, and
+//! memory, flash and ghosts stay within the capacity they were given.
+
 use super::*;
 
 /// Three segments of four blocks each.

@@ -176,6 +176,15 @@ impl World {
             }
         }
         self.note(format!("    gone from position {position}: {why:?}"));
+        // Where history was lost, an entry may lead to where another block was written since: which
+        // of the two it was is not known.
+        if why == Displaced::Corrupt
+            && let Some(number) = self.model.positions.get(&position).copied()
+            && self.is_unknown(number)
+        {
+            self.model.perhaps_displaced(number);
+            return Ok(());
+        }
         Ok(self
             .model
             .displaced(position, why == Displaced::Corrupt, excused)?)

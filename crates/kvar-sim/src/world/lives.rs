@@ -245,17 +245,18 @@ impl World {
             };
             self.note(format!("shut down: {report:?}"));
 
-            let in_memory_alone = self
-                .model
-                .blocks
-                .values()
-                .filter(|block| block.is_visible() && !block.on_device)
-                .count() as u64;
-            let differs = if self.displaced == displaced {
-                report.dropped_blocks != in_memory_alone
-            } else {
-                report.dropped_blocks > in_memory_alone
-            };
+            // Of blocks in doubt it is not known whether the device has them, too.
+            let history_lost = self.harm.history_lost;
+            let (mut in_memory_alone, mut unsure) = (0, 0);
+            for block in self.model.blocks.values_mut() {
+                if block.is_visible() && !block.on_device {
+                    in_memory_alone += 1;
+                    unsure += u64::from(history_lost && block.is_in_doubt());
+                }
+            }
+            let differs = report.dropped_blocks > in_memory_alone
+                || (self.displaced == displaced
+                    && report.dropped_blocks + unsure < in_memory_alone);
             if differs && !self.harm.refused && !self.model.lenient {
                 return wrong(format!(
                     "a clean end says {report:?}, and {in_memory_alone} blocks are in memory alone"
