@@ -103,9 +103,7 @@ fn table(entries: u64) -> Vec<Row> {
         }
     }
     progress.finish_and_clear();
-    let grown = resident_bytes()
-        .saturating_sub(before)
-        .max(index.bytes() as u64);
+    let grown = resident_bytes().saturating_sub(before);
     let (chains, hits) = time_chains(&index, entries);
     let alone = time_alone(&index, entries);
     let memory = time_memory(index.bytes());
@@ -490,13 +488,22 @@ pub(crate) fn fill(path: &Path, entries: u64) -> Result<(), Failure> {
         }
     }
     engine.flush(1);
-    while !engine
-        .events()
-        .any(|event| matches!(event, kvar_engine::Event::Done { token: 1, .. }))
-    {
+    let started = Instant::now();
+    let flushed = loop {
         engine.turn(clock.now());
+        let done = engine.events().find_map(|event| match event {
+            kvar_engine::Event::Done { token: 1, result } => Some(result),
+            _ => None,
+        });
+        if let Some(result) = done {
+            break result;
+        }
+        if started.elapsed() > Duration::from_secs(60) {
+            break Err("not within 60 s".to_owned());
+        }
         engine.wait(Duration::from_millis(1));
-    }
+    };
+    flushed.map_err(|why| failed(path, format!("the device did not flush: {why}")))?;
     progress.finish_and_clear();
     let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
     Ok(())
