@@ -13,7 +13,7 @@ kvar=${CARGO_TARGET_DIR:-$PWD/target}/release/kvar
 work=$(mktemp -d)
 node=
 trap '[ -z "$node" ] || kill "$node" 2>/dev/null; wait; rm -rf "$work"' EXIT
-"$kvar" serve --data "$work/data" --size "$size" --dram "$dram" --shards 1 --expected-block-bytes "$block" \
+"$kvar" serve --data "$work/data" --size "$size" --dram "$dram" --shards 1 --flash-write-budget 0x --expected-block-bytes "$block" \
   --listen 127.0.0.1:0 --admin 127.0.0.1:0 --log warn --ready-file "$work/ready" &
 node=$!
 until [ -s "$work/ready" ]; do kill -0 "$node"; sleep 0.1; done
@@ -28,7 +28,7 @@ node = json.loads((work / "node.json").read_text())
 status = json.loads((work / "status.json").read_text())
 shard = status["shards"][0]["engine"]
 dram = shard["dram_bytes_max"] // block
-flash = shard["flash_bytes_max"] * (shard["segments"] - 1) // shard["segments"] // block
+flash = shard["flash_bytes_max"] * (shard["segments"] - 2) // shard["segments"] // block
 distinct = 182_790
 model = json.loads(subprocess.check_output([
     kvar, "replay", "--offline", trace, "--model", "engine", "--capacity", str(dram + flash),

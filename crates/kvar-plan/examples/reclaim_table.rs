@@ -6,7 +6,7 @@
 //! ```
 
 use kvar_plan::{
-    Capacity, Model, OfflineOptions, OfflineReport, Trace, TraceOptions, replay_offline,
+    Capacity, Model, OfflineOptions, OfflineReport, Policy, Trace, TraceOptions, replay_offline,
     replay_offline_with,
 };
 use kvar_policy::{
@@ -84,6 +84,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     print_row("unit blocks, exact LRU", &blocks);
     let options = OfflineOptions {
         model: Model::Engine,
+        policy: Policy::Recent,
         ..options
     };
     print_row(
