@@ -13,6 +13,7 @@
 //! safe on the device.
 
 use crate::layout::{RecordHints, Section};
+use crate::mutation::{Check, is_disabled};
 use kvar_base::BlockId;
 use kvar_io::Shared;
 use kvar_policy::TailFirstLru;
@@ -61,7 +62,7 @@ impl Resident {
     fn may_leave(&self) -> bool {
         match self.state {
             State::Clean => true,
-            State::Volatile => !self.leased,
+            State::Volatile => !self.leased || is_disabled(Check::Lease),
             State::Dirty | State::Writing => false,
         }
     }

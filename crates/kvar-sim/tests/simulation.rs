@@ -1,7 +1,8 @@
 //! The short form of the proof: what `kvar-sim engine` does in the long one.
 
+use kvar_sim::churn::churn;
 use kvar_sim::many::{Many, run_many};
-use kvar_sim::scenario::{Temper, Wanted, churn, run, temper_of};
+use kvar_sim::scenario::{Temper, Wanted, run, temper_of};
 
 /// Seeds of the short form; a quarter of a minute on two cores.
 const SEEDS: u64 = 600;

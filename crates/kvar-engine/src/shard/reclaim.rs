@@ -20,7 +20,7 @@ use super::{Change, Displaced, Pending, Shard};
 use crate::index::Entry;
 use crate::layout::{PAGE, PageKind, RECORD_BLOCK, Record, RecordHints, decode_page};
 use crate::mutation::{Check, is_disabled};
-use crate::segments::SegmentPhase;
+use crate::segments::{SegmentPhase, Spare};
 use kvar_base::{BlockId, PAGE_BYTES};
 use kvar_io::{DeviceError, Op};
 use kvar_policy::{BlockFacts, KEPT_SHARE_MAX, SegmentFacts, Verdict};
@@ -48,6 +48,8 @@ pub(super) struct Reclaim {
     kept: VecDeque<(BlockId, Entry, RecordHints)>,
     /// Bytes kept and not yet written.
     left_bytes: u64,
+    /// Blocks kept and not yet written: each needs a record.
+    left_blocks: usize,
     /// Bytes being read or waiting to be written.
     moving_bytes: u64,
 }
@@ -63,8 +65,21 @@ impl Reclaim {
         ((self.left_bytes + self.left_bytes / 7) / PAGE_BYTES) as u32
     }
 
-    pub(super) fn moved(&mut self, bytes: u64) {
+    /// What puts and tombstones must leave free in the open segment.
+    pub(super) fn spare(&self) -> Spare {
+        Spare {
+            pages: self.spare_pages(),
+            records: self.left_blocks,
+        }
+    }
+
+    fn left(&mut self, bytes: u64) {
         self.left_bytes = self.left_bytes.saturating_sub(bytes);
+        self.left_blocks = self.left_blocks.saturating_sub(1);
+    }
+
+    pub(super) fn moved(&mut self, bytes: u64) {
+        self.left(bytes);
         self.moving_bytes = self.moving_bytes.saturating_sub(bytes);
     }
 }
@@ -85,6 +100,7 @@ impl Shard {
             whole: false,
             kept: VecDeque::new(),
             left_bytes: most,
+            left_blocks: 0,
             moving_bytes: 0,
         });
         let footer = self
@@ -200,12 +216,13 @@ impl Shard {
             live_bytes,
             payload_bytes,
         });
-        reclaim.left_bytes = 0;
+        (reclaim.left_bytes, reclaim.left_blocks) = (0, 0);
         // What is promised goes on before anything else, as far as there is room at all.
         let (most, room) = self.room_for_kept();
+        let records_max = self.records_for_kept();
         live.sort_by_key(|(id, ..)| !self.leases.holds(id));
         for (id, entry, hints) in live {
-            let leased = self.leases.holds(&id);
+            let leased = self.leases.protects(&id);
             if self.is_over(self.now, &id, hints.expires_unix_s) {
                 self.drop_expired(&id, entry.position);
                 continue;
@@ -218,13 +235,16 @@ impl Shard {
                 depth: hints.depth,
             };
             let after = reclaim.left_bytes + facts.bytes;
-            let keep = if leased {
+            let keep = if reclaim.left_blocks >= records_max {
+                false
+            } else if leased {
                 after <= room
             } else {
                 self.policy.verdict(&facts) == Verdict::Keep && after <= most
             };
             if keep {
                 reclaim.left_bytes += facts.bytes;
+                reclaim.left_blocks += 1;
                 reclaim.kept.push_back((id, entry, hints));
             } else {
                 self.index.remove_at(&id, entry.position);
@@ -234,6 +254,16 @@ impl Shard {
         }
         reclaim.stage = Stage::Moving;
         self.reclaim = Some(reclaim);
+    }
+
+    /// Blocks for which there is a record: tombstones may have taken those of the open segment.
+    fn records_for_kept(&self) -> usize {
+        let next = self.segments.prepared.is_some() || self.segments.preparing.is_some();
+        match &self.segments.open {
+            Some(_) if next => usize::MAX,
+            Some(open) => open.records_left(),
+            None => 0,
+        }
     }
 
     /// Bytes that reclaim may keep, and that there is room for: with no segment open (right after a
@@ -251,7 +281,10 @@ impl Shard {
         } else {
             0
         };
-        (most, left + more)
+        // Some is lost at the borders of directory areas. Nothing else is kept beyond it either: what
+        // is in memory goes first, and would take the room of what must be read.
+        let room = (left + more) / 8 * 7;
+        (most.min(room), room)
     }
 
     /// Reclaim gave up the copy on the device; one in memory is the last.
@@ -282,7 +315,7 @@ impl Shard {
         };
         let moving = reclaim.moving_bytes > 0 || !reclaim.kept.is_empty() || !self.moved.is_empty();
         if matches!(reclaim.stage, Stage::Moving) && !moving {
-            reclaim.left_bytes = 0;
+            (reclaim.left_bytes, reclaim.left_blocks) = (0, 0);
             reclaim.stage = Stage::Settling {
                 sequence: self.next_sequence - 1,
             };
@@ -318,6 +351,7 @@ impl Shard {
                 stays
             });
             self.counters.reclaim_dropped += stray as u64;
+            self.lose_strayed_leases(first..last);
         }
         self.reclaim = None;
         let freed = self.segments.get(segment);
@@ -326,7 +360,7 @@ impl Shard {
         self.counters.segments_reclaimed += 1;
     }
 
-    fn has_unflushed_records(&self) -> bool {
+    pub(super) fn has_unflushed_records(&self) -> bool {
         self.sync.is_some()
             || [&self.segments.open, &self.segments.sealing]
                 .into_iter()
@@ -352,7 +386,7 @@ impl Shard {
                 .find(&id)
                 .is_none_or(|(_, now)| now.position != entry.position)
             {
-                reclaim.left_bytes = reclaim.left_bytes.saturating_sub(bytes);
+                reclaim.left(bytes);
                 continue;
             }
             reclaim.moving_bytes += bytes;

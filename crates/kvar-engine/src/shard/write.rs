@@ -23,6 +23,7 @@ use crate::index::{Entry, Inserted};
 use crate::layout::{FLAG_SECTIONED, RECORD_BLOCK, Record, RecordHints};
 use crate::mutation::{Check, is_disabled};
 use crate::segments::OpenSegment;
+use crate::segments::Spare;
 use kvar_base::{BlockId, Moment, PAGE_BYTES, page_round_up};
 use kvar_io::{DeviceError, Op, Shared};
 use std::time::Duration;
@@ -91,6 +92,7 @@ impl Shard {
                 .as_ref()
                 .is_some_and(super::reclaim::Reclaim::waits_for_flush)
             || self.unflushed.durable > 0
+            || self.checkpoint_waits_for_flush()
     }
 
     /// How long a put may stay in the queue: a quarter of what was promised, so that the write, the
@@ -120,7 +122,14 @@ impl Shard {
             let Some(open) = &mut self.segments.open else {
                 return self.controls.push_front(control);
             };
-            let Some(placed) = open.place(0, 0) else {
+            let spare = self
+                .reclaim
+                .as_ref()
+                .map_or_else(Spare::default, |reclaim| Spare {
+                    pages: 0,
+                    ..reclaim.spare()
+                });
+            let Some(placed) = open.place(0, spare) else {
                 self.controls.push_front(control);
                 if !self.reclaim_needs_open() && self.close_open() {
                     continue;
@@ -173,18 +182,15 @@ impl Shard {
                 }
             }
             // What reclaim keeps must find its place, or the segment it leaves never gets free.
-            let spare = if from_moved {
-                0
-            } else {
-                self.reclaim
-                    .as_ref()
-                    .map_or(0, super::reclaim::Reclaim::spare_pages)
+            let spare = match &self.reclaim {
+                Some(reclaim) if !from_moved => reclaim.spare(),
+                _ => Spare::default(),
             };
             let Some(open) = &mut self.segments.open else {
                 break;
             };
             let Some(placed) = open.place(pages, spare) else {
-                if spare > 0 && open.pages_left() >= pages {
+                if spare.pages > 0 && open.pages_left() >= pages {
                     break;
                 }
                 if !from_moved && self.reclaim_needs_open() {
