@@ -5,7 +5,7 @@ use kvar_sim::many::{Many, run_many};
 use kvar_sim::scenario::{Temper, Wanted, run, temper_of};
 
 /// Seeds of the short form; a quarter of a minute on two cores.
-const SEEDS: u64 = 600;
+const SEEDS: u64 = 500;
 
 fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)

@@ -174,7 +174,10 @@ impl Shape {
                 (self.cuts_in_checkpoints, self.expiring) = (true, 3);
                 (self.puts, self.section_bytes_max) = (90, 250_000);
             }
-            Focus::Readers => (self.puts, self.step_us_max) = (50, 10_000),
+            Focus::Readers => {
+                (self.puts, self.section_bytes_max) = (60, 250_000);
+                (self.steps, self.life_steps, self.replaces) = (1500, 800, false);
+            }
             Focus::Leases => (self.promises, self.puts) = (12, 90),
             Focus::Expiry => (self.expiring, self.promises) = (2, 4),
         }

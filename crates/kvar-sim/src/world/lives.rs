@@ -312,6 +312,7 @@ impl World {
             // What was over may have been forgotten since the report was made.
             let differs = report.dropped_blocks > in_memory_alone + (self.forgotten - forgotten)
                 || (self.displaced == displaced
+                    && !history_lost
                     && report.dropped_blocks + unsure < in_memory_alone);
             if differs && !self.harm.refused && !self.model.lenient {
                 return wrong(format!(
