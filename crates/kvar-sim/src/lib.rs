@@ -17,6 +17,7 @@
 //! | `world` | one store with its oracle: calls, answers, restarts |
 //! | `scenario` | what happens under one seed? |
 //! | `churn` | does a store that is written over many times stay what it was? |
+//! | `file_churn` | and on a real file, with a real device? |
 //! | `crash` | what does every moment of a power cut leave? |
 //! | `tally` | did every kind of fault and outcome happen? |
 //! | `many` | many seeds on several threads |
@@ -31,6 +32,7 @@ pub mod churn;
 pub mod crash;
 mod device;
 pub mod dice;
+pub mod file_churn;
 pub mod many;
 mod model;
 mod payload;
