@@ -416,7 +416,7 @@ impl Churn<'_> {
     fn end_life(&mut self, turnover: u64) -> Step {
         self.settle()?;
         self.found.scrubbed += self.engine().counters().scrub_blocks;
-        if turnover % 2 == 0 {
+        if turnover.is_multiple_of(2) {
             let now = self.clock.now();
             self.engine().begin_shutdown(now);
             let began = Instant::now();
