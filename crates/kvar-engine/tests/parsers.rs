@@ -9,7 +9,6 @@
 mod common;
 
 use common::{Dice, Oracle, Store, config, id, lengths, options, payload};
-use kvar_base::check::crc64;
 use kvar_base::{BlockId, ContentCheck, DeviceUuid};
 use kvar_engine::Superblock;
 use kvar_engine::layout::{
