@@ -281,10 +281,10 @@ impl Shard {
         } else {
             0
         };
-        // Some is lost at the borders of directory areas. Nothing else is kept beyond it either: what
-        // is in memory goes first, and would take the room of what must be read.
-        let room = (left + more) / 8 * 7;
-        (most.min(room), room)
+        let room = left + more;
+        // Some is lost at the borders of directory areas, and what is in memory goes before what must
+        // be read: blocks that nobody was promised leave that much free for those that were.
+        (most.min(room / 8 * 7), room)
     }
 
     /// Reclaim gave up the copy on the device; one in memory is the last.
