@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """Kills a node with SIGKILL at random moments of a replay, opens it again and asks for everything.
 
-    cargo build --release -p kvar && scripts/kill-loop.py [--rounds 20] [--seed 1]
+    cargo build --release -p kvar && scripts/kill-loop.py [--rounds 20] [--seed 1] [--loop-device]
 
 Each round: the conversation trace (blocks of another size, so of other ids) goes through the node
 with every acknowledged put and remove in a journal; kill -9 after 12 to 25 s; reopen; `kvar replay
 --verify` reads every journalled block back. Fails on a wrong byte, a removed block that is back,
 a settled block (acknowledged more than twice flush_after before the kill) that is a miss, or when
 settled blocks are fewer than 80 % of the acknowledged bytes.
+
+With --loop-device the store is a raw block device: a loop device over a file, made here and removed at
+the end (root alone may do that).
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,16 +30,42 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TRACE = ROOT / "traces" / "mooncake-conversation.jsonl.zst"
 SETTLED_SHARE_MIN = 0.80
+SIZE_BYTES = 6 << 30
+
+
+class LoopDevice:
+    """A block device over a file of that folder."""
+
+    def __init__(self, folder: Path) -> None:
+        if os.geteuid() != 0:
+            sys.exit("--loop-device: only root may make a loop device; run it as root, or leave the option out")
+        if shutil.which("losetup") is None:
+            sys.exit("--loop-device: losetup is not installed (it comes with util-linux)")
+        image = folder / "loop-image"
+        with image.open("wb") as file:
+            file.truncate(SIZE_BYTES)
+        made = subprocess.run(
+            ["losetup", "--find", "--show", "--direct-io=on", image], capture_output=True, text=True, check=False
+        )
+        if made.returncode != 0:
+            sys.exit(f"--loop-device: no loop device can be had: {made.stderr.strip()}")
+        self.path = Path(made.stdout.strip())
+
+    def remove(self) -> None:
+        gone = subprocess.run(["losetup", "--detach", self.path], capture_output=True, text=True, check=False)
+        if gone.returncode != 0:
+            print(f"{self.path} is still there, take it away with losetup -d: {gone.stderr.strip()}", file=sys.stderr)
 
 
 class Node:
-    def __init__(self, kvar: Path, folder: Path) -> None:
+    def __init__(self, kvar: Path, folder: Path, data: Path) -> None:
         self.ready = folder / "ready"
         self.ready.unlink(missing_ok=True)
         self.key = folder / "data.key"
         began = time.monotonic()
         self.process = subprocess.Popen(
-            [kvar, "serve", "--data", folder / "data", "--size", "6GiB", "--dram", "256MiB", "--shards", "2"]
+            [kvar, "serve", "--data", data, "--size", f"{SIZE_BYTES >> 30}GiB", "--dram", "256MiB", "--shards", "2"]
+            + ["--key-file", self.key]
             + ["--expected-block-bytes", "8KiB", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
             + ["--flush-after", "1s", "--log", "error", "--ready-file", self.ready]
         )
@@ -63,12 +93,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     target = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target"))
     parser.add_argument("--kvar", type=Path, default=target / "release" / "kvar")
+    parser.add_argument("--loop-device", action="store_true", help="a raw block device instead of a file; root only")
     options = parser.parse_args()
+    # So that what was made is taken away.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     dice = random.Random(options.seed)
     folder = Path(tempfile.mkdtemp(prefix="kvar-kills-"))
     node = None
+    loop = None
+    data = folder / "data"
     try:
-        node = Node(options.kvar, folder)
+        if options.loop_device:
+            loop = LoopDevice(folder)
+            data = loop.path
+        node = Node(options.kvar, folder, data)
         settled_bytes_share = []
         for number in range(options.rounds):
             journal = folder / f"journal-{number}"
@@ -81,7 +119,7 @@ def main() -> None:
             time.sleep(dice.uniform(12, 25))
             killed = node.kill()
             replay.wait()
-            node = Node(options.kvar, folder)
+            node = Node(options.kvar, folder, data)
             verified = subprocess.run(
                 [options.kvar, "replay", "--verify", journal, "--older-than", "2s", "--killed-at-us", str(killed)]
                 + ["--json"] + node.arguments(),
@@ -111,6 +149,8 @@ def main() -> None:
         if node is not None:
             node.process.kill()
             node.process.wait()
+        if loop is not None:
+            loop.remove()
         shutil.rmtree(folder, ignore_errors=True)
 
 

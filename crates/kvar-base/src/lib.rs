@@ -12,6 +12,7 @@ mod id;
 mod outcome;
 mod size;
 mod time;
+pub mod wake;
 
 pub use check::{ContentCheck, Crc64};
 pub use fingerprint::ContentFingerprint;

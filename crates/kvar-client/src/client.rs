@@ -11,11 +11,12 @@ use crate::pending::{Completer, Pending, pair};
 use crate::session::{Completion, Session, Ticket};
 use crate::stats::{ClientStats, Counters};
 use crossbeam_channel::{Receiver, Sender, TryRecvError, unbounded};
+use kvar_base::wake;
 use kvar_base::{BlockId, Clock, LeaseToken, MissReason, Moment, PutOutcome, Refusal, SystemClock};
 use kvar_wire::{BlockStat, Limits};
 use mio::Waker;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -483,11 +484,9 @@ impl Handle {
         };
         // A refused command is dropped, which ends its call: the thread has died.
         let _ = commands.send(command);
-        // Pairs with the fence of the thread: either it sees the command, or we see it asleep.
-        fence(Ordering::SeqCst);
-        if self.asleep.swap(false, Ordering::SeqCst) {
+        wake::wake_sleeper(&*self.asleep, || {
             let _ = self.waker.wake();
-        }
+        });
     }
 
     /// Ends a call that cannot succeed, with a word for each of its items.
@@ -550,15 +549,13 @@ impl Worker {
                     }
                 }
             }
-            self.asleep.store(true, Ordering::SeqCst);
-            fence(Ordering::SeqCst);
-            let timeout = if self.commands.is_empty() {
+            let timeout = if wake::may_sleep(&*self.asleep, || self.commands.is_empty()) {
                 SLEEP_MAX
             } else {
                 Duration::ZERO
             };
             self.session.poll(timeout, &mut done);
-            self.asleep.store(false, Ordering::SeqCst);
+            wake::is_up(&*self.asleep);
             publish(&self.session, &self.published);
             self.tell(&mut done);
         }

@@ -15,6 +15,7 @@
 //! nothing else can. The only copy of a block that is leased stays until its lease ends.
 
 use crate::layout::{RecordHints, Section};
+use crate::mutation::{Check, is_disabled};
 use kvar_base::BlockId;
 use kvar_io::Shared;
 use kvar_policy::{BlockClass, Candidate, Keep, WorthOrder};
@@ -65,7 +66,7 @@ impl Resident {
     fn may_leave(&self) -> bool {
         match self.state {
             State::Clean => true,
-            State::Held | State::Volatile => !self.leased,
+            State::Held | State::Volatile => !self.leased || is_disabled(Check::Lease),
             State::Dirty | State::Writing => false,
         }
     }

@@ -20,10 +20,12 @@
 //! Left to others: what a pin means for eviction (`dram`, `index`, `shard/reclaim`), time, and who
 //! may ask (the token is the caller's: drawn at random, it is the only proof there is).
 
+use crate::mutation::{Check, is_disabled};
 use crate::segments::Segments;
 use kvar_base::{BlockId, LeaseToken, Moment};
 use smallvec::SmallVec;
 use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
 use std::time::Duration;
 
 /// The longest a lease may last without being renewed: what an engine that died costs at most.
@@ -157,9 +159,28 @@ impl Leases {
         !self.pins.is_empty() && self.pins.contains_key(id)
     }
 
-    /// Whether what lies at this position is pinned.
+    /// Whether reclaim must carry a block on.
+    pub(crate) fn protects(&self, id: &BlockId) -> bool {
+        self.holds(id) && !is_disabled(Check::Lease)
+    }
+
+    /// Whether what lies at this position is pinned, so that its entry may not make room.
     pub(crate) fn holds_position(&self, position: u32) -> bool {
-        !self.positions.is_empty() && self.positions.contains_key(&position)
+        !self.positions.is_empty()
+            && self.positions.contains_key(&position)
+            && !is_disabled(Check::Lease)
+    }
+
+    /// What is pinned at any of these positions.
+    pub(crate) fn at(&self, positions: &Range<u32>) -> Vec<BlockId> {
+        let mut ids: Vec<BlockId> = self
+            .positions
+            .iter()
+            .filter(|(position, _)| positions.contains(position))
+            .map(|(_, id)| *id)
+            .collect();
+        ids.sort_unstable();
+        ids
     }
 
     /// Bytes pinned in a segment.

@@ -45,11 +45,21 @@ pub enum Check {
     MovedPayloadFlush,
     /// The blocks that a checkpoint knows are flushed before its first chunk is written.
     CheckpointFlush,
+    /// What is promised by a lease does not leave.
+    Lease,
+    /// What is over is not served.
+    Expiry,
+    /// Recovery reads from the records when blocks expire.
+    ExpiryAtRecovery,
+    /// Where blocks expire, the records of what a checkpoint knows are flushed before it is complete.
+    CheckpointRecords,
+    /// The scrub verifies what it reads.
+    Scrub,
 }
 
 impl Check {
     /// All of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 21] = [
         Self::Generation,
         Self::PlaceGeneration,
         Self::IdFold,
@@ -66,6 +76,11 @@ impl Check {
         Self::HeaderFlush,
         Self::MovedPayloadFlush,
         Self::CheckpointFlush,
+        Self::Lease,
+        Self::Expiry,
+        Self::ExpiryAtRecovery,
+        Self::CheckpointRecords,
+        Self::Scrub,
     ];
 }
 

@@ -361,7 +361,7 @@ fn replay(
     for (at, (_, number)) in used.iter().enumerate() {
         let expiring = expiring_then(shard, checkpoint, *number);
         if opened(at + OVERLAP).is_some_and(|sequence| sequence <= replay_from) {
-            if expiring > 0 {
+            if expiring > 0 && !is_disabled(Check::ExpiryAtRecovery) {
                 report.segments_read_for_expiry += 1;
                 let (records, _) = segment_records(device, shard, *number)?;
                 unnamed.note(shard, *number, &records, replay_from, expiring);

@@ -122,6 +122,13 @@ pub(crate) struct OpenSegment {
     pub(crate) writes_in_flight: u32,
 }
 
+/// What must stay free behind a place, for what reclaim carries on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Spare {
+    pub(crate) pages: u32,
+    pub(crate) records: usize,
+}
+
 /// Where a block goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Placed {
@@ -156,9 +163,12 @@ impl OpenSegment {
         }
     }
 
-    /// The next place for so many pages, keeping `spare_pages` free behind it; `None` when the
+    /// The next place for so many pages, keeping `spare` free behind it; `None` when the
     /// segment is full. No pages = room for a record alone.
-    pub(crate) fn place(&mut self, pages: u32, spare_pages: u32) -> Option<Placed> {
+    pub(crate) fn place(&mut self, pages: u32, spare: Spare) -> Option<Placed> {
+        if spare.records > 0 && self.records_left() <= spare.records {
+            return None;
+        }
         loop {
             let area = self.areas.len() - 1;
             let free = self.areas[area].free();
@@ -179,7 +189,7 @@ impl OpenSegment {
                 self.cursor = first + self.area_pages;
                 continue;
             }
-            if end + spare_pages > self.end {
+            if end + spare.pages > self.end {
                 return None;
             }
             let page = self.cursor;
@@ -187,6 +197,14 @@ impl OpenSegment {
             self.areas[area].reserved += 1;
             return Some(Placed { page, area });
         }
+    }
+
+    /// Blocks and tombstones that it may still name, at best.
+    pub(crate) fn records_left(&self) -> usize {
+        let area = self.areas.last();
+        area.map_or(0, |area| {
+            area.free() + self.next_areas.len() * area.capacity()
+        })
     }
 
     /// Pages behind the cursor at best.
@@ -294,7 +312,7 @@ mod tests {
     fn fill(superblock: &Superblock, pages: u32) -> f64 {
         let mut segment = OpenSegment::new(superblock, 0, 1, 0);
         let mut places = Vec::new();
-        while let Some(placed) = segment.place(pages, 0) {
+        while let Some(placed) = segment.place(pages, Spare::default()) {
             places.push(placed.page);
             let area = &segment.areas[placed.area];
             let area_end = area.first_page + superblock.area_pages;
@@ -344,7 +362,7 @@ mod tests {
         for batch in [1, 5, 40, 3, 30, 42, 1, 1, 2] {
             let mut fresh = Vec::new();
             for _ in 0..batch {
-                let Some(placed) = segment.place(1, 0) else {
+                let Some(placed) = segment.place(1, Spare::default()) else {
                     break;
                 };
                 sequence += 1;

@@ -14,6 +14,7 @@ use crate::check::{cannot_discard, check_op, failed_after, op_len, short};
 use crate::target::is_preallocated_file;
 use crate::{Completion, Device, DeviceError, Op};
 use crossbeam_channel::{Receiver, Sender, unbounded};
+use kvar_base::wake;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
@@ -22,7 +23,7 @@ use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -55,18 +56,17 @@ struct Bell {
 impl Bell {
     /// After a completion was sent.
     fn ring(&self) {
-        if !self.rung.swap(true, Ordering::AcqRel) {
+        wake::ring(&self.rung, || {
             // Can only fail when the counter is full, and then the descriptor is readable anyway.
             let _ = rustix::io::write(&self.event, &1_u64.to_ne_bytes());
-        }
+        });
     }
 
-    /// Before completions are received. In this order: who sends between the two finds the bell
-    /// rung and does not ring, and is received; who sends after them rings again. (A ring that comes
-    /// late wakes the owner once for nothing, and the next call here clears it.)
+    /// Before completions are received.
     fn quiet(&self) {
-        let _ = rustix::io::read(&self.event, &mut [0_u8; 8]);
-        self.rung.store(false, Ordering::Release);
+        wake::silence(&self.rung, || {
+            let _ = rustix::io::read(&self.event, &mut [0_u8; 8]);
+        });
     }
 }
 

@@ -17,13 +17,14 @@ use crate::devices::Routes;
 use crate::loading::{LoadFailed, OpenShard};
 use crate::report::ThreadReport;
 use crossbeam_channel::{Receiver, Sender};
+use kvar_base::wake;
 use kvar_base::{BlockId, LeaseToken, MissReason, Moment, PutOutcome};
 use kvar_engine::{BlockStat, Copy, GetRequest, LeaseGrant, Loaded, PutRequest, PutTicket};
 use kvar_transport::TcpStream;
 use mio::Waker;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 /// Names an engine (one shard of one device) for the life of the process, and the thread that
@@ -180,9 +181,11 @@ impl Post {
     /// Puts mail into a thread's box and wakes it if it sleeps. A thread that has ended drops it.
     pub(crate) fn send(&self, thread: u32, mail: Mail) {
         let slot = &self.0[thread as usize];
-        if slot.sender.send(mail).is_ok() && slot.asleep.swap(false, Ordering::SeqCst) {
+        if slot.sender.send(mail).is_ok() {
             // A waker fails only when its poll is gone, and then nobody sleeps.
-            let _ = slot.waker.wake();
+            wake::wake_sleeper(&*slot.asleep, || {
+                let _ = slot.waker.wake();
+            });
         }
     }
 
@@ -204,17 +207,12 @@ impl Mailbox {
 
     /// Announces that the shard is about to sleep; false when mail has come meanwhile.
     pub(crate) fn may_sleep(&self) -> bool {
-        self.asleep.store(true, Ordering::SeqCst);
-        if self.receiver.is_empty() {
-            return true;
-        }
-        self.asleep.store(false, Ordering::SeqCst);
-        false
+        wake::may_sleep(&*self.asleep, || self.receiver.is_empty())
     }
 
     /// The shard is up again.
     pub(crate) fn awake(&self) {
-        self.asleep.store(false, Ordering::SeqCst);
+        wake::is_up(&*self.asleep);
     }
 }
 

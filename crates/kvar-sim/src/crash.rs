@@ -204,8 +204,24 @@ fn record(seed: u64) -> Result<Recording, Violation> {
         ..SimOptions::default()
     };
     let mut world = World::format(seed, 16 << 20, 16 << 10, options, config.clone());
+    let shape = Shape {
+        temper: Temper::Well,
+        steps: 0,
+        full,
+        numbers: BLOCKS,
+        namespaces: 1,
+        section_bytes_max: if full { 120_000 } else { 30_000 },
+        step_us_max: dice.pick(&[1000, 10_000]),
+        life_steps: 0,
+        puts: 70,
+        purges: dice.once_in(2),
+        expiring: dice.pick(&[0, 4]),
+        promises: dice.pick(&[0, 4]),
+        cuts_in_checkpoints: false,
+        replaces: false,
+    };
     if full {
-        fill(&mut world, &mut dice, BLOCKS)?;
+        fill(&mut world, &mut dice, &shape)?;
     }
     world.settle()?;
     world.restart(Restart::Clean, FaultRates::default())?;
@@ -224,17 +240,6 @@ fn record(seed: u64) -> Result<Recording, Violation> {
         history_lost: false,
     };
     recorded.begin_life(ending, 0)?;
-    let shape = Shape {
-        temper: Temper::Well,
-        steps: 0,
-        full,
-        numbers: BLOCKS,
-        section_bytes_max: if full { 120_000 } else { 30_000 },
-        step_us_max: dice.pick(&[1000, 10_000]),
-        life_steps: 0,
-        puts: 70,
-        purges: dice.once_in(2),
-    };
     let mut promises = vec![Promise {
         events: 0,
         model: recorded.model.clone(),

@@ -24,6 +24,8 @@ pub(crate) struct Harm {
     /// or come back. Bytes must still be right, and what happens from then on must hold until the
     /// restart after that.
     pub(crate) history_lost: bool,
+    /// A fault touched what tells which blocks a segment holds, if only while it was read.
+    pub(crate) history_touched: bool,
     /// The device refused a write or flush in this life.
     pub(crate) refused: bool,
 }
@@ -52,8 +54,9 @@ impl Harm {
         // What a misdirected read was given from elsewhere harms nothing there.
         let elsewhere = fault.instead.clone().filter(|_| wrong_on_disk);
         for bytes in [Some(fault.bytes.clone()), elsewhere].into_iter().flatten() {
-            if (wrong_on_disk || wrong_when_it_counts) && is_history(superblock, &bytes) {
-                self.history_lost = true;
+            if is_history(superblock, &bytes) {
+                self.history_touched = true;
+                self.history_lost |= wrong_on_disk || wrong_when_it_counts;
             }
             self.ranges.push(bytes);
         }

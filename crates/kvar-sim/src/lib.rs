@@ -12,9 +12,12 @@
 //! | `dice` | what does a seed decide? |
 //! | `payload` | which bytes does a put have? |
 //! | `model` | the oracle: which bytes may a read return; which misses are deserved? |
+//! | `promises` | the oracle of leases: what is promised to whom, and what does it cost? |
 //! | `device` | which bytes of the disk did a fault touch, and what does that excuse? |
 //! | `world` | one store with its oracle: calls, answers, restarts |
 //! | `scenario` | what happens under one seed? |
+//! | `churn` | does a store that is written over many times stay what it was? |
+//! | `file_churn` | and on a real file, with a real device? |
 //! | `crash` | what does every moment of a power cut leave? |
 //! | `tally` | did every kind of fault and outcome happen? |
 //! | `many` | many seeds on several threads |
@@ -25,12 +28,15 @@
 //! What is absent: threads inside a run, clocks, randomness that no seed decides; the network.
 //! `docs/internals/proof.md` is the story of it.
 
+pub mod churn;
 pub mod crash;
 mod device;
 pub mod dice;
+pub mod file_churn;
 pub mod many;
 mod model;
 mod payload;
+mod promises;
 pub mod scenario;
 pub mod tally;
 mod world;

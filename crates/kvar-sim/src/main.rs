@@ -4,18 +4,23 @@
 //!   kvar-sim engine --seeds 50000          many seeds
 //!   kvar-sim engine --seed 4711            one seed, with its last steps
 //!   kvar-sim crash --points 20000          every moment a power cut can come
+//!   kvar-sim churn --turnovers 20          one store, written over and over
+//!   kvar-sim churn --file PATH             the same on a real file
 //! ```
 //!
 //! What must always be true: it ends with 0 only if nothing was found and nothing was overlooked;
 //! whatever it finds, it says which command shows it again.
 
 use clap::{Args, Parser, Subcommand};
+use kvar_sim::churn::churn;
 use kvar_sim::crash;
+use kvar_sim::file_churn::churn_file;
 use kvar_sim::many::run_many;
 use kvar_sim::scenario::{Ran, Wanted, run};
 use kvar_sim::tally::Tally;
 use serde::Serialize;
 use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -39,6 +44,8 @@ enum Command {
     Engine(EngineArguments),
     /// Recorded runs, cut at every event.
     Crash(CrashArguments),
+    /// One store, written over many times.
+    Churn(ChurnArguments),
 }
 
 #[derive(Args)]
@@ -82,6 +89,22 @@ struct CrashArguments {
     json: bool,
 }
 
+#[derive(Args)]
+struct ChurnArguments {
+    /// How often the device is written over.
+    #[arg(long, default_value_t = 20)]
+    turnovers: u64,
+    /// What decides everything else.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// A real file instead of a simulated disk. It is created, or overwritten whatever it holds.
+    #[arg(long)]
+    file: Option<PathBuf>,
+    /// Size of that file in MiB.
+    #[arg(long, default_value_t = 256, requires = "file", value_parser = clap::value_parser!(u64).range(64..=1 << 20))]
+    size_mib: u64,
+}
+
 #[derive(Serialize)]
 struct Report {
     runs: u64,
@@ -104,6 +127,7 @@ fn main() -> ExitCode {
     match Arguments::parse().command {
         Command::Engine(arguments) => engine(&arguments),
         Command::Crash(arguments) => crash_points(&arguments),
+        Command::Churn(arguments) => churned(&arguments),
     }
 }
 
@@ -233,6 +257,38 @@ fn crash_points(arguments: &CrashArguments) -> ExitCode {
         eprintln!("{}\nagain: {}", found.what, found.replay);
     }
     end(&report, arguments.json)
+}
+
+fn churned(arguments: &ChurnArguments) -> ExitCode {
+    let Some(path) = &arguments.file else {
+        let ran = churn(arguments.seed, arguments.turnovers);
+        print_tally(&ran.tally);
+        if let Some(failure) = &ran.failure {
+            eprintln!("{}", failure.what);
+            for line in &failure.trace {
+                eprintln!("  {line}");
+            }
+        }
+        return ExitCode::from(u8::from(ran.failure.is_some()));
+    };
+    let told = |turnover, mb_per_s: f64| eprintln!("turnover {turnover}: {mb_per_s:.1} MB/s");
+    let (bytes, seed) = (arguments.size_mib << 20, arguments.seed);
+    match churn_file(path, bytes, arguments.turnovers, seed, told) {
+        Ok(found) => {
+            match serde_json::to_string_pretty(&found) {
+                Ok(text) => println!("{text}"),
+                Err(error) => eprintln!("the report cannot be printed: {error}"),
+            }
+            for failure in &found.failures {
+                eprintln!("{failure}");
+            }
+            ExitCode::from(u8::from(!found.failures.is_empty()))
+        }
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 fn print_tally(tally: &Tally) {

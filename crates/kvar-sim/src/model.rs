@@ -23,6 +23,7 @@
 //! ([`history_lost`](crate::device::Harm)), the last three lines are void for that restart; bytes
 //! must still be those of one complete put.
 
+use crate::promises::Promises;
 use kvar_base::Moment;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -36,6 +37,8 @@ pub(crate) struct Put {
     pub(crate) committed: Moment,
     pub(crate) turn: u64,
     pub(crate) ephemeral: bool,
+    /// Wall time from which it is not served, in seconds since 1970; 0: it never expires.
+    pub(crate) expires_unix_s: u64,
     /// Must be there after any restart.
     pub(crate) guaranteed: bool,
     /// Was guaranteed once: nothing older may come back.
@@ -49,6 +52,23 @@ pub(crate) struct Put {
     /// Its bytes may never have reached the device although its record did: a power cut came
     /// before they were flushed, and nobody has read them since.
     pub(crate) in_doubt: bool,
+}
+
+impl Put {
+    pub(crate) fn is_over(&self, unix_s: u64) -> bool {
+        self.expires_unix_s != 0 && self.expires_unix_s <= unix_s
+    }
+}
+
+/// Whether a block is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Presence {
+    Absent,
+    There,
+    /// Its time to live has passed.
+    Over,
+    /// It is one of several puts, some of which are over.
+    ThereOrOver,
 }
 
 /// What a read finds now.
@@ -66,7 +86,8 @@ pub(crate) struct Block {
     pub(crate) now: Now,
     pub(crate) in_memory: bool,
     pub(crate) on_device: bool,
-
+    /// Where on the device; unknown after a restart.
+    pub(crate) position: Option<u32>,
     /// What reads that are under way may still deliver of a copy that was evicted.
     pub(crate) lingering: Vec<u64>,
     /// Reads under way.
@@ -84,6 +105,7 @@ impl Default for Block {
             now: Now::Absent,
             in_memory: false,
             on_device: false,
+            position: None,
             lingering: Vec::new(),
             readers: 0,
             times_gone: 0,
@@ -102,8 +124,8 @@ impl Block {
         self.current().iter().any(|put| put.in_doubt)
     }
 
-    /// Puts that a read which begins now may return.
-    pub(crate) fn candidates(&self) -> Vec<u64> {
+    /// Puts that a read which begins now may return, if none of them were over.
+    fn candidates(&self) -> Vec<u64> {
         let mut all = self.lingering.clone();
         match &self.now {
             Now::Absent => {}
@@ -158,7 +180,7 @@ impl Block {
     fn removed(&mut self) {
         self.now = Now::Absent;
         self.lingering.clear();
-        (self.in_memory, self.on_device) = (false, false);
+        (self.in_memory, self.on_device, self.position) = (false, false, None);
         self.times_gone += 1;
         self.times_removed += 1;
         for put in &mut self.puts {
@@ -204,6 +226,10 @@ pub struct Model {
     /// Which block was written to a position last.
     pub(crate) positions: HashMap<u32, u64>,
     pub(crate) next_order: u64,
+    /// Wall time.
+    pub(crate) unix_s: u64,
+    /// What leases promise.
+    pub(crate) promises: Promises,
     /// Two ids may be taken for one (tags were weakened): only bytes are judged.
     pub(crate) lenient: bool,
     pub(crate) guaranteed_found: u64,
@@ -215,8 +241,41 @@ impl Model {
         self.blocks.entry(number).or_default()
     }
 
-    pub(crate) fn is_visible(&self, number: u64) -> bool {
-        self.blocks.get(&number).is_some_and(Block::is_visible)
+    /// Whether a block is there for who asks now.
+    pub(crate) fn presence(&self, number: u64) -> Presence {
+        let Some(block) = self.blocks.get(&number) else {
+            return Presence::Absent;
+        };
+        let is_over = |nonce: &u64| {
+            block
+                .put(*nonce)
+                .is_some_and(|put| put.is_over(self.unix_s))
+        };
+        match &block.now {
+            Now::Absent => Presence::Absent,
+            _ if self.promises.holds(number) => Presence::There,
+            Now::Known(nonce) if is_over(nonce) => Presence::Over,
+            Now::Known(_) => Presence::There,
+            Now::OneOf(nonces) if nonces.iter().all(is_over) => Presence::Over,
+            Now::OneOf(nonces) if nonces.iter().any(is_over) => Presence::ThereOrOver,
+            Now::OneOf(_) => Presence::There,
+        }
+    }
+
+    /// Puts that a read which begins now may return: nothing that is over.
+    pub(crate) fn candidates(&self, number: u64) -> Vec<u64> {
+        let Some(block) = self.blocks.get(&number) else {
+            return Vec::new();
+        };
+        let promised = self.promises.holds(number);
+        let mut nonces = block.candidates();
+        nonces.retain(|nonce| {
+            promised
+                || block
+                    .put(*nonce)
+                    .is_none_or(|put| !put.is_over(self.unix_s))
+        });
+        nonces
     }
 
     /// A put was taken: it is visible.
@@ -224,11 +283,20 @@ impl Model {
         let block = self.block(number);
         block.now = Now::Known(put.nonce);
         block.puts.push(put);
-        (block.in_memory, block.on_device) = (true, false);
+        (block.in_memory, block.on_device, block.position) = (true, false, None);
     }
 
     pub(crate) fn removed(&mut self, number: u64) {
         self.block(number).removed();
+    }
+
+    /// The device is another one: nothing of what was ever put may be there.
+    pub(crate) fn device_is_gone(&mut self) {
+        for block in self.blocks.values_mut() {
+            block.removed();
+            block.puts.clear();
+        }
+        self.positions.clear();
     }
 
     /// The remove of everything before `order` is durable.
@@ -251,7 +319,7 @@ impl Model {
     pub(crate) fn placed(&mut self, number: u64, position: u32) {
         self.positions.insert(position, number);
         let block = self.block(number);
-        block.on_device = true;
+        (block.on_device, block.position) = (true, Some(position));
         block
             .current()
             .into_iter()
@@ -280,7 +348,7 @@ impl Model {
         for put in block.current() {
             (put.guaranteed, put.given_up) = (false, true);
         }
-        block.on_device = false;
+        (block.on_device, block.position) = (false, None);
         block.evicted();
         Ok(())
     }
@@ -292,16 +360,21 @@ impl Model {
         for put in block.current() {
             (put.guaranteed, put.given_up) = (false, true);
         }
-        block.on_device = false;
+        (block.on_device, block.position) = (false, None);
     }
 
     /// All puts before `order` are flushed, it was said; `told` is the one put this is about, if so.
     pub(crate) fn flushed(&mut self, order: u64, told: Option<u64>) -> Verdict {
-        let lenient = self.lenient;
+        let (lenient, unix_s) = (self.lenient, self.unix_s);
         for (number, block) in &mut self.blocks {
             let on_device = block.on_device;
             let is_meant =
-                |put: &Put| put.order < order && told.is_none_or(|told| told == put.nonce);
+                // What is over may have been forgotten, and nobody waits for that to be flushed.
+                |put: &Put| {
+                    put.order < order
+                        && told.is_none_or(|told| told == put.nonce)
+                        && !put.is_over(unix_s)
+                };
             let Some(put) = block
                 .current()
                 .into_iter()
@@ -337,6 +410,7 @@ impl Model {
             history_lost,
         } = ending;
         let trusted = !history_lost && !self.lenient;
+        self.promises = Promises::default();
         let mut missing = Vec::new();
         let (mut guaranteed_found, mut written_found) = (0, 0);
         for (number, block) in &mut self.blocks {
@@ -361,6 +435,8 @@ impl Model {
                 block.puts.iter().map(|put| put.nonce).collect()
             };
             (block.in_memory, block.readers) = (false, 0);
+            // A clean end on a disk that is well leaves every block where it was.
+            block.position = block.position.filter(|_| everything_kept && trusted);
             block.lingering.clear();
             block.on_device = there(*number);
             block.times_gone += 1;

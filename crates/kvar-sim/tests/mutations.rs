@@ -6,12 +6,14 @@
 //! `docs/internals/proof.md`). `KVAR_HUNT=1000` hunts longer.
 
 use kvar_engine::mutation::{Check, disable, weaken_tags};
-use kvar_sim::scenario::{Temper, Wanted, run};
+use kvar_sim::scenario::{Focus, Temper, Wanted, run};
 
 struct Mutation {
     checks: &'static [Check],
     /// The disk under which it shows.
     temper: Temper,
+    /// What the runs do more of.
+    focus: Option<Focus>,
     /// Two ids are often taken for one, so that only bytes are judged.
     collisions: bool,
     seeds: u64,
@@ -21,8 +23,16 @@ const fn mutation(checks: &'static [Check], temper: Temper, seeds: u64) -> Mutat
     Mutation {
         checks,
         temper,
+        focus: None,
         collisions: false,
         seeds,
+    }
+}
+
+const fn focused(checks: &'static [Check], focus: Focus, seeds: u64) -> Mutation {
+    Mutation {
+        focus: Some(focus),
+        ..mutation(checks, Temper::Well, seeds)
     }
 }
 
@@ -35,6 +45,7 @@ fn hunt(mutation: &Mutation, seeds: u64) -> Option<(u64, String)> {
     let _weak = mutation.collisions.then(|| weaken_tags(WEAK_TAG_BITS));
     let wanted = Wanted {
         temper: Some(mutation.temper),
+        focus: mutation.focus,
         lenient: mutation.collisions,
         ..Wanted::default()
     };
@@ -74,10 +85,13 @@ mutations! {
         collisions: true,
         ..mutation(&[Check::IdFold], Temper::Well, 20)
     };
-    without_a_check_of_pages: mutation(&[Check::Page], Temper::Well, 800);
-    without_two_places_for_a_page: mutation(&[Check::TwoPlaces], Temper::Well, 40);
+    without_a_check_of_pages: mutation(&[Check::Page], Temper::Well, 200);
+    without_two_places_for_a_page: mutation(&[Check::TwoPlaces], Temper::Well, 200);
     without_tombstones: mutation(&[Check::Tombstone], Temper::Well, 20);
-    without_waiting_for_readers: mutation(&[Check::Readers], Temper::Slow, 300);
+    without_waiting_for_readers: Mutation {
+        temper: Temper::Slow,
+        ..focused(&[Check::Readers], Focus::Readers, 300)
+    };
     without_order_at_recovery: mutation(&[Check::SequenceOrder], Temper::Well, 40);
     without_generations_of_checkpoints: mutation(&[Check::CheckpointGeneration], Temper::Well, 60);
     without_a_check_at_commit: mutation(&[Check::ContentCheck], Temper::Well, 5);
@@ -85,7 +99,12 @@ mutations! {
     without_a_flush_before_reuse: mutation(&[Check::FlushBeforeReuse], Temper::Well, 400);
     without_a_flush_of_headers: mutation(&[Check::HeaderFlush], Temper::Well, 200);
     without_a_flush_of_moved_payload: mutation(&[Check::MovedPayloadFlush], Temper::Well, 200);
-    without_a_flush_before_a_checkpoint: mutation(&[Check::CheckpointFlush], Temper::Well, 1500);
+    without_a_flush_before_a_checkpoint: focused(&[Check::CheckpointFlush], Focus::Checkpoints, 60);
+    without_records_before_a_checkpoint: focused(&[Check::CheckpointRecords], Focus::Checkpoints, 100);
+    without_leases: focused(&[Check::Lease], Focus::Leases, 20);
+    without_expiry: focused(&[Check::Expiry], Focus::Expiry, 10);
+    without_expiry_at_recovery: focused(&[Check::ExpiryAtRecovery], Focus::Expiry, 10);
+    without_a_check_by_the_scrub: focused(&[Check::Scrub], Focus::Checkpoints, 60);
 }
 
 /// The generation in `check64` is a second lock behind the one on the pages, and nothing shows when
@@ -95,7 +114,7 @@ mutations! {
 /// the generation has come to carry weight of its own: move it up into the list.
 #[test]
 fn the_generation_in_check64_is_covered_by_others() {
-    let covered = mutation(&[Check::PlaceGeneration], Temper::Well, 40);
+    let covered = mutation(&[Check::PlaceGeneration], Temper::Well, 30);
     if let Some((seed, what)) = hunt(&covered, covered.seeds) {
         panic!("seed {}: {what}", seed - 1);
     }
@@ -109,10 +128,12 @@ fn nothing_is_found_when_nothing_is_switched_off() {
         ..mutation(&[], Temper::Well, 0)
     };
     for (mutation, seeds) in [
-        (collisions, 30),
-        (mutation(&[], Temper::Well, 0), 30),
-        (mutation(&[], Temper::Slow, 0), 30),
-        (mutation(&[], Temper::Miswrite, 0), 30),
+        (collisions, 15),
+        (focused(&[], Focus::Checkpoints, 0), 10),
+        (focused(&[], Focus::Leases, 0), 10),
+        (focused(&[], Focus::Expiry, 0), 10),
+        (mutation(&[], Temper::Slow, 0), 15),
+        (mutation(&[], Temper::Miswrite, 0), 15),
     ] {
         if let Some((seed, what)) = hunt(&mutation, seeds) {
             panic!("{:?}, seed {}: {what}", mutation.temper, seed - 1);

@@ -33,6 +33,7 @@ const MAP: &[(&str, &[&str])] = &[
     ),
     ("kvar-python", &["kvar-client"]),
     ("kvar-sim", &["kvar-engine", "kvar-io"]),
+    ("kvar-fuzz", &["kvar-engine", "kvar-io", "kvar-wire"]),
 ];
 
 /// Crates whose purpose needs `unsafe`, and the files that may hold it.

@@ -1,7 +1,7 @@
 //! The index on the device, so that recovery need not read every footer.
 //!
 //! ```text
-//!  chunk 0 made, kept ── chunks 1.. written ── flush ── chunk 0 written ── flush ── done
+//!  chunk 0 made, kept ── chunks 1.. written ── records ── flush ── chunk 0 written ── flush ── done
 //! ```
 //!
 //! Written a chunk at a time while everything goes on. That is sound: whatever happens to an entry
@@ -11,8 +11,10 @@
 //! What must always be true: a first chunk is on the device only when all others are, so that one
 //! that was torn shows by its absence and its number may be given again, and when the blocks are to
 //! which its entries lead (so there is a flush before it also when it is the only one): an older
-//! record of a moved block is not replayed behind its back. The area of the last complete
-//! checkpoint is not written before the next one is complete.
+//! record of a moved block is not replayed behind its back. Where blocks expire, the records of all
+//! it knows are flushed before as well: recovery must drop an entry that no record names, since it
+//! might be one that expires, and a block that reclaim has just moved would be lost with it. The
+//! area of the last complete checkpoint is not written before the next one is complete.
 
 use super::{Pending, Shard};
 use crate::index::BUCKET_BYTES;
@@ -39,6 +41,8 @@ pub(super) struct CheckpointWrite {
     /// The first chunk, which is written last.
     first: Option<Shared>,
     stage: Stage,
+    /// Once all chunks are made: the last record that they may know of.
+    known_through: Option<u64>,
     /// Whether an operation is under way: one at a time.
     waiting: bool,
 }
@@ -109,6 +113,7 @@ impl Shard {
             } else {
                 Stage::Others
             },
+            known_through: None,
             waiting,
         });
         self.index.begin_snapshot();
@@ -124,6 +129,14 @@ impl Shard {
             return;
         }
         if checkpoint.chunk == checkpoint.chunks {
+            let last = self.next_sequence - 1;
+            checkpoint.known_through.get_or_insert(last);
+            if checkpoint.stage == Stage::Others && self.checkpoint_waits_for_flush() {
+                return;
+            }
+            let Some(checkpoint) = &mut self.checkpoint else {
+                return;
+            };
             checkpoint.waiting = true;
             let first = (checkpoint.stage == Stage::First).then(|| checkpoint.first.take());
             if let Some(first) = first.flatten() {
@@ -188,6 +201,17 @@ impl Shard {
                 buffers: vec![buffer.freeze()],
             },
         );
+    }
+
+    /// Whether records of blocks that it knows are not flushed yet, and must be.
+    pub(super) fn checkpoint_waits_for_flush(&self) -> bool {
+        self.checkpoint
+            .as_ref()
+            .and_then(|checkpoint| checkpoint.known_through)
+            .is_some_and(|through| self.flushed_sequence < through)
+            && self.expiries.blocks() > 0
+            && self.has_unflushed_records()
+            && !is_disabled(Check::CheckpointRecords)
     }
 
     pub(super) fn checkpoint_chunk_done(&mut self, now: Moment, result: Result<(), DeviceError>) {

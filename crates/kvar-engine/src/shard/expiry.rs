@@ -12,7 +12,8 @@
 
 use super::{Displaced, Shard};
 use crate::index::Entry;
-use kvar_base::{BlockId, Moment};
+use crate::mutation::{Check, is_disabled};
+use kvar_base::{BlockId, MissReason, Moment};
 
 /// How long a block in memory is still known as expired, in seconds, before it is forgotten.
 const FORGOTTEN_AFTER_S: u64 = 60;
@@ -47,6 +48,7 @@ impl Shard {
         expires_unix_s != 0
             && u64::from(expires_unix_s) <= self.unix_s(now)
             && !self.leases.holds(id)
+            && !is_disabled(Check::Expiry)
     }
 
     /// Time has passed: ends leases and forgets what has been over for a while.
@@ -73,8 +75,10 @@ impl Shard {
         }
     }
 
-    /// A put of an id that is not visible: what is left of an expired block makes room.
+    /// A put of an id that is not visible: what is left of an expired block makes room. Whoever
+    /// asks from now on must not be given what a read of the old copy still finds.
     pub(super) fn clear_expired(&mut self, id: &BlockId) {
+        self.end_reads(id, MissReason::Expired);
         if self.forget_resident(id) {
             self.counters.expired += 1;
             self.note(super::Change::Expired { id: *id });

@@ -25,6 +25,7 @@ use crate::dram::State;
 use crate::leases::{Charge, LEASE_MAX, Wanted};
 use crate::shard::write::stored_bytes;
 use kvar_base::{BlockId, LeaseToken, MissReason, Moment};
+use std::ops::Range;
 use std::time::Duration;
 
 impl Shard {
@@ -138,6 +139,21 @@ impl Shard {
         while let Some(token) = self.leases.due(now) {
             self.end_lease(token);
             self.counters.leases_expired += 1;
+        }
+    }
+
+    /// Index entries that led to these positions are gone, and with them what was promised there.
+    pub(super) fn lose_strayed_leases(&mut self, positions: Range<u32>) {
+        for id in self.leases.at(&positions) {
+            if self.find(&id).is_some() {
+                continue;
+            }
+            match self.dram.get(&id).map(|resident| resident.state) {
+                // The copy in memory is the last.
+                Some(State::Clean) => self.dram.set_state(&id, State::Held),
+                Some(_) => {}
+                None => self.counters.leased_dropped += u64::from(self.lose_lease(&id)),
+            }
         }
     }
 

@@ -61,8 +61,10 @@ impl Shard {
             touch,
             ..
         } = request;
-        if let Err(MissReason::Expired) = self.touch(now, &id, touch) {
-            return self.miss(token, MissReason::Expired);
+        // Absent too, although somebody may be reading a copy that was given up meanwhile: whether
+        // that one has expired is not known any more.
+        if let Err(reason) = self.touch(now, &id, touch) {
+            return self.miss(token, reason);
         }
         if let Some(resident) = self.dram.get(&id) {
             let outcome = cut(

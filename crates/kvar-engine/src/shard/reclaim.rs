@@ -22,7 +22,7 @@ use crate::dram::State;
 use crate::index::Entry;
 use crate::layout::{PAGE, PageKind, RECORD_BLOCK, Record, RecordHints, decode_page};
 use crate::mutation::{Check, is_disabled};
-use crate::segments::SegmentPhase;
+use crate::segments::{SegmentPhase, Spare};
 use kvar_base::{BlockId, PAGE_BYTES};
 use kvar_io::{DeviceError, Op};
 use std::cmp::Reverse;
@@ -50,6 +50,8 @@ pub(super) struct Reclaim {
     kept: VecDeque<(BlockId, Entry, RecordHints)>,
     /// Bytes kept and not yet written.
     left_bytes: u64,
+    /// Blocks kept and not yet written: each needs a record.
+    left_blocks: usize,
     /// Bytes being read or waiting to be written.
     moving_bytes: u64,
 }
@@ -65,8 +67,21 @@ impl Reclaim {
         ((self.left_bytes + self.left_bytes / 7) / PAGE_BYTES) as u32
     }
 
-    pub(super) fn moved(&mut self, bytes: u64) {
+    /// What puts and tombstones must leave free in the open segment.
+    pub(super) fn spare(&self) -> Spare {
+        Spare {
+            pages: self.spare_pages(),
+            records: self.left_blocks,
+        }
+    }
+
+    fn left(&mut self, bytes: u64) {
         self.left_bytes = self.left_bytes.saturating_sub(bytes);
+        self.left_blocks = self.left_blocks.saturating_sub(1);
+    }
+
+    pub(super) fn moved(&mut self, bytes: u64) {
+        self.left(bytes);
         self.moving_bytes = self.moving_bytes.saturating_sub(bytes);
     }
 }
@@ -86,6 +101,7 @@ impl Shard {
             whole: false,
             kept: VecDeque::new(),
             left_bytes: most,
+            left_blocks: 0,
             moving_bytes: 0,
         });
         let footer = self
@@ -214,13 +230,15 @@ impl Shard {
                 .then(b.2.cmp(&a.2))
                 .then(a.3.cmp(&b.3))
         });
-        reclaim.left_bytes = 0;
-        let room = self.room_for_kept();
+        (reclaim.left_bytes, reclaim.left_blocks) = (0, 0);
+        let (most, room) = self.room_for_kept();
+        let records_max = self.records_for_kept();
         let time = Self::budget_time(self.now);
         let has_room = self.budget.has_room(0, time);
         let has_plenty = self.budget.has_plenty(0, time);
         self.keep.keeper_mut().begin_reclaim();
-        for (leased, worth, _, id, entry, hints) in live {
+        for (_, worth, _, id, entry, hints) in live {
+            let leased = self.leases.protects(&id);
             if self.is_over(self.now, &id, hints.expires_unix_s) {
                 self.drop_expired(&id, entry.position);
                 continue;
@@ -232,11 +250,18 @@ impl Shard {
                     .dram
                     .get(&id)
                     .is_some_and(|resident| resident.state == State::Clean);
-            let fits = reclaim.left_bytes + bytes <= room;
-            let keeps = leased || !waits && has_room && self.keep.keeper_mut().keeps(worth, bytes);
-            if keeps && fits {
+            let after = reclaim.left_bytes + bytes;
+            let keeps = if reclaim.left_blocks >= records_max {
+                false
+            } else if leased {
+                after <= room
+            } else {
+                !waits && has_room && after <= most && self.keep.keeper_mut().keeps(worth, bytes)
+            };
+            if keeps {
                 self.budget.spend(bytes);
                 reclaim.left_bytes += bytes;
+                reclaim.left_blocks += 1;
                 reclaim.kept.push_back((id, entry, hints));
             } else {
                 self.index.remove_at(&id, entry.position);
@@ -250,11 +275,21 @@ impl Shard {
         self.reclaim = Some(reclaim);
     }
 
-    /// Bytes of what is kept that there is room for: with no segment open (right after a start on a
-    /// full device) there is nowhere to go.
-    fn room_for_kept(&self) -> u64 {
+    /// Blocks for which there is a record: tombstones may have taken those of the open segment.
+    fn records_for_kept(&self) -> usize {
+        let next = self.segments.prepared.is_some() || self.segments.preparing.is_some();
+        match &self.segments.open {
+            Some(_) if next => usize::MAX,
+            Some(open) => open.records_left(),
+            None => 0,
+        }
+    }
+
+    /// Bytes of what is kept that there is room for, of what nobody was promised and of all: with no
+    /// segment open (right after a start on a full device) there is nowhere to go.
+    fn room_for_kept(&self) -> (u64, u64) {
         let Some(open) = &self.segments.open else {
-            return 0;
+            return (0, 0);
         };
         // Another one may be on its way already: then what does not fit here goes there.
         let next = self.segments.prepared.is_some() || self.segments.preparing.is_some();
@@ -264,19 +299,28 @@ impl Shard {
         } else {
             0
         };
-        left + more
+        let room = left + more;
+        // Some is lost at the borders of directory areas, and what is in memory goes before what must
+        // be read: blocks that nobody was promised leave that much free for those that were.
+        (room / 8 * 7, room)
     }
 
-    /// Pages that puts must leave free in the open segment for what reclaim brings: a prepared
-    /// segment takes its part of that.
-    pub(super) fn spare_pages(&self) -> u32 {
-        let wanted = self.reclaim.as_ref().map_or(0, Reclaim::spare_pages);
+    /// What puts and tombstones must leave free in the open segment for what reclaim brings: a
+    /// prepared segment takes its part of that.
+    pub(super) fn spare(&self) -> Spare {
+        let wanted = self
+            .reclaim
+            .as_ref()
+            .map_or_else(Spare::default, Reclaim::spare);
         if self.segments.prepared.is_none() {
             return wanted;
         }
         // A seventh of it is lost at the borders of directory areas.
         let pages = (self.superblock.payload_bytes() / PAGE_BYTES) as u32;
-        wanted.saturating_sub(pages - pages / 7)
+        Spare {
+            pages: wanted.pages.saturating_sub(pages - pages / 7),
+            records: 0,
+        }
     }
 
     /// Reclaim gave up the copy on the device; one in memory is the last, and in this state now.
@@ -308,7 +352,7 @@ impl Shard {
         };
         let moving = reclaim.moving_bytes > 0 || !reclaim.kept.is_empty() || !self.moved.is_empty();
         if matches!(reclaim.stage, Stage::Moving) && !moving {
-            reclaim.left_bytes = 0;
+            (reclaim.left_bytes, reclaim.left_blocks) = (0, 0);
             reclaim.stage = Stage::Settling {
                 sequence: self.next_sequence - 1,
             };
@@ -344,6 +388,7 @@ impl Shard {
                 stays
             });
             self.counters.reclaim_dropped += stray as u64;
+            self.lose_strayed_leases(first..last);
         }
         self.reclaim = None;
         let freed = self.segments.get(segment);
@@ -352,7 +397,7 @@ impl Shard {
         self.counters.segments_reclaimed += 1;
     }
 
-    fn has_unflushed_records(&self) -> bool {
+    pub(super) fn has_unflushed_records(&self) -> bool {
         self.sync.is_some()
             || [&self.segments.open, &self.segments.sealing]
                 .into_iter()
@@ -378,7 +423,7 @@ impl Shard {
                 .find(&id)
                 .is_none_or(|(_, now)| now.position != entry.position)
             {
-                reclaim.left_bytes = reclaim.left_bytes.saturating_sub(bytes);
+                reclaim.left(bytes);
                 continue;
             }
             reclaim.moving_bytes += bytes;

@@ -23,6 +23,7 @@ use crate::index::{Entry, Inserted};
 use crate::layout::{FLAG_SECTIONED, RECORD_BLOCK, Record, RecordHints};
 use crate::mutation::{Check, is_disabled};
 use crate::segments::OpenSegment;
+use crate::segments::Spare;
 use kvar_base::{BlockId, Moment, PAGE_BYTES, page_round_up};
 use kvar_io::{DeviceError, Op, Shared};
 use kvar_policy::BlockClass;
@@ -93,6 +94,7 @@ impl Shard {
                 .as_ref()
                 .is_some_and(super::reclaim::Reclaim::waits_for_flush)
             || self.unflushed.durable > 0
+            || self.checkpoint_waits_for_flush()
     }
 
     /// How long a put may stay in the queue: a quarter of what was promised, so that the write, the
@@ -119,10 +121,14 @@ impl Shard {
 
     fn place_controls(&mut self) {
         while let Some(control) = self.controls.pop_front() {
+            let spare = Spare {
+                pages: 0,
+                ..self.spare()
+            };
             let Some(open) = &mut self.segments.open else {
                 return self.controls.push_front(control);
             };
-            let Some(placed) = open.place(0, 0) else {
+            let Some(placed) = open.place(0, spare) else {
                 self.controls.push_front(control);
                 if !self.reclaim_needs_open() && self.close_open() {
                     continue;
@@ -176,12 +182,16 @@ impl Shard {
                 }
             }
             // What reclaim keeps must find its place, or the segment it leaves never gets free.
-            let spare = if from_moved { 0 } else { self.spare_pages() };
+            let spare = if from_moved {
+                Spare::default()
+            } else {
+                self.spare()
+            };
             let Some(open) = &mut self.segments.open else {
                 break;
             };
             let Some(placed) = open.place(pages, spare) else {
-                if spare > 0 && open.pages_left() >= pages {
+                if spare.pages > 0 && open.pages_left() >= pages {
                     break;
                 }
                 if !from_moved && self.reclaim_needs_open() {

@@ -5,8 +5,9 @@
 //! answers, so that whatever excuses a miss is known when the miss is judged.
 
 use super::{Held, Step, Violation, Waiting, World, wrong};
-use crate::model::Now;
+use crate::model::{Now, Presence};
 use crate::payload;
+use crate::promises::Reason;
 use kvar_base::{BlockId, MissReason, Moment, PutOutcome};
 use kvar_engine::{Change, Copy, Displaced, Event};
 use kvar_io::sim::{FaultKind, FaultOn};
@@ -78,14 +79,20 @@ impl World {
                     self.model.cached(number);
                 }
                 Change::Expired { id } => {
-                    return wrong(format!("{id} expired although no put has a time to live"));
+                    let number = self.number(&id)?;
+                    self.check_over(number, "left memory")?;
+                    self.tally.count("left/memory, expired");
+                    self.note(format!("    block {number} is over and left memory"));
+                    self.forgotten += 1;
+                    self.model.uncached(number);
+                    self.hear_left(number, None)?;
                 }
                 Change::Placed { id, position } => {
                     let number = self.number(&id)?;
                     if self.model.block(number).on_device {
                         self.tally.count("kept/by reclaim");
                     }
-                    self.disk_is_durable = false;
+                    (self.disk_is_durable, self.has_placed) = (false, true);
                     self.note(format!("    block {number} lies at position {position}"));
                     self.model.placed(number, position);
                 }
@@ -115,6 +122,7 @@ impl World {
                         (false, false) => "left/memory, for good",
                     });
                     self.model.uncached(number);
+                    self.hear_left(number, None)?;
                 }
                 Change::Displaced { position, why } => self.hear_displaced(now, position, why)?,
             }
@@ -156,9 +164,10 @@ impl World {
                 }
             }
             Displaced::Expired => {
-                return wrong(format!(
-                    "position {position} expired although no put has a time to live"
-                ));
+                self.tally.count("left/device, expired");
+                if let Some(number) = self.model.positions.get(&position).copied() {
+                    self.check_over(number, "left the device")?;
+                }
             }
             Displaced::Corrupt => {
                 self.tally.count("left/device, corrupt");
@@ -185,9 +194,36 @@ impl World {
             self.model.perhaps_displaced(number);
             return Ok(());
         }
-        Ok(self
-            .model
-            .displaced(position, why == Displaced::Corrupt, excused)?)
+        self.model
+            .displaced(position, why == Displaced::Corrupt, excused)?;
+        let Some(number) = self.model.positions.get(&position).copied() else {
+            return Ok(());
+        };
+        let excuse = match why {
+            Displaced::Corrupt | Displaced::Refused => Some(Reason::Corrupt),
+            // With no segment open, right after a start on a full device, there is nowhere to go;
+            // and what no record names any more cannot be carried on.
+            Displaced::Reclaim
+                if self.harm.refused || self.harm.history_touched || !self.has_placed =>
+            {
+                Some(Reason::Dropped)
+            }
+            Displaced::Reclaim | Displaced::Bucket | Displaced::Expired => None,
+        };
+        self.hear_left(number, excuse)
+    }
+
+    /// A block left because it is over.
+    fn check_over(&mut self, number: u64, how: &str) -> Step {
+        let presence = self.model.presence(number);
+        let over = matches!(presence, Presence::Over | Presence::ThereOrOver);
+        if !over && !self.is_unknown(number) && !self.model.lenient {
+            let (unix_s, block) = (self.unix_s(), self.model.block(number));
+            return wrong(format!(
+                "block {number} {how} as expired at {unix_s} and is {presence:?}: {block:?}"
+            ));
+        }
+        Ok(())
     }
 
     pub(super) fn judge(&mut self, event: Event) -> Step {
@@ -269,7 +305,7 @@ impl World {
             sections,
             candidates,
             puts_before,
-            visible,
+            presence,
             in_doubt,
             in_memory: from_memory,
             times_gone,
@@ -314,6 +350,9 @@ impl World {
                         ));
                     }
                 }
+                if self.model.promises.holds(number) {
+                    self.tally.count("get/hit of what is promised");
+                }
                 self.tally.count(if from_memory {
                     "get/hit from memory"
                 } else {
@@ -351,9 +390,26 @@ impl World {
                     ));
                 }
                 // A read of a copy that has moved meanwhile costs nothing but itself.
+                let unix_s = self.model.unix_s;
+                let over = {
+                    let puts = &self.model.block(number).puts;
+                    puts.iter().any(|put| put.is_over(unix_s))
+                };
+                if reason == MissReason::Expired && !over && !lenient {
+                    return wrong(format!(
+                        "block {number} is said to have expired at {unix_s}: {shown}"
+                    ));
+                }
+                let told = matches!(reason, MissReason::Expired | MissReason::Deadline);
+                if presence == Presence::Over && !told && !lenient {
+                    return wrong(format!(
+                        "block {number} has expired and is a miss, {reason}: {shown}"
+                    ));
+                }
                 let misread = reason == MissReason::Corrupt && self.a_fault_touched(number);
                 let deserved = misread
-                    || !visible
+                    || matches!(presence, Presence::Absent | Presence::Over)
+                    || presence == Presence::ThereOrOver && reason == MissReason::Expired
                     || !stayed
                     || matches!(reason, MissReason::Overloaded | MissReason::Deadline)
                     || reason == MissReason::WrongFormat && sections.is_some();

@@ -3,8 +3,9 @@
 //! What must always be true: a call whose answer comes at once is judged at once.
 
 use super::{OpenPut, PutEnd, Step, Violation, Waiting, WantedPut, World, wrong};
-use crate::model::Put;
+use crate::model::{Presence, Put};
 use crate::payload;
+use crate::promises::Reason;
 use kvar_base::{BlockId, ContentCheck, Moment, PutOutcome, Refusal};
 use kvar_engine::{Event, GetRequest, PutHints, PutRequest, Tier, Touch};
 use std::ops::Range;
@@ -19,6 +20,7 @@ impl World {
             lengths,
             durable,
             ephemeral,
+            ttl_s,
             patience,
         } = wanted;
         let id = self.id(number);
@@ -40,6 +42,7 @@ impl World {
                 request: number / 8 + 1,
                 depth: (number % 8) as u32,
                 ephemeral,
+                ttl_s,
                 ..PutHints::default()
             },
             durable,
@@ -49,13 +52,15 @@ impl World {
         let used_bytes = self.engine().status(now).dram_bytes;
         let begun = self.engine().put_begin(now, &request);
         self.note(format!(
-            "put {number} nonce {nonce:x} {lengths:?}{}{} -> {:?}",
+            "put {number} nonce {nonce:x} {lengths:?}{}{}{} -> {:?}",
             if durable { " durable" } else { "" },
             if ephemeral { " ephemeral" } else { "" },
+            ttl_s.map_or_else(String::new, |ttl_s| format!(" for {ttl_s} s")),
             begun.as_ref().map(|_| "comes")
         ));
         self.hear_journal(Some((used_bytes, payload::stored_bytes(&lengths))))?;
-        let visible = self.model.is_visible(number);
+        let presence = self.model.presence(number);
+        let visible = presence == Presence::There;
         let filling = self
             .open_puts
             .iter()
@@ -74,13 +79,18 @@ impl World {
                     ticket,
                     deadline,
                     ephemeral,
+                    ttl_s,
                     durable,
                 });
                 Ok(true)
             }
-            Err(PutOutcome::Exists) if !visible && !lenient => wrong(format!(
-                "a put of block {number} is told that it exists, and it does not"
-            )),
+            Err(PutOutcome::Exists)
+                if !visible && presence != Presence::ThereOrOver && !lenient =>
+            {
+                wrong(format!(
+                    "a put of block {number} is told that it exists, and it is {presence:?}"
+                ))
+            }
             Err(outcome) => {
                 self.count_put(outcome);
                 Ok(false)
@@ -110,6 +120,7 @@ impl World {
             lengths,
             mut ticket,
             ephemeral,
+            ttl_s,
             durable,
             ..
         } = put;
@@ -129,7 +140,7 @@ impl World {
             let at = range.start + (nonce as usize * 7919) % range.len();
             ticket.buffer_mut()[at] ^= 0x10;
         }
-        let visible = self.model.is_visible(number) && !self.is_unknown(number);
+        let visible = self.model.presence(number) == Presence::There && !self.is_unknown(number);
         let (now, token) = (self.now, self.token(Waiting::Put { number, nonce }));
         self.engine().put_commit(now, token, ticket);
         self.hear_journal(None)?;
@@ -166,6 +177,7 @@ impl World {
                 committed: self.now,
                 turn: self.turns,
                 ephemeral,
+                expires_unix_s: self.expiry(now, ttl_s),
                 guaranteed: false,
                 flushed_once: false,
                 given_up: false,
@@ -191,14 +203,15 @@ impl World {
     ) -> Step {
         let id = self.id(number);
         let puts_before = self.model.next_order;
+        let (candidates, presence) = (self.model.candidates(number), self.model.presence(number));
         let block = self.model.block(number);
         block.readers += 1;
         let waiting = Waiting::Get {
             number,
             sections: sections.clone(),
-            candidates: block.candidates(),
+            candidates,
             puts_before,
-            visible: block.is_visible(),
+            presence,
             in_doubt: block.is_in_doubt(),
             in_memory: block.in_memory,
             times_gone: block.times_gone,
@@ -248,7 +261,12 @@ impl World {
         if self.is_unknown(number) {
             return Ok(());
         }
-        if present != self.model.is_visible(number) && !self.model.lenient {
+        let right = match self.model.presence(number) {
+            Presence::There => present,
+            Presence::Absent | Presence::Over => !present,
+            Presence::ThereOrOver => true,
+        };
+        if !right && !self.model.lenient {
             let block = self.model.block(number);
             return wrong(format!(
                 "{who} says that block {number} is {}: {block:?}",
@@ -296,7 +314,9 @@ impl World {
         let from = self.model.next_order;
         for number in numbers {
             self.model.removed(*number);
+            self.hear_left(*number, Some(Reason::Removed))?;
         }
+        self.shelf_is_stale();
         let numbers = numbers.to_vec();
         let token = self.token(Waiting::Remove { numbers, from });
         self.engine().remove(token, &ids);
@@ -310,7 +330,9 @@ impl World {
         let known: Vec<u64> = self.model.blocks.keys().copied().collect();
         for number in known {
             self.model.removed(number);
+            self.hear_left(number, Some(Reason::Removed))?;
         }
+        self.shelf_is_stale();
         let token = self.token(Waiting::Purge { from });
         self.engine().purge(token);
         self.disk_is_durable = false;
@@ -329,9 +351,17 @@ impl World {
     pub(crate) fn turn(&mut self, time: Duration) -> Step {
         self.now = self.now.after(time);
         self.turns += 1;
+        self.model.unix_s = self.unix_s();
         let now = self.now;
+        self.model.promises.begin_moment(now);
         self.engine().turn(now);
         self.hear_disk(false);
-        self.hear()
+        self.hear()?;
+        let ended = self.model.promises.end_moment();
+        self.tally.add("lease/ended by itself", ended);
+        if ended > 0 {
+            self.check_promises()?;
+        }
+        Ok(())
     }
 }

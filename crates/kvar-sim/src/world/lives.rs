@@ -4,7 +4,7 @@
 //! held for anybody; it opens again on a disk that is well, whatever happened before.
 
 use super::{PutEnd, Restart, Step, Violation, World, wrong};
-use crate::model::Ending;
+use crate::model::{Block, Ending};
 use crate::payload;
 use kvar_base::Moment;
 use kvar_engine::{Engine, OpenError, RecoveryReport, arena_bytes};
@@ -56,6 +56,8 @@ impl World {
     /// At rest memory holds the resident blocks and nothing else.
     pub(super) fn check_memory(&mut self) -> Step {
         let now = self.now;
+        self.check_promises()?;
+        self.check_counts()?;
         let (allocated, dram_bytes) = (
             self.arena.allocated_bytes() as u64,
             self.engine().status(now).dram_bytes,
@@ -67,6 +69,43 @@ impl World {
             ));
         }
         Ok(())
+    }
+
+    /// The store counts as many blocks as the oracle knows.
+    fn check_counts(&mut self) -> Step {
+        if self.harm.history_lost || self.model.lenient {
+            return Ok(());
+        }
+        let count = |there: fn(&Block) -> bool| {
+            self.model
+                .blocks
+                .values()
+                .filter(|block| there(block))
+                .count() as u64
+        };
+        let known = (
+            count(|block| block.in_memory),
+            count(|block| block.on_device),
+        );
+        let now = self.now;
+        let status = self.engine().status(now);
+        let counted = (status.dram_blocks, status.flash_blocks);
+        if counted != known {
+            return wrong(format!(
+                "{known:?} blocks are in memory and on the device, and {counted:?} are counted"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Memory that the store holds at rest: blocks, index, times at which blocks expire, and what it
+    /// remembers of calls.
+    pub(crate) fn held_bytes(&mut self) -> u64 {
+        let now = self.now;
+        let allocated = self.arena.allocated_bytes() as u64;
+        let engine = self.engine();
+        let status = engine.status(now);
+        allocated + status.index_bytes + status.expiring_bytes + engine.bookkeeping() as u64
     }
 
     /// Every block is asked for and read.
@@ -188,12 +227,16 @@ impl World {
             engine,
             salt,
             now,
+            unix_at_start_s,
             ..
         } = self;
-        let engine = engine.as_ref().expect("it was opened");
+        let engine = engine.as_mut().expect("it was opened");
+        // What is over is there all the same, and would be again if the clock were set back.
+        engine.set_wall_clock(*now, 0);
         let there = |number| engine.stat(*now, &payload::id(*salt, number)).is_some();
         let known = (model.guaranteed_found, model.written_found);
         model.restarted(ending, there, made_room)?;
+        engine.set_wall_clock(*now, *unix_at_start_s + now.0 / 1_000_000);
         let found = (
             model.guaranteed_found - known.0,
             model.written_found - known.1,
@@ -208,6 +251,7 @@ impl World {
     /// Opens the store on the disk as it is.
     pub(super) fn open(&mut self) -> Result<RecoveryReport, OpenError> {
         self.engine = None;
+        self.config.unix_at_start_s = self.unix_at_start_s;
         self.arena = Arena::new(arena_bytes(&self.config, &self.superblock))
             .map_err(|_| OpenError::NoMemory)?;
         let device = Box::new(self.disk.open());
@@ -224,7 +268,7 @@ impl World {
         engine.keep_journal();
         self.engine = Some(engine);
         self.recovery = report.clone();
-        (self.harm.refused, self.was_busy) = (false, false);
+        (self.harm.refused, self.was_busy, self.has_placed) = (false, false, false);
         self.life_began = self.turns;
         Ok(report)
     }
@@ -235,7 +279,13 @@ impl World {
         while !self.open_puts.is_empty() {
             self.end_put(0, PutEnd::Abort)?;
         }
-        let (now, displaced) = (self.now, self.displaced);
+        let (now, displaced, forgotten) = (self.now, self.displaced, self.forgotten);
+        let positions: Vec<_> = self
+            .model
+            .blocks
+            .iter()
+            .map(|(number, block)| (*number, block.position))
+            .collect();
         self.engine().begin_shutdown(now);
         for _ in 0..REST_TURNS {
             self.disk.release_stuck();
@@ -245,6 +295,11 @@ impl World {
             };
             self.note(format!("shut down: {report:?}"));
 
+            // What reclaim moved while the checkpoint was written may be found at either place.
+            for (number, position) in positions {
+                let block = self.model.block(number);
+                block.position = block.position.filter(|_| block.position == position);
+            }
             // Of blocks in doubt it is not known whether the device has them, too.
             let history_lost = self.harm.history_lost;
             let (mut in_memory_alone, mut unsure) = (0, 0);
@@ -254,8 +309,10 @@ impl World {
                     unsure += u64::from(history_lost && block.is_in_doubt());
                 }
             }
-            let differs = report.dropped_blocks > in_memory_alone
+            // What was over may have been forgotten since the report was made.
+            let differs = report.dropped_blocks > in_memory_alone + (self.forgotten - forgotten)
                 || (self.displaced == displaced
+                    && !history_lost
                     && report.dropped_blocks + unsure < in_memory_alone);
             if differs && !self.harm.refused && !self.model.lenient {
                 return wrong(format!(

@@ -7,12 +7,18 @@
 
 mod answers;
 mod calls;
+mod devices;
 mod lives;
+mod promises;
+mod scrub;
+
+pub(crate) use devices::Replacement;
 
 use crate::device::Harm;
-use crate::model::Model;
+use crate::model::{Model, Presence};
 use crate::payload;
 use crate::tally::Tally;
+use devices::Shelved;
 use kvar_base::{BlockId, Moment};
 use kvar_engine::{
     Copy, Engine, EngineConfig, FormatOptions, PutTicket, RecoveryReport, Superblock, format,
@@ -27,6 +33,8 @@ use std::time::Duration;
 
 /// Steps that are shown when something is wrong.
 const TRACE_STEPS: usize = 60;
+/// Wall time when a world begins: some day of 2025.
+const UNIX_AT_START_S: u64 = 1_750_000_000;
 
 /// Something that must not be.
 #[derive(Clone, Debug)]
@@ -63,6 +71,7 @@ pub(crate) struct OpenPut {
     ticket: PutTicket,
     deadline: Moment,
     ephemeral: bool,
+    ttl_s: Option<u32>,
     durable: bool,
 }
 
@@ -73,6 +82,7 @@ pub(crate) struct WantedPut {
     pub(crate) lengths: Vec<u32>,
     pub(crate) durable: bool,
     pub(crate) ephemeral: bool,
+    pub(crate) ttl_s: Option<u32>,
     pub(crate) patience: Duration,
 }
 
@@ -91,7 +101,7 @@ enum Waiting {
         sections: Option<Range<u16>>,
         candidates: Vec<u64>,
         puts_before: u64,
-        visible: bool,
+        presence: Presence,
         in_doubt: bool,
         in_memory: bool,
         times_gone: u64,
@@ -120,6 +130,22 @@ struct Held {
     nonce: u64,
 }
 
+/// Formats a disk for the `times`-th time.
+fn format_disk(disk: &SimDisk, salt: u64, times: u64, expected_block_bytes: u64) -> Superblock {
+    let arena = Arena::new(1 << 20).expect("memory for pages");
+    let mut uuid = [0; 16];
+    uuid[..8].copy_from_slice(&salt.to_le_bytes());
+    uuid[8..].copy_from_slice(&times.to_le_bytes());
+    let options = FormatOptions {
+        shards: 1,
+        expected_block_bytes,
+        created_unix: 0,
+        uuid: kvar_base::DeviceUuid::new(uuid),
+        secret: [salt as u8 ^ 0x5a ^ times as u8; 16],
+    };
+    format(&mut disk.open(), &arena, &options).expect("a disk that is well can be formatted")
+}
+
 /// One store with its oracle.
 pub struct World {
     /// The disk.
@@ -146,12 +172,23 @@ pub struct World {
     numbers: HashMap<BlockId, u64>,
     /// What is on the device is flushed, since nothing was written in this life that was not.
     disk_is_durable: bool,
+    /// Blocks that memory forgot because they were over, so far.
+    forgotten: u64,
     /// Index entries given up so far.
     displaced: u64,
     /// Most polls that an operation takes.
     polls_max: u32,
     /// A put was refused for want of memory in this life.
     was_busy: bool,
+    /// Wall time at `Moment(0)`.
+    unix_at_start_s: u64,
+    /// The device that was in service before, if it may come back.
+    shelf: Option<Shelved>,
+    /// How often a device was formatted.
+    formats: u64,
+    expected_block_bytes: u64,
+    /// Something was written to the device in this life: a segment is open.
+    has_placed: bool,
     trace: VecDeque<String>,
     pub(crate) trace_steps: usize,
 }
@@ -174,20 +211,11 @@ impl World {
             ..options
         };
         let disk = SimDisk::new(bytes, well);
-        let arena = Arena::new(1 << 20).expect("memory for pages");
-        let mut uuid = [0; 16];
-        uuid[..8].copy_from_slice(&salt.to_le_bytes());
-        let format_options = FormatOptions {
-            shards: 1,
-            expected_block_bytes,
-            created_unix: 0,
-            uuid: kvar_base::DeviceUuid::new(uuid),
-            secret: [salt as u8 ^ 0x5a; 16],
-        };
-        format(&mut disk.open(), &arena, &format_options).expect("a new disk can be formatted");
+        format_disk(&disk, salt, 0, expected_block_bytes);
         let mut world = Self::over(salt, disk, config, Model::default());
         world.disk.set_rates(options.rates);
         world.polls_max = options.polls_max;
+        world.expected_block_bytes = expected_block_bytes;
         world.note("formatted");
         world
     }
@@ -224,12 +252,19 @@ impl World {
             struck_known: 0,
             numbers: HashMap::new(),
             disk_is_durable: true,
+            forgotten: 0,
             displaced: 0,
             polls_max: 1,
             was_busy: false,
+            unix_at_start_s: UNIX_AT_START_S,
+            shelf: None,
+            formats: 0,
+            expected_block_bytes: 0,
+            has_placed: false,
             trace: VecDeque::new(),
             trace_steps: TRACE_STEPS,
         };
+        world.model.unix_s = world.unix_s();
         let known: Vec<u64> = world.model.blocks.keys().copied().collect();
         for number in known {
             world.id(number);
