@@ -206,6 +206,23 @@ impl Shard {
                 live.push((record.id(), entry, record.hints()));
             }
         }
+        if !reclaim.whole {
+            // Of what is promised the lease knows the id, whatever became of its record.
+            let positions =
+                self.segments.position(segment, 0)..self.segments.position(segment + 1, 0);
+            for id in self.leases.at(&positions) {
+                if let Some((_, entry)) = self.find(&id)
+                    && positions.contains(&entry.position)
+                    && seen.insert(entry.position)
+                {
+                    let hints = RecordHints {
+                        expires_unix_s: self.flash_expiry(&entry),
+                        ..RecordHints::default()
+                    };
+                    live.push((id, entry, hints));
+                }
+            }
+        }
         let opened_at = self.segments.get(segment).opened_at;
         self.keep.set_oldest(opened_at);
         let mut live: Vec<_> = live
