@@ -12,12 +12,13 @@
 //! is the only copy there is, and stays until its lease ends; a Clean one may go, its bytes are
 //! safe on the device.
 
-use crate::layout::{RecordHints, Section};
+use crate::fast_map::FastMap;
+use crate::layout::{RecordHints, Sections};
 use kvar_base::BlockId;
 use kvar_io::Shared;
 use kvar_policy::TailFirstLru;
-use std::collections::{BTreeSet, HashMap};
-use std::sync::Arc;
+use smallvec::SmallVec;
+use std::collections::BTreeSet;
 
 /// Where a resident stands on its way to the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +33,7 @@ pub(crate) enum State {
 #[derive(Clone, Debug)]
 pub(crate) struct Resident {
     pub(crate) image: Shared,
-    pub(crate) sections: Arc<[Section]>,
+    pub(crate) sections: Sections,
     pub(crate) version: u64,
     /// Which put (or read) brought it; a later one of the same id has another number.
     pub(crate) number: u64,
@@ -67,9 +68,12 @@ impl Resident {
     }
 }
 
+/// What had to leave: one block for another of its size, as a rule.
+pub(crate) type Evicted = SmallVec<[(BlockId, State); 1]>;
+
 /// All residents of a shard.
 pub(crate) struct Dram {
-    residents: HashMap<BlockId, Resident>,
+    residents: FastMap<BlockId, Resident>,
     order: TailFirstLru<BlockId>,
     /// Those that expire, by when.
     expiring: BTreeSet<(u32, BlockId)>,
@@ -83,7 +87,7 @@ pub(crate) struct Dram {
 impl Dram {
     pub(crate) fn new(limit_bytes: u64) -> Self {
         Self {
-            residents: HashMap::new(),
+            residents: FastMap::default(),
             order: TailFirstLru::new(),
             expiring: BTreeSet::new(),
             used_bytes: 0,
@@ -116,8 +120,8 @@ impl Dram {
 
     /// Sets bytes aside for a ticket or a read; evicts for it. `None`, and nothing evicted, when
     /// what cannot leave would come to more than `held_max`; otherwise what left.
-    pub(crate) fn reserve(&mut self, bytes: u64, held_max: u64) -> Option<Vec<(BlockId, State)>> {
-        let mut gone = Vec::new();
+    pub(crate) fn reserve(&mut self, bytes: u64, held_max: u64) -> Option<Evicted> {
+        let mut gone = Evicted::new();
         let held_bytes = self.used_bytes - self.evictable_bytes + bytes;
         if held_bytes > held_max.min(self.limit_bytes) {
             return None;

@@ -43,6 +43,7 @@ pub struct Engine {
     device: Box<dyn Device>,
     shard: Shard,
     completions: Vec<Completion>,
+    behind_reads: Vec<(u64, Op)>,
 }
 
 impl Engine {
@@ -95,6 +96,7 @@ impl Engine {
             device,
             shard: loaded.shard,
             completions: Vec::new(),
+            behind_reads: Vec::new(),
         };
         engine.turn(now);
         engine
@@ -206,17 +208,41 @@ impl Engine {
 
     /// Completions in, due work, operations out. Never blocks.
     pub fn turn(&mut self, now: Moment) {
+        self.advance(now);
+        // A refusal leaves the queue with the device; the next turn tries again.
+        if let Err(error) = self.device.kick() {
+            self.shard.device_refused(now, &error);
+        }
+    }
+
+    /// As [`turn`](Self::turn); where it brought no answer, sleeps like [`wait`](Self::wait) too. One
+    /// system call hands over what is queued and waits, where `turn` and `wait` make two.
+    pub fn turn_and_wait(&mut self, now: Moment, timeout: Duration) {
+        self.advance(now);
+        if self.shard.events.is_empty() && self.device.in_flight() > 0 {
+            return self.device.wait(timeout);
+        }
+        if let Err(error) = self.device.kick() {
+            self.shard.device_refused(now, &error);
+        }
+    }
+
+    fn advance(&mut self, now: Moment) {
         self.device.poll(&mut self.completions);
         for completion in self.completions.drain(..) {
             self.shard.complete(now, completion);
         }
         self.shard.step(now);
+        // Somebody waits for a read; a write has its time.
         for (token, op) in self.shard.out.drain(..) {
-            self.device.submit(token, op);
+            if matches!(op, Op::Read { .. }) {
+                self.device.submit(token, op);
+            } else {
+                self.behind_reads.push((token, op));
+            }
         }
-        // A refusal leaves the queue with the device; the next turn tries again.
-        if let Err(error) = self.device.kick() {
-            self.shard.device_refused(now, &error);
+        for (token, op) in self.behind_reads.drain(..) {
+            self.device.submit(token, op);
         }
     }
 
@@ -269,6 +295,12 @@ impl Engine {
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.device.in_flight()
+    }
+
+    /// System calls that the device made for this shard so far.
+    #[must_use]
+    pub fn system_calls(&self) -> u64 {
+        self.device.system_calls()
     }
 
     /// How the device does I/O, in a word.

@@ -38,6 +38,7 @@ mod check;
 mod dram;
 mod engine;
 mod expiry;
+mod fast_map;
 mod format;
 mod index;
 pub mod layout;

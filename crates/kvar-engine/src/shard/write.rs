@@ -29,6 +29,8 @@ use std::time::Duration;
 
 /// A gather write as the device sees it.
 const WRITE_BYTES: u64 = 1 << 20;
+/// Blocks of a gather write of the usual 64 KiB: room for them is taken at once.
+const GROUP_ITEMS: usize = (WRITE_BYTES / (64 << 10)) as usize;
 /// Payload bytes under way at most.
 const PAYLOAD_IN_FLIGHT_MAX: u64 = 8 << 20;
 
@@ -237,7 +239,7 @@ impl Shard {
                     WriteGroup {
                         segment: number,
                         bytes: 0,
-                        items: Vec::new(),
+                        items: Vec::with_capacity(GROUP_ITEMS),
                     },
                 )
             });
