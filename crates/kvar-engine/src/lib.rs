@@ -52,7 +52,7 @@ mod table;
 
 pub use check::{CheckReport, Damage, InspectReport, SegmentReport, check, inspect};
 pub use engine::{Engine, Loaded, arena_bytes};
-pub use format::{FormatOptions, OpenError, format, read_superblock};
+pub use format::{FormatOptions, OpenError, format, format_probed, read_superblock};
 pub use index::{Entry, Index, Inserted};
 pub use layout::{FormatError, Superblock};
 pub use leases::{LEASE_DEFAULT, LEASE_MAX};

@@ -321,6 +321,14 @@ pub(crate) fn status(node: &NodeArguments, as_json: bool) -> Outcome {
         .map(crate::devices::in_words)
         .collect();
     let devices = devices.join("; ");
+    let shards = status
+        .pointer("/shards")
+        .and_then(serde_json::Value::as_array);
+    let in_flight = shards
+        .into_iter()
+        .flatten()
+        .filter_map(|shard| shard["engine"]["write_in_flight_bytes_max"].as_u64())
+        .sum();
     let rows = [
         ("version", word("/version")),
         ("state", state),
@@ -348,6 +356,10 @@ pub(crate) fn status(node: &NodeArguments, as_json: bool) -> Outcome {
         (
             "not flushed yet",
             format!("{} puts", word("/unflushed_puts")),
+        ),
+        (
+            "writes under way",
+            format!("at most {}", ByteSize(in_flight)),
         ),
         ("write amplification", amplification),
         ("hits", word("/links/get_hits")),
