@@ -7,6 +7,10 @@ use kvar_base::{ByteSize, DeviceUuid, PAGE_BYTES};
 use kvar_io::{Arena, Buffer, Completion, Device, DeviceError, Op, WriteProbe, probe_writes};
 use std::time::Duration;
 
+/// Smallest device that is tried before it is used: on a smaller one kvar itself is being tried, and
+/// should start at once.
+const PROBED_BYTES_MIN: u64 = 1 << 30;
+
 /// How to divide a new device.
 #[derive(Clone, Debug)]
 pub struct FormatOptions {
@@ -176,7 +180,11 @@ pub fn format_probed(
     let segments = u64::from(superblock.segments_per_shard) * u64::from(superblock.shards);
     let start = superblock.segments_offset;
     let end = start + segments * superblock.segment_bytes;
-    let found = probe_writes(device, arena, start..end)?;
+    let found = if superblock.device_bytes >= PROBED_BYTES_MIN {
+        probe_writes(device, arena, start..end)?
+    } else {
+        None
+    };
     if let Some(found) = found {
         superblock.write_in_flight_bytes = found.in_flight_bytes;
     }

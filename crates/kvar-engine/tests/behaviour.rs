@@ -504,7 +504,7 @@ fn a_device_too_small_says_how_small_is_too_small() {
 
 #[test]
 fn what_the_probe_found_bounds_the_writes_under_way_for_good() {
-    let disk = SimDisk::new(128 << 20, SimOptions::default());
+    let disk = SimDisk::new(1 << 30, SimOptions::default());
     let arena = Arena::new(2 << 20).unwrap();
     let (superblock, found) = format_probed(&mut disk.open(), &arena, &options()).unwrap();
     let found = found.expect("the device is large enough to tell");

@@ -30,7 +30,7 @@ const DEPTHS: [usize; 5] = [1, 2, 4, 8, 16];
 /// Each is tried so often, and its best counts: a moment can be disturbed.
 const ROUNDS: usize = 2;
 /// How long each is tried: hundreds of writes of a fast drive, a few of a slow one.
-const STEP: Duration = Duration::from_millis(30);
+const STEP: Duration = Duration::from_millis(20);
 /// How long the range is written before; what was not reached is left out.
 const WARM_UP: Duration = Duration::from_millis(200);
 /// Most of the range that is used: more than a drive's smallest cache, soon written.
