@@ -72,8 +72,55 @@ fn cpu_times() -> (u64, u64) {
     (idle, times.iter().sum())
 }
 
+/// CPU time, and how it divides: in the program, and in the kernel on its behalf.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Cpu {
+    pub(crate) total: Duration,
+    /// Ticks, which are coarse: only their ratio over a whole run is used.
+    user_ticks: u64,
+    system_ticks: u64,
+}
+
+impl Cpu {
+    /// What this thread has used.
+    pub(crate) fn of_thread() -> Self {
+        let text = std::fs::read_to_string("/proc/thread-self/stat").unwrap_or_default();
+        // The name, in brackets, may hold spaces.
+        let fields = text.rsplit_once(')').map_or("", |(_, rest)| rest);
+        let mut ticks = fields.split_whitespace().skip(11);
+        let mut next = || ticks.next().and_then(|ticks| ticks.parse().ok());
+        Self {
+            total: thread_cpu(),
+            user_ticks: next().unwrap_or(0),
+            system_ticks: next().unwrap_or(0),
+        }
+    }
+
+    /// Microseconds since `before` for each of `operations`: in all, in the program, in the kernel.
+    pub(crate) fn us_since(&self, before: &Self, operations: u64) -> CpuUs {
+        let total = self.total.saturating_sub(before.total).as_secs_f64() * 1e6;
+        let total = total / operations.max(1) as f64;
+        let user = self.user_ticks.saturating_sub(before.user_ticks) as f64;
+        let system = self.system_ticks.saturating_sub(before.system_ticks) as f64;
+        let share = user / (user + system).max(1.0);
+        CpuUs {
+            total,
+            user: total * share,
+            system: total * (1.0 - share),
+        }
+    }
+}
+
+/// Microseconds of CPU for an operation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct CpuUs {
+    pub(crate) total: f64,
+    pub(crate) user: f64,
+    pub(crate) system: f64,
+}
+
 /// CPU time this thread has used.
-pub(crate) fn thread_cpu() -> Duration {
+fn thread_cpu() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
@@ -81,6 +128,25 @@ pub(crate) fn thread_cpu() -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn cpu_is_divided_as_the_ticks_are() {
+        let before = Cpu::default();
+        let after = Cpu {
+            total: Duration::from_micros(1000),
+            user_ticks: 3,
+            system_ticks: 1,
+        };
+        let cpu = after.us_since(&before, 100);
+        assert_eq!((cpu.total, cpu.user, cpu.system), (10.0, 7.5, 2.5));
+        // This thread's own: spinning is the program's time, and it is found.
+        let before = Cpu::of_thread();
+        while thread_cpu() < before.total + Duration::from_millis(60) {
+            std::hint::spin_loop();
+        }
+        let cpu = Cpu::of_thread().us_since(&before, 1);
+        assert!(cpu.total >= 60_000.0 && cpu.user > 0.0, "{cpu:?}");
+    }
 
     #[test]
     fn the_interval_is_that_of_the_sign_test() {
