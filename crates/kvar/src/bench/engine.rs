@@ -7,10 +7,9 @@
 //! block device kvar has the first half and fio writes to the second.
 
 use super::fio::{self, Job};
-use super::stats::{Cpu, CpuUs, idle_cpu};
+use super::stats::{Cpu, CpuUs, idle_cpu, latencies};
 use super::{BLOCK_BYTES, Outcome, Row, bar};
 use crate::failure::Failure;
-use hdrhistogram::Histogram;
 use kvar_base::{BlockId, ByteSize, Clock, ContentCheck, Moment, SystemClock, check::crc64};
 use kvar_engine::{
     Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, Touch,
@@ -501,8 +500,7 @@ impl Bench {
 
     fn read(&mut self, depth: usize, seconds: f64) -> Result<Reads, Failure> {
         self.drain()?;
-        let mut latencies =
-            Histogram::<u64>::new(3).map_err(|error| Failure::failed(error.to_string()))?;
+        let mut latencies = latencies();
         // The youngest blocks are the ones that are there; the very oldest are about to go.
         let live = (self.engine.status(self.clock.now()).flash_blocks * 9 / 10).max(1);
         let flash_before = self.engine.counters().flash_hits;

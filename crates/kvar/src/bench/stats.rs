@@ -1,5 +1,6 @@
 //! Medians, intervals, idle CPU.
 
+use hdrhistogram::Histogram;
 use std::time::Duration;
 
 /// The median of some measurements and its 90 % interval.
@@ -72,6 +73,16 @@ fn cpu_times() -> (u64, u64) {
     (idle, times.iter().sum())
 }
 
+/// Longest latency that is told apart, in microseconds: a minute.
+const LATENCY_US_MAX: u64 = 60_000_000;
+
+/// Room for latencies in microseconds, to three digits; recorded with `saturating_record`, which
+/// does not make more room: what is over the bound counts as the bound. (A histogram without bounds
+/// begins with a bound of 2.)
+pub(crate) fn latencies() -> Histogram<u64> {
+    Histogram::new_with_bounds(1, LATENCY_US_MAX, 3).expect("bounds and digits are valid")
+}
+
 /// CPU time, and how it divides: in the program, and in the kernel on its behalf.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Cpu {
@@ -128,6 +139,18 @@ fn thread_cpu() -> Duration {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_long_latency_is_not_taken_for_a_short_one() {
+        let mut found = latencies();
+        for latency_us in [3, 5_000, 5_000_000, u64::MAX] {
+            found.saturating_record(latency_us);
+        }
+        assert_eq!(found.value_at_quantile(0.25), 3);
+        assert!((5_000..5_010).contains(&found.value_at_quantile(0.5)));
+        assert!((5_000_000..5_010_000).contains(&found.value_at_quantile(0.75)));
+        assert!(found.value_at_quantile(1.0) >= LATENCY_US_MAX);
+    }
 
     #[test]
     fn cpu_is_divided_as_the_ticks_are() {
