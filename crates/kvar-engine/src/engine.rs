@@ -43,7 +43,6 @@ pub struct Engine {
     device: Box<dyn Device>,
     shard: Shard,
     completions: Vec<Completion>,
-    behind_reads: Vec<(u64, Op)>,
 }
 
 impl Engine {
@@ -96,7 +95,6 @@ impl Engine {
             device,
             shard: loaded.shard,
             completions: Vec::new(),
-            behind_reads: Vec::new(),
         };
         engine.turn(now);
         engine
@@ -233,15 +231,7 @@ impl Engine {
             self.shard.complete(now, completion);
         }
         self.shard.step(now);
-        // Somebody waits for a read; a write has its time.
         for (token, op) in self.shard.out.drain(..) {
-            if matches!(op, Op::Read { .. }) {
-                self.device.submit(token, op);
-            } else {
-                self.behind_reads.push((token, op));
-            }
-        }
-        for (token, op) in self.behind_reads.drain(..) {
             self.device.submit(token, op);
         }
     }
