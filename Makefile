@@ -22,7 +22,6 @@ bench: tools
 	@scripts/bench.sh
 
 bench-peers: tools
-	@mkdir -p bench/results
 	cargo run --release --locked --quiet --manifest-path bench/peers/Cargo.toml -- $(BENCH_ARGS)
 
 lint: tools

@@ -15,8 +15,8 @@ cargo build --release --locked --quiet -p kvar
 kvar=${CARGO_TARGET_DIR:-$PWD/target}/release/kvar
 mkdir -p bench/results
 # shellcheck disable=SC2086
-"$kvar" bench engine --json ${BENCH_ARGS:-} >bench/results/engine.json
+"$kvar" bench engine --json --plot bench/results/engine.svg ${BENCH_ARGS:-} >bench/results/engine.json
 # shellcheck disable=SC2086
-"$kvar" bench net --json ${BENCH_ARGS:-} >bench/results/net.json
+"$kvar" bench net --json --plot bench/results/net.svg ${BENCH_ARGS:-} >bench/results/net.json
 "$kvar" bench index --json >bench/results/index.json
 cat bench/results/{engine,net,index}.json

@@ -31,10 +31,6 @@ impl Fjall {
 }
 
 impl Store for Fjall {
-    fn name(&self) -> &'static str {
-        "fjall"
-    }
-
     fn is_cached_by_the_system(&self) -> bool {
         true
     }

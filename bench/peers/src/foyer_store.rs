@@ -14,7 +14,6 @@ use tokio::runtime::Runtime;
 pub(crate) struct Foyer {
     runtime: Runtime,
     cache: HybridCache<u64, Vec<u8>>,
-    uring: bool,
     runs: u64,
 }
 
@@ -46,21 +45,12 @@ impl Foyer {
         Ok(Self {
             runtime,
             cache,
-            uring,
             runs: 0,
         })
     }
 }
 
 impl Store for Foyer {
-    fn name(&self) -> &'static str {
-        if self.uring {
-            "foyer-uring"
-        } else {
-            "foyer-psync"
-        }
-    }
-
     fn fill(&mut self, values: u64) -> Result<()> {
         let cache = self.cache.clone();
         self.runtime.block_on(async move {

@@ -2,7 +2,7 @@
 
 use crate::measure::{Reads, Run, next_random};
 use crate::{MEMORY_BYTES, Store, VALUE_BYTES, is_value, value};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use kvar_base::{BlockId, Clock, ContentCheck, Moment, SystemClock};
 use kvar_engine::{
     Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, Touch,
@@ -12,6 +12,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 const NAP: Duration = Duration::from_millis(5);
+/// Longest that a flush, or the last reads of a run, may take on a device that works.
+const FLUSH_MAX: Duration = Duration::from_secs(60);
 
 pub(crate) struct Kvar {
     engine: Engine,
@@ -38,10 +40,12 @@ impl Kvar {
         let (mut device, _) = open_device(&target, &arena, DeviceOptions::default())?;
         let clock = SystemClock::default();
         let options = FormatOptions::random(1, VALUE_BYTES as u64, clock.unix_seconds());
-        let superblock = kvar_engine::format(&mut *device, &arena, &options)?;
+        let (superblock, _) = kvar_engine::format_probed(&mut *device, &arena, &options)?;
         drop(device);
         let config = EngineConfig {
             dram_bytes: MEMORY_BYTES as u64,
+            // What is measured are the reads alone.
+            scrub_bytes_per_s: 0,
             ..EngineConfig::default()
         };
         let arena = Arena::new(kvar_engine::arena_bytes(&config, &superblock))?;
@@ -54,15 +58,12 @@ impl Kvar {
             random,
         })
     }
-
-    fn turn(&mut self) {
-        self.engine.turn(self.clock.now());
-    }
 }
 
 impl Store for Kvar {
-    fn name(&self) -> &'static str {
-        "kvar"
+    fn turn(&mut self) {
+        self.engine.turn(self.clock.now());
+        self.engine.events().for_each(drop);
     }
 
     fn fill(&mut self, values: u64) -> Result<()> {
@@ -85,9 +86,8 @@ impl Store for Kvar {
                         break;
                     }
                     Err(_) if started.elapsed() < Duration::from_secs(30) => {
-                        self.turn();
+                        self.engine.turn_and_wait(self.clock.now(), NAP);
                         self.engine.events().for_each(drop);
-                        self.engine.wait(NAP);
                     }
                     Err(outcome) => bail!("a put was refused for 30 s: {}", outcome.word()),
                 }
@@ -96,23 +96,22 @@ impl Store for Kvar {
         self.engine.flush(u64::MAX);
         let started = Instant::now();
         loop {
-            self.turn();
-            let done = self.engine.events().any(|event| {
-                matches!(
-                    event,
-                    Event::Done {
-                        token: u64::MAX,
-                        ..
-                    }
-                )
-            });
-            if done {
-                return Ok(());
+            self.engine.turn_and_wait(self.clock.now(), NAP);
+            for event in self.engine.events() {
+                if let Event::Done {
+                    token: u64::MAX,
+                    result,
+                } = event
+                {
+                    return match result {
+                        Ok(_) => Ok(()),
+                        Err(reason) => bail!("the device did not flush: {reason}"),
+                    };
+                }
             }
-            if started.elapsed() > Duration::from_secs(60) {
-                bail!("the device did not flush within 60 s");
+            if started.elapsed() > FLUSH_MAX {
+                bail!("the device did not flush within {FLUSH_MAX:?}");
             }
-            self.engine.wait(NAP);
         }
     }
 
@@ -138,13 +137,15 @@ impl Store for Kvar {
                 };
                 self.engine.get(self.clock.now(), token as u64, request);
             }
-            self.engine.turn(self.clock.now());
-            let mut any = false;
+            ensure!(
+                Instant::now() < run.end_at() + FLUSH_MAX,
+                "reads were not answered for {FLUSH_MAX:?}"
+            );
+            self.engine.turn_and_wait(self.clock.now(), NAP);
             for event in self.engine.events() {
                 let Event::Get { token, outcome } = event else {
                     continue;
                 };
-                any = true;
                 let (number, since) = begun[token as usize]
                     .take()
                     .context("an answer nobody waits for")?;
@@ -152,9 +153,6 @@ impl Store for Kvar {
                     .ok()
                     .map(|copy| is_value(copy.section(&copy.sections[0]), number));
                 run.tally.count(since.elapsed(), is_right);
-            }
-            if !any {
-                self.engine.wait(NAP);
             }
         }
         Ok(run.finish())

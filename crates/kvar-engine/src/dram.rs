@@ -14,13 +14,14 @@
 //! others; a Held one is decided about while there is still room, and leaves undecided only when
 //! nothing else can. The only copy of a block that is leased stays until its lease ends.
 
-use crate::layout::{RecordHints, Section};
+use crate::fast_map::FastMap;
+use crate::layout::{RecordHints, Sections};
 use crate::mutation::{Check, is_disabled};
 use kvar_base::BlockId;
 use kvar_io::Shared;
 use kvar_policy::{BlockClass, Candidate, Keep, WorthOrder};
-use std::collections::{BTreeSet, HashMap};
-use std::sync::Arc;
+use smallvec::SmallVec;
+use std::collections::BTreeSet;
 
 /// Where a resident stands on its way to the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +37,7 @@ pub(crate) enum State {
 #[derive(Clone, Debug)]
 pub(crate) struct Resident {
     pub(crate) image: Shared,
-    pub(crate) sections: Arc<[Section]>,
+    pub(crate) sections: Sections,
     pub(crate) version: u64,
     /// Which put (or read) brought it; a later one of the same id has another number.
     pub(crate) number: u64,
@@ -72,9 +73,12 @@ impl Resident {
     }
 }
 
+/// What had to leave: one block for another of its size, as a rule.
+pub(crate) type Evicted = SmallVec<[Gone; 1]>;
+
 /// All residents of a shard.
 pub(crate) struct Dram {
-    residents: HashMap<BlockId, Resident>,
+    residents: FastMap<BlockId, Resident>,
     /// Those that may leave at once, and those that are to be decided about.
     leaving: WorthOrder<BlockId>,
     held: WorthOrder<BlockId>,
@@ -100,7 +104,7 @@ pub(crate) struct Gone {
 impl Dram {
     pub(crate) fn new(limit_bytes: u64) -> Self {
         Self {
-            residents: HashMap::new(),
+            residents: FastMap::default(),
             leaving: WorthOrder::new(),
             held: WorthOrder::new(),
             expiring: BTreeSet::new(),
@@ -150,8 +154,8 @@ impl Dram {
 
     /// Sets bytes aside for a ticket or a read; evicts for it. `None`, and nothing evicted, when
     /// what cannot leave would come to more than `held_max`; otherwise what left.
-    pub(crate) fn reserve(&mut self, bytes: u64, held_max: u64, keep: &Keep) -> Option<Vec<Gone>> {
-        let mut gone = Vec::new();
+    pub(crate) fn reserve(&mut self, bytes: u64, held_max: u64, keep: &Keep) -> Option<Evicted> {
+        let mut gone = Evicted::new();
         let held_bytes = self.used_bytes - self.evictable_bytes + bytes;
         if held_bytes > held_max.min(self.limit_bytes) {
             return None;

@@ -214,6 +214,26 @@ impl Engine {
 
     /// Completions in, due work, operations out. Never blocks.
     pub fn turn(&mut self, now: Moment) {
+        self.advance(now);
+        // A refusal leaves the queue with the device; the next turn tries again.
+        if let Err(error) = self.device.kick() {
+            self.shard.device_refused(now, &error);
+        }
+    }
+
+    /// As [`turn`](Self::turn); where it brought no answer, sleeps like [`wait`](Self::wait) too. One
+    /// system call hands over what is queued and waits, where `turn` and `wait` make two.
+    pub fn turn_and_wait(&mut self, now: Moment, timeout: Duration) {
+        self.advance(now);
+        if self.shard.events.is_empty() && self.device.in_flight() > 0 {
+            return self.device.wait(timeout);
+        }
+        if let Err(error) = self.device.kick() {
+            self.shard.device_refused(now, &error);
+        }
+    }
+
+    fn advance(&mut self, now: Moment) {
         self.device.poll(&mut self.completions);
         for completion in self.completions.drain(..) {
             self.shard.complete(now, completion);
@@ -221,10 +241,6 @@ impl Engine {
         self.shard.step(now);
         for (token, op) in self.shard.out.drain(..) {
             self.device.submit(token, op);
-        }
-        // A refusal leaves the queue with the device; the next turn tries again.
-        if let Err(error) = self.device.kick() {
-            self.shard.device_refused(now, &error);
         }
     }
 
@@ -277,6 +293,12 @@ impl Engine {
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.device.in_flight()
+    }
+
+    /// System calls that the device made for this shard so far.
+    #[must_use]
+    pub fn system_calls(&self) -> u64 {
+        self.device.system_calls()
     }
 
     /// How the device does I/O, in a word.

@@ -4,8 +4,12 @@ use crate::layout::{
     FORMAT_VERSION, FormatError, PAGE, Superblock, SuperblockCopy, superblock_offsets,
 };
 use kvar_base::{ByteSize, DeviceUuid, PAGE_BYTES};
-use kvar_io::{Arena, Buffer, Completion, Device, DeviceError, Op};
+use kvar_io::{Arena, Buffer, Completion, Device, DeviceError, Op, WriteProbe, probe_writes};
 use std::time::Duration;
+
+/// Smallest device that is tried before it is used: on a smaller one kvar itself is being tried, and
+/// should start at once.
+const PROBED_BYTES_MIN: u64 = 1 << 30;
 
 /// How to divide a new device.
 #[derive(Clone, Debug)]
@@ -157,20 +161,59 @@ pub fn format(
     arena: &Arena,
     options: &FormatOptions,
 ) -> Result<Superblock, OpenError> {
-    let superblock = Superblock::plan(
+    let superblock = plan(device, options)?;
+    write_copies(device, arena, &superblock)?;
+    Ok(superblock)
+}
+
+/// As [`format`], after half a second of writing to the first segments: how many bytes of writes the
+/// device wants under way stands in the superblock then. On a device too small to tell it does not.
+///
+/// # Errors
+/// When the division is impossible or the device fails.
+pub fn format_probed(
+    device: &mut dyn Device,
+    arena: &Arena,
+    options: &FormatOptions,
+) -> Result<(Superblock, Option<WriteProbe>), OpenError> {
+    let mut superblock = plan(device, options)?;
+    let segments = u64::from(superblock.segments_per_shard) * u64::from(superblock.shards);
+    let start = superblock.segments_offset;
+    let end = start + segments * superblock.segment_bytes;
+    let found = if superblock.device_bytes >= PROBED_BYTES_MIN {
+        probe_writes(device, arena, start..end)?
+    } else {
+        None
+    };
+    if let Some(found) = found {
+        superblock.write_in_flight_bytes = found.in_flight_bytes;
+    }
+    write_copies(device, arena, &superblock)?;
+    Ok((superblock, found))
+}
+
+fn plan(device: &dyn Device, options: &FormatOptions) -> Result<Superblock, FormatError> {
+    Superblock::plan(
         device.bytes(),
         options.shards,
         options.expected_block_bytes,
         options.uuid,
         options.secret,
         options.created_unix,
-    )?;
+    )
+}
+
+fn write_copies(
+    device: &mut dyn Device,
+    arena: &Arena,
+    superblock: &Superblock,
+) -> Result<(), OpenError> {
     // Pages of an earlier life carry another uuid and are never taken for ours.
     for offset in superblock_offsets(superblock.device_bytes) {
         write(device, arena, offset, &superblock.encode())?;
     }
     run(device, Op::Flush).1?;
-    Ok(superblock)
+    Ok(())
 }
 
 fn copies(

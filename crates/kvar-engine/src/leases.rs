@@ -20,11 +20,12 @@
 //! Left to others: what a pin means for eviction (`dram`, `index`, `shard/reclaim`), time, and who
 //! may ask (the token is the caller's: drawn at random, it is the only proof there is).
 
+use crate::fast_map::FastMap;
 use crate::mutation::{Check, is_disabled};
 use crate::segments::Segments;
 use kvar_base::{BlockId, LeaseToken, Moment};
 use smallvec::SmallVec;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -120,14 +121,14 @@ pub(crate) struct Wanted {
 
 /// All leases of a shard.
 pub(crate) struct Leases {
-    leases: HashMap<LeaseToken, Lease>,
+    leases: FastMap<LeaseToken, Lease>,
     by_end: BTreeSet<(Moment, LeaseToken)>,
-    pins: HashMap<BlockId, Pin>,
-    clients: HashMap<u64, Share>,
+    pins: FastMap<BlockId, Pin>,
+    clients: FastMap<u64, Share>,
     /// Positions on the device of what is pinned.
-    positions: HashMap<u32, BlockId>,
+    positions: FastMap<u32, BlockId>,
     /// Bytes pinned in each segment.
-    segments: HashMap<u32, u64>,
+    segments: FastMap<u32, u64>,
     all: Share,
     limits: Share,
     segment_bytes_max: u64,
@@ -137,12 +138,12 @@ pub(crate) struct Leases {
 impl Leases {
     pub(crate) fn new(dram_bytes: u64, flash_bytes: u64, segment_payload_bytes: u64) -> Self {
         Self {
-            leases: HashMap::new(),
+            leases: FastMap::default(),
             by_end: BTreeSet::new(),
-            pins: HashMap::new(),
-            clients: HashMap::new(),
-            positions: HashMap::new(),
-            segments: HashMap::new(),
+            pins: FastMap::default(),
+            clients: FastMap::default(),
+            positions: FastMap::default(),
+            segments: FastMap::default(),
             all: Share::default(),
             limits: Share {
                 dram_bytes: dram_bytes / BUDGET_PARTS,

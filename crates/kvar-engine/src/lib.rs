@@ -38,6 +38,7 @@ mod check;
 mod dram;
 mod engine;
 mod expiry;
+mod fast_map;
 mod format;
 mod index;
 pub mod layout;
@@ -51,7 +52,7 @@ mod table;
 
 pub use check::{CheckReport, Damage, InspectReport, SegmentReport, check, inspect};
 pub use engine::{Engine, Loaded, arena_bytes, memory_bytes};
-pub use format::{FormatOptions, OpenError, format, read_superblock};
+pub use format::{FormatOptions, OpenError, format, format_probed, read_superblock};
 pub use index::{Entry, Index, Inserted};
 pub use kvar_policy::WriteRates;
 pub use layout::{FormatError, Superblock};

@@ -16,8 +16,8 @@
 //! recorded of since is in it exactly once. What is put into a slot that is spoken of has a record
 //! to be replayed; entries that have none are not moved there.
 
+use crate::fast_map::FastMap;
 use crate::index::{RawSlot, SlotRef};
-use std::collections::HashMap;
 
 const EMPTY: RawSlot = (0, 0, 0, 0);
 
@@ -26,7 +26,7 @@ const EMPTY: RawSlot = (0, 0, 0, 0);
 pub(crate) struct Snapshot {
     /// Buckets below this are taken.
     pub(crate) taken: usize,
-    instead: HashMap<SlotRef, RawSlot>,
+    instead: FastMap<SlotRef, RawSlot>,
 }
 
 impl Snapshot {

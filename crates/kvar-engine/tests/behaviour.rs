@@ -2,11 +2,11 @@
 
 mod common;
 
-use common::{Store, config, id, options, payload};
+use common::{Oracle, Store, config, id, options, payload};
 use kvar_base::{ContentCheck, MissReason, Moment, PutOutcome, Refusal};
 use kvar_engine::{
     Engine, Event, GetRequest, OpenError, PutHints, PutRequest, Tier, Touch, arena_bytes, check,
-    format, inspect, read_superblock,
+    format, format_probed, inspect, read_superblock,
 };
 use kvar_io::Arena;
 use kvar_io::sim::{Image, SimDisk, SimOptions, Survival};
@@ -500,4 +500,27 @@ fn a_device_too_small_says_how_small_is_too_small() {
     let disk = SimDisk::new(1 << 20, SimOptions::default());
     let error = format(&mut disk.open(), &Arena::new(1 << 20).unwrap(), &options()).unwrap_err();
     assert!(error.to_string().contains("at least"), "{error}");
+}
+
+#[test]
+fn what_the_probe_found_bounds_the_writes_under_way_for_good() {
+    let disk = SimDisk::new(1 << 30, SimOptions::default());
+    let arena = Arena::new(2 << 20).unwrap();
+    let (superblock, found) = format_probed(&mut disk.open(), &arena, &options()).unwrap();
+    let found = found.expect("the device is large enough to tell");
+    assert_eq!(superblock.write_in_flight_bytes, found.in_flight_bytes);
+    let again = read_superblock(&mut disk.open(), &arena).unwrap().unwrap();
+    assert_eq!(again, superblock);
+    let store = Store::open(disk, config(), Oracle::default());
+    let most = store.engine.status(store.now).write_in_flight_bytes_max;
+    assert_eq!(most, found.in_flight_bytes);
+    // A device that was made before, or is too small to tell, has what every device had.
+    let small = SimDisk::new(32 << 20, SimOptions::default());
+    let (superblock, found) = format_probed(&mut small.open(), &arena, &options()).unwrap();
+    assert_eq!((found, superblock.write_in_flight_bytes), (None, 0));
+    let store = Store::open(small, config(), Oracle::default());
+    assert_eq!(
+        store.engine.status(store.now).write_in_flight_bytes_max,
+        8 << 20
+    );
 }

@@ -130,4 +130,9 @@ pub trait Device {
 
     /// How it does I/O, in one word for log and status: `io_uring`, `threads`, `sim`.
     fn engine(&self) -> &'static str;
+
+    /// System calls made on the caller's thread so far, for figures and tests; 0 where nobody counts.
+    fn system_calls(&self) -> u64 {
+        0
+    }
 }

@@ -9,6 +9,10 @@
 //! back: blocks of a shard are mostly of one size, so a run that left fits the next of its kind
 //! exactly. (Size-class allocators lose an eighth of the memory on block sizes between classes.)
 //!
+//! The count of a frozen buffer's handles stands in a table of the arena, one place a page (4 bytes
+//! for 4 KiB, used is that of the first page): freezing takes no memory, and a block's read none but
+//! the block's own.
+//!
 //! Memory is taken from the system when first touched; an untouched arena costs address space.
 #![allow(unsafe_code)] // slices into the mapping; each block says why it holds
 
@@ -17,6 +21,7 @@ use memmap2::MmapMut;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Deref;
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 use std::sync::{Arc, Mutex, PoisonError};
 
 const PAGE: usize = PAGE_BYTES as usize;
@@ -29,6 +34,8 @@ struct Inner {
     base: *mut u8,
     len: usize,
     free: Mutex<FreeRuns>,
+    /// Handles of the frozen buffer that starts at a page.
+    handles: Box<[AtomicU32]>,
     // Keeps `base` mapped; never touched through this field.
     _map: MmapMut,
 }
@@ -57,6 +64,7 @@ impl Arena {
             base,
             len,
             free,
+            handles: zeroes(len / PAGE),
             _map: map,
         })))
     }
@@ -77,6 +85,7 @@ impl Arena {
             offset: first * PAGE,
             pages,
             len,
+            owner: Owner::Alone,
         };
         buffer.zero_padding();
         Some(buffer)
@@ -125,6 +134,18 @@ pub struct Buffer {
     offset: usize,
     pages: usize,
     len: usize,
+    owner: Owner,
+}
+
+/// Who gives the pages back.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    /// This buffer.
+    Alone,
+    /// The last of the handles that the arena counts.
+    Handles,
+    /// Another handle: this one was let go of already.
+    Other,
 }
 
 impl Buffer {
@@ -177,8 +198,24 @@ impl Buffer {
 
     /// Makes the bytes readable by many and writable by none.
     #[must_use]
-    pub fn freeze(self) -> Shared {
-        Shared(Arc::new(self))
+    pub fn freeze(mut self) -> Shared {
+        self.handles().store(1, Ordering::Relaxed);
+        self.owner = Owner::Handles;
+        Shared(self)
+    }
+
+    fn handles(&self) -> &AtomicU32 {
+        &self.arena.0.handles[self.offset / PAGE]
+    }
+
+    /// Lets go of one handle; whether it was the last.
+    fn let_go(&self) -> bool {
+        // As in std's Arc: whoever is last has to see everything the others did before.
+        if self.handles().fetch_sub(1, Ordering::Release) != 1 {
+            return false;
+        }
+        fence(Ordering::Acquire);
+        true
     }
 
     /// The arena it came from.
@@ -202,6 +239,9 @@ impl Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
+        if self.owner == Owner::Other || self.owner == Owner::Handles && !self.let_go() {
+            return;
+        }
         let mut free = self
             .arena
             .0
@@ -219,20 +259,39 @@ impl fmt::Debug for Buffer {
 }
 
 /// A frozen [`Buffer`]: read by many, freed by the last.
-#[derive(Clone, Debug)]
-pub struct Shared(Arc<Buffer>);
+#[derive(Debug)]
+pub struct Shared(Buffer);
+
+/// Most handles to one piece: readers of one block come to thousands, never to this.
+const HANDLES_MAX: u32 = u32::MAX / 2;
+
+impl Clone for Shared {
+    fn clone(&self) -> Self {
+        // As in std's Arc: who has a handle keeps the count above zero, so no order is needed; a
+        // count that ran over would free memory that is in use.
+        let before = self.0.handles().fetch_add(1, Ordering::Relaxed);
+        assert!(before < HANDLES_MAX, "too many handles to one buffer");
+        Self(Buffer {
+            arena: self.0.arena.clone(),
+            ..self.0
+        })
+    }
+}
 
 impl Shared {
     /// Whether this is the only handle.
     #[must_use]
     pub fn is_unique(&self) -> bool {
-        Arc::strong_count(&self.0) == 1
+        self.0.handles().load(Ordering::Acquire) == 1
     }
 
     /// The buffer back, if this was the only handle.
     #[must_use]
     pub fn try_thaw(self) -> Option<Buffer> {
-        Arc::into_inner(self.0)
+        let mut buffer = self.0;
+        let is_last = buffer.let_go();
+        buffer.owner = if is_last { Owner::Alone } else { Owner::Other };
+        is_last.then_some(buffer)
     }
 }
 
@@ -241,6 +300,15 @@ impl Deref for Shared {
     fn deref(&self) -> &Buffer {
         &self.0
     }
+}
+
+/// Zeroes that take memory when first touched.
+fn zeroes(count: usize) -> Box<[AtomicU32]> {
+    // The system hands zeroed pages out, and `vec!` of a constant zero asks for them.
+    let plain = vec![0_u32; count].into_boxed_slice();
+    // SAFETY: AtomicU32 has the size, alignment and bit validity of u32, and the box owns its slice
+    // alone.
+    unsafe { Box::from_raw(Box::into_raw(plain) as *mut [AtomicU32]) }
 }
 
 /// Which pages are free: by offset (to merge) and by length (to find the best fit).
@@ -325,6 +393,39 @@ mod tests {
         drop(other.try_thaw().unwrap());
         assert_eq!(arena.allocated_bytes(), 0);
         assert!(arena.allocate(9 * PAGE).is_none());
+    }
+
+    /// Whoever lets go last gives the pages back, once, on whichever thread that is; and of those
+    /// who try to thaw at the same time one gets the buffer at most.
+    #[test]
+    fn the_last_handle_gives_the_pages_back_whichever_it_is() {
+        let arena = Arena::new(4 * PAGE).unwrap();
+        for round in 0..2000_u32 {
+            let mut buffer = arena.allocate(PAGE + 1).unwrap();
+            buffer.as_mut_slice().fill(round as u8);
+            let shared = buffer.freeze();
+            let thawed = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..3)
+                    .map(|number| {
+                        let mine = shared.clone();
+                        scope.spawn(move || {
+                            let again = mine.clone();
+                            assert!(again.as_slice().iter().all(|byte| *byte == round as u8));
+                            drop(again);
+                            (number < 2).then(|| mine.try_thaw()).flatten()
+                        })
+                    })
+                    .collect();
+                let mine = shared.try_thaw();
+                let found = threads
+                    .into_iter()
+                    .filter_map(|thread| thread.join().unwrap())
+                    .count();
+                found + usize::from(mine.is_some())
+            });
+            assert!(thawed <= 1, "{thawed} got the buffer");
+            assert_eq!(arena.allocated_bytes(), 0, "round {round}");
+        }
     }
 
     proptest! {

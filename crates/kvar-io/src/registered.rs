@@ -8,7 +8,7 @@
 //! A buffer across two pieces goes by address: the same operation, a little more CPU.
 #![allow(unsafe_code)] // the kernel is told addresses; the block says why they hold
 
-use crate::{Arena, Buffer};
+use crate::{Arena, Buffer, Shared};
 use io_uring::IoUring;
 use rustix::process::{Resource, getrlimit};
 use rustix::thread::{CapabilitySet, capabilities};
@@ -80,6 +80,16 @@ impl Registered {
             self.pieces[piece] = true;
         }
         u16::try_from(piece).ok()
+    }
+
+    /// The one number under which the ring knows all of these.
+    pub(crate) fn number_of_all(&mut self, ring: &IoUring, buffers: &[Shared]) -> Option<u16> {
+        let (first, others) = buffers.split_first()?;
+        let number = self.number(ring, first)?;
+        others
+            .iter()
+            .all(|buffer| self.number(ring, buffer) == Some(number))
+            .then_some(number)
     }
 
     fn register(&self, ring: &IoUring, piece: usize) -> io::Result<()> {

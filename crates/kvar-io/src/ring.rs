@@ -22,6 +22,13 @@
 //!   its timeout). The kernel rings an eventfd at once. It is made when first asked for, since it
 //!   costs a system call a poll.
 //!
+//! A sleep waits for one answer. To wait for several for a moment (Linux 6.12 can) was tried: at
+//! depth 16 it halves the wake-ups, and loses more than that on bytes that have left the cache by
+//! the time they are checked (10.3 us a read of 64 KiB against 7.5, loop device over memory).
+//!
+//! Buffers of a gather write that lie behind one another in memory go as one piece; what is left
+//! goes as a list that is registered too, from Linux 6.15 on.
+//!
 //! No memory is allocated per operation once slots and gather lists have grown to their size.
 //!
 //! Memory of the arena is registered with the kernel when it is first used (see `registered`);
@@ -31,12 +38,12 @@
 use crate::check::{cannot_discard, check_op, failed_after, op_len, short};
 use crate::registered::Registered;
 use crate::target::is_preallocated_file;
-use crate::{Arena, Completion, Device, DeviceError, Op};
+use crate::{Arena, Completion, Device, DeviceError, Op, Shared};
 use io_uring::squeue::Entry;
 use io_uring::types::{Fixed, FsyncFlags, SubmitArgs, Timespec};
-use io_uring::{IoUring, opcode};
+use io_uring::{IoUring, Probe, opcode};
 use rustix::event::EventfdFlags;
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
@@ -96,6 +103,7 @@ pub struct Ring {
     in_kernel: usize,
     in_kernel_max: usize,
     deferred: bool,
+    system_calls: Cell<u64>,
     notes: Vec<String>,
     event: OnceCell<OwnedFd>,
     // The kernel knows the descriptor by its number in the ring; this keeps it (and its lock) open.
@@ -110,6 +118,8 @@ struct Table {
     /// Slots that wait for their next entry in the ring.
     queue: VecDeque<u32>,
     discards: bool,
+    /// Whether the kernel takes a list of pieces of registered memory.
+    registered_lists: bool,
 }
 
 #[derive(Default)]
@@ -164,6 +174,7 @@ impl Ring {
             free: Vec::with_capacity(in_kernel_max),
             queue: VecDeque::with_capacity(in_kernel_max),
             discards: !is_preallocated_file(&file),
+            registered_lists: takes_registered_lists(&ring),
         };
         let mut ring = Self {
             ring,
@@ -173,6 +184,7 @@ impl Ring {
             in_kernel: 0,
             in_kernel_max,
             deferred,
+            system_calls: Cell::new(0),
             notes,
             event: OnceCell::new(),
             _file: file,
@@ -223,9 +235,14 @@ impl Ring {
         }
     }
 
+    fn count_call(&self) {
+        self.system_calls.set(self.system_calls.get() + 1);
+    }
+
     /// Hands the submission ring to the kernel, and lets it do work it has put off.
     fn enter(&mut self) -> io::Result<()> {
         loop {
+            self.count_call();
             match self.ring.submit() {
                 Ok(_) => return Ok(()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -263,6 +280,7 @@ impl Ring {
         let Some(event) = self.event.get() else {
             return false;
         };
+        self.count_call();
         // Nothing to clear is the common case of a busy shard.
         rustix::io::read(event, &mut [0_u8; 8]).is_ok()
             && self.in_flight() > 0
@@ -287,6 +305,7 @@ impl Ring {
             }
             let timespec = Timespec::from(timeout);
             let args = SubmitArgs::new().timespec(&timespec);
+            self.count_call();
             match self.ring.submitter().submit_with_args(1, &args) {
                 Ok(_) => {}
                 Err(error) => match error.raw_os_error() {
@@ -310,9 +329,7 @@ impl Device for Ring {
     fn submit(&mut self, token: u64, op: Op) {
         let registered = match &op {
             Op::Read { buffer, .. } => self.registered.number(&self.ring, buffer),
-            Op::Write { buffers, .. } if buffers.len() == 1 => {
-                self.registered.number(&self.ring, &buffers[0])
-            }
+            Op::Write { buffers, .. } => self.registered.number_of_all(&self.ring, buffers),
             _ => None,
         };
         self.table.add(token, op, registered, self.bytes);
@@ -366,6 +383,10 @@ impl Device for Ring {
     fn engine(&self) -> &'static str {
         "io_uring"
     }
+
+    fn system_calls(&self) -> u64 {
+        self.system_calls.get()
+    }
 }
 
 impl Drop for Ring {
@@ -390,6 +411,43 @@ impl Drop for Ring {
     }
 }
 
+/// Whether this kernel has gather writes from registered memory.
+fn takes_registered_lists(ring: &IoUring) -> bool {
+    let mut probe = Probe::new();
+    ring.submitter().register_probe(&mut probe).is_ok()
+        && probe.is_supported(opcode::WritevFixed::CODE)
+}
+
+/// The memory of a write from `moved` on, as the kernel takes it: pieces that lie behind one
+/// another in memory are one.
+fn list_pieces(buffers: &[Shared], moved: u64, list: &mut Vec<libc::iovec>) {
+    list.clear();
+    let mut skip = moved as usize;
+    for buffer in buffers {
+        let bytes = &buffer.padded()[skip.min(buffer.padded_len())..];
+        skip -= buffer.padded_len() - bytes.len();
+        if bytes.is_empty() {
+            continue;
+        }
+        let (iov_base, iov_len) = (bytes.as_ptr().cast_mut().cast(), bytes.len());
+        match list.last_mut() {
+            Some(last)
+                if last.iov_base.wrapping_byte_add(last.iov_len) == iov_base
+                    && last.iov_len + iov_len <= STEP_BYTES_MAX as usize =>
+            {
+                last.iov_len += iov_len;
+            }
+            _ => list.push(libc::iovec { iov_base, iov_len }),
+        }
+    }
+}
+
+/// Address and length of one piece, in what an entry of the ring takes.
+fn step_of(piece: &libc::iovec) -> (*const u8, u32) {
+    let step = piece.iov_len.min(STEP_BYTES_MAX as usize) as u32;
+    (piece.iov_base.cast_const().cast(), step)
+}
+
 impl Table {
     fn add(&mut self, token: u64, op: Op, registered: Option<u16>, device_bytes: u64) {
         let number = self.free.pop().unwrap_or_else(|| {
@@ -407,6 +465,12 @@ impl Table {
 
     /// The next entry of a slot: its operation from where it stopped.
     fn entry(&mut self, number: u32) -> Entry {
+        let Self {
+            slots,
+            discards,
+            registered_lists,
+            ..
+        } = self;
         let Slot {
             op,
             refused,
@@ -415,7 +479,7 @@ impl Table {
             len,
             gather,
             ..
-        } = &mut self.slots[number as usize];
+        } = &mut slots[number as usize];
         let entry = match op {
             _ if refused.is_some() => opcode::Nop::new().build(),
             Some((_, Op::Read { offset, buffer })) => {
@@ -429,34 +493,32 @@ impl Table {
                     None => opcode::Read::new(FILE, memory, step).offset(from).build(),
                 }
             }
-            Some((_, Op::Write { offset, buffers })) if buffers.len() == 1 => {
-                let step = (*len - *moved).min(STEP_BYTES_MAX) as u32;
-                let memory = buffers[0].padded()[*moved as usize..].as_ptr();
-                let from = *offset + *moved;
-                match *registered {
-                    Some(piece) => opcode::WriteFixed::new(FILE, memory, step, piece)
-                        .offset(from)
-                        .build(),
-                    None => opcode::Write::new(FILE, memory, step).offset(from).build(),
-                }
-            }
             Some((_, Op::Write { offset, buffers })) => {
-                gather.clear();
-                let mut skip = *moved as usize;
-                for buffer in buffers.iter() {
-                    let bytes = &buffer.padded()[skip.min(buffer.padded_len())..];
-                    skip -= buffer.padded_len() - bytes.len();
-                    if !bytes.is_empty() {
-                        let (iov_base, iov_len) = (bytes.as_ptr().cast_mut().cast(), bytes.len());
-                        gather.push(libc::iovec { iov_base, iov_len });
+                let to = *offset + *moved;
+                list_pieces(buffers, *moved, gather);
+                match (&gather[..], *registered) {
+                    ([piece], Some(number)) => {
+                        let (memory, step) = step_of(piece);
+                        opcode::WriteFixed::new(FILE, memory, step, number)
+                            .offset(to)
+                            .build()
                     }
+                    ([piece], None) => {
+                        let (memory, step) = step_of(piece);
+                        opcode::Write::new(FILE, memory, step).offset(to).build()
+                    }
+                    (list, Some(number)) if *registered_lists => {
+                        opcode::WritevFixed::new(FILE, list.as_ptr(), list.len() as u32, number)
+                            .offset(to)
+                            .build()
+                    }
+                    (list, _) => opcode::Writev::new(FILE, list.as_ptr(), list.len() as u32)
+                        .offset(to)
+                        .build(),
                 }
-                opcode::Writev::new(FILE, gather.as_ptr(), gather.len() as u32)
-                    .offset(*offset + *moved)
-                    .build()
             }
             Some((_, Op::Flush)) => opcode::Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build(),
-            Some((_, Op::Discard { offset, .. })) if self.discards => {
+            Some((_, Op::Discard { offset, .. })) if *discards => {
                 let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
                 opcode::Fallocate::new(FILE, *len)
                     .offset(*offset)

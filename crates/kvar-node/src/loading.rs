@@ -248,4 +248,8 @@ impl Device for LoadingDevice {
     fn engine(&self) -> &'static str {
         self.inner.engine()
     }
+
+    fn system_calls(&self) -> u64 {
+        self.inner.system_calls()
+    }
 }

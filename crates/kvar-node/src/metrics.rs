@@ -240,6 +240,12 @@ fn collect(report: &NodeReport<'_>) -> Page {
                 total(|engine| engine.segments_free),
             ),
             (
+                "kvar_write_in_flight_max",
+                "Bytes of writes kept under way at most, as found when the devices were formatted",
+                bytes(),
+                total(|engine| engine.write_in_flight_bytes_max),
+            ),
+            (
                 "kvar_dirty",
                 "Bytes in memory that wait to be written",
                 bytes(),

@@ -16,10 +16,11 @@
 use crate::config::{Config, DataPath};
 use crate::devices::{DeviceTable, TableError};
 use crate::key_file::{KeyFile, KeyFileError};
-use kvar_base::{Clock as _, DeviceUuid, SystemClock};
-use kvar_engine::{FormatOptions, OpenError, Superblock, format, read_superblock};
+use kvar_base::{ByteSize, Clock as _, DeviceUuid, SystemClock};
+use kvar_engine::{FormatOptions, OpenError, Superblock, format_probed, read_superblock};
 use kvar_io::{
-    Arena, Device, DeviceError, DeviceOptions, IoEngine, Target, TargetError, Wanted, open_device,
+    Arena, Device, DeviceError, DeviceOptions, IoEngine, Target, TargetError, Wanted, WriteProbe,
+    open_device,
 };
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -265,10 +266,10 @@ impl Storage {
                     Err(error) => return Err(error.into()),
                 };
                 options.uuid = key_file.uuid;
-                (
-                    format(&mut *device, &arena, &options).map_err(on_device)?,
-                    key_file,
-                )
+                let (superblock, probe) =
+                    format_probed(&mut *device, &arena, &options).map_err(on_device)?;
+                notes.extend(probe.map(|probe| probe_note(path, &probe)));
+                (superblock, key_file)
             }
             Err(OpenError::NotKvar) => {
                 let what = target.foreign_content()?.unwrap_or("something else");
@@ -368,10 +369,23 @@ pub(crate) fn make(
 ) -> Result<Superblock, StorageError> {
     let arena = arena(ARENA_BYTES)?;
     let mut device = device_over(target, &arena, io_engine)?;
-    format(&mut *device, &arena, options).map_err(|source| StorageError::Device {
-        path: target.path().into(),
-        source,
-    })
+    match format_probed(&mut *device, &arena, options) {
+        Ok((superblock, _)) => Ok(superblock),
+        Err(source) => Err(StorageError::Device {
+            path: target.path().into(),
+            source,
+        }),
+    }
+}
+
+/// What was found of a new device, for whoever starts the node.
+fn probe_note(path: &Path, probe: &WriteProbe) -> String {
+    format!(
+        "{} is new and was tried: it writes {}/s with {} under way, which is what it gets",
+        path.display(),
+        ByteSize(probe.bytes_per_s as u64),
+        ByteSize(probe.in_flight_bytes)
+    )
 }
 
 /// Whether a device answers at all: reads its superblock copies.

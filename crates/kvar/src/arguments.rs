@@ -354,7 +354,7 @@ pub(crate) enum BenchCommand {
 }
 
 /// How long to measure.
-#[derive(Clone, Copy, Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct RoundsArguments {
     /// Pairs of runs, ours and the yardstick.
     #[arg(long, value_name = "N", default_value_t = PAIRS as u64, value_parser = clap::value_parser!(u64).range(1..=1000))]
@@ -365,6 +365,27 @@ pub(crate) struct RoundsArguments {
     /// Print the figures as JSON.
     #[arg(long)]
     pub(crate) json: bool,
+    /// Draw the ratios, their pairs and intervals: an SVG picture.
+    #[arg(long, value_name = "PATH", value_parser = picture)]
+    pub(crate) plot: Option<PathBuf>,
+}
+
+/// Where a picture goes: asked before minutes are spent on measuring.
+fn picture(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    if path.extension().is_none_or(|extension| extension != "svg") {
+        return Err("a plot is an SVG picture: let its name end in .svg".to_owned());
+    }
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty());
+    match folder {
+        Some(folder) if !folder.is_dir() => Err(format!(
+            "there is no folder {}: make it, or choose another",
+            folder.display()
+        )),
+        _ => Ok(path),
+    }
 }
 
 /// What to do with settings.

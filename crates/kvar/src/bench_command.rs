@@ -2,12 +2,12 @@
 
 use crate::arguments::{BenchCommand, RoundsArguments};
 use crate::bench::{self, engine, index, net};
-use crate::failure::Outcome;
+use crate::failure::{Failure, Outcome};
 use crate::print;
 
 /// Runs one benchmark and prints what it found.
 pub(crate) fn run(command: &BenchCommand) -> Outcome {
-    let (found, json) = match command {
+    let (found, json, plot) = match command {
         BenchCommand::Engine {
             path,
             size,
@@ -15,7 +15,7 @@ pub(crate) fn run(command: &BenchCommand) -> Outcome {
             keep,
             rounds,
         } => {
-            let RoundsArguments { pairs, seconds, .. } = *rounds;
+            let &RoundsArguments { pairs, seconds, .. } = rounds;
             let settings = engine::Settings {
                 path: path.clone(),
                 size: *size,
@@ -24,7 +24,7 @@ pub(crate) fn run(command: &BenchCommand) -> Outcome {
                 io_engine: *io_engine,
                 keep: *keep,
             };
-            (engine::run(&settings)?, rounds.json)
+            (engine::run(&settings)?, rounds.json, rounds.plot.as_ref())
         }
         BenchCommand::Index {
             entries,
@@ -37,7 +37,7 @@ pub(crate) fn run(command: &BenchCommand) -> Outcome {
                 folder: folder.clone(),
                 no_recovery: *no_recovery,
             };
-            (index::run(&settings)?, *json)
+            (index::run(&settings)?, *json, None)
         }
         BenchCommand::IndexFill { path, entries } => return index::fill(path, *entries),
         BenchCommand::IndexOpen { path } => return print::json(&index::open(path)?),
@@ -47,7 +47,7 @@ pub(crate) fn run(command: &BenchCommand) -> Outcome {
             spin,
             rounds,
         } => {
-            let RoundsArguments { pairs, seconds, .. } = *rounds;
+            let &RoundsArguments { pairs, seconds, .. } = rounds;
             let settings = net::Settings {
                 folder: folder.clone(),
                 flash_size: *flash_size,
@@ -55,9 +55,12 @@ pub(crate) fn run(command: &BenchCommand) -> Outcome {
                 seconds,
                 spin: *spin,
             };
-            (net::run(&settings)?, rounds.json)
+            (net::run(&settings)?, rounds.json, rounds.plot.as_ref())
         }
     };
+    if let Some(path) = plot {
+        bench::plot::draw(&found, path).map_err(Failure::failed)?;
+    }
     if json {
         return print::json(&found.json());
     }

@@ -321,6 +321,14 @@ pub(crate) fn status(node: &NodeArguments, as_json: bool) -> Outcome {
         .map(crate::devices::in_words)
         .collect();
     let devices = devices.join("; ");
+    let shards = status
+        .pointer("/shards")
+        .and_then(serde_json::Value::as_array);
+    let in_flight = shards
+        .into_iter()
+        .flatten()
+        .filter_map(|shard| shard["engine"]["write_in_flight_bytes_max"].as_u64())
+        .sum();
     let rows = [
         ("version", word("/version")),
         ("state", state),
@@ -352,6 +360,10 @@ pub(crate) fn status(node: &NodeArguments, as_json: bool) -> Outcome {
         (
             "waits in memory",
             format!("{} (to be written or let go)", size("/held_bytes")),
+        ),
+        (
+            "writes under way",
+            format!("at most {}", ByteSize(in_flight)),
         ),
         ("write amplification", amplification),
         ("hits", word("/links/get_hits")),

@@ -15,6 +15,7 @@
 
 use super::PAGE;
 use kvar_base::{BlockId, ContentCheck, SECTIONS_MAX, page_round_up};
+use smallvec::SmallVec;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -57,11 +58,14 @@ pub struct Section {
     pub offset: u32,
 }
 
+/// The sections of a block; most have one, which then needs no memory of its own.
+pub type Sections = SmallVec<[Section; 1]>;
+
 /// How the sections of a block lie behind one another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ImagePlan {
     /// The sections.
-    pub sections: Vec<Section>,
+    pub sections: Sections,
     /// Bytes of the image: exact for one section, whole pages for several.
     pub bytes: u64,
     /// Pages of section directory in front (0 for one section).
@@ -79,7 +83,7 @@ impl ImagePlan {
                 offset: 0,
             };
             return Self {
-                sections: vec![section],
+                sections: Sections::from_buf([section]),
                 bytes: u64::from(len),
                 directory_pages: 0,
             };

@@ -25,7 +25,7 @@ pub use checkpoint::{
     CHUNK_BYTES, CHUNK_PAYLOAD_BYTES, CheckpointHead, ChunkHead, ChunkPlace, SegmentState,
     decode_chunk, encode_chunk,
 };
-pub use image::{ImagePlan, Section};
+pub use image::{ImagePlan, Section, Sections};
 pub use page::{
     FLAG_SECTIONED, PageHead, PageKind, RECORD_BLOCK, RECORD_PURGE, RECORD_TOMBSTONE,
     RECORDS_PER_PAGE, Record, RecordHints, decode_page, encode_page,

@@ -8,7 +8,7 @@
 //!                      header | directory | payload ... | directory | ... | footer
 //! ```
 //!
-//! Written at format, in four copies, never changed.
+//! Written at format, in four copies, never changed. A field that is zero was not known then.
 //!
 //! What must always be true: a superblock that is taken is one that [`Superblock::plan`] would make
 //! for this size: no other division of a device is ever used, however good its check.
@@ -20,6 +20,7 @@ use super::page::RECORDS_PER_PAGE;
 use super::{PAGE, SLOTS_PER_BUCKET};
 use kvar_base::check::crc64;
 use kvar_base::{DeviceUuid, PAGE_BYTES, page_round_up};
+use kvar_io::{WRITES_BYTES_MAX, WRITES_BYTES_MIN};
 use serde::Serialize;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -90,6 +91,7 @@ struct RawSuperblock {
     buckets: U64,
     expected_block_bytes: U64,
     created_unix: U64,
+    write_in_flight_bytes: U64,
 }
 
 /// Sizes and places of everything on one device; written at format, never changed.
@@ -128,6 +130,8 @@ pub struct Superblock {
     pub expected_block_bytes: u64,
     /// When it was formatted, seconds since 1970.
     pub created_unix: u64,
+    /// Bytes of writes the device wants under way, found when it was formatted; 0: not probed.
+    pub write_in_flight_bytes: u64,
 }
 
 /// What a superblock copy turned out to be.
@@ -237,6 +241,7 @@ impl Superblock {
             buckets,
             expected_block_bytes,
             created_unix,
+            write_in_flight_bytes: 0,
         })
     }
 
@@ -323,6 +328,7 @@ impl Superblock {
             buckets: self.buckets.into(),
             expected_block_bytes: self.expected_block_bytes.into(),
             created_unix: self.created_unix.into(),
+            write_in_flight_bytes: self.write_in_flight_bytes.into(),
         };
         let mut page = [0_u8; PAGE];
         let head = size_of::<RawSuperblock>();
@@ -364,8 +370,17 @@ impl Superblock {
             raw.secret,
             raw.created_unix.get(),
         );
+        let in_flight = raw.write_in_flight_bytes.get();
+        let planned = planned.map(|superblock| Self {
+            write_in_flight_bytes: in_flight,
+            ..superblock
+        });
+        let in_bounds =
+            in_flight == 0 || (WRITES_BYTES_MIN..=WRITES_BYTES_MAX).contains(&in_flight);
         match planned {
-            Ok(superblock) if superblock.encode()[..] == *page => SuperblockCopy::Valid(superblock),
+            Ok(superblock) if in_bounds && superblock.encode()[..] == *page => {
+                SuperblockCopy::Valid(superblock)
+            }
             _ => SuperblockCopy::Damaged,
         }
     }

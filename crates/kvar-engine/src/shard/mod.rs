@@ -58,6 +58,7 @@ mod journal;
 
 use crate::dram::Dram;
 use crate::expiry::Expiries;
+use crate::fast_map::FastMap;
 use crate::index::{Entry, Index, SlotRef};
 use crate::layout::{ImagePlan, PAGE, Superblock};
 use crate::leases::Leases;
@@ -67,7 +68,8 @@ use kvar_base::check::{Place, crc64, fold_place};
 use kvar_base::{BlockId, ContentCheck, MissReason, Moment, page_round_up};
 use kvar_io::{Arena, Completion, Op};
 use kvar_policy::{Keep, StoreShape, WriteBudget};
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use slab::Slab;
+use std::collections::{BTreeMap, VecDeque};
 
 use checkpoint::CheckpointWrite;
 pub(crate) use checkpoint::prefix_bytes as checkpoint_prefix_bytes;
@@ -142,7 +144,7 @@ pub(crate) struct Shard {
     pub(crate) next_sequence: u64,
     flushed_sequence: u64,
     next_put: u64,
-    filling: HashMap<BlockId, (u64, Moment)>,
+    filling: FastMap<BlockId, (u64, Moment)>,
     // Writing.
     dirty: VecDeque<WriteItem>,
     dirty_bytes: u64,
@@ -155,14 +157,14 @@ pub(crate) struct Shard {
     moved_unsynced: bool,
     recorded_puts: VecDeque<(u64, u64)>,
     recorded_controls: VecDeque<(u64, u64)>,
-    control_counts: HashMap<u64, (u64, u64)>,
+    control_counts: FastMap<u64, (u64, u64)>,
     unflushed: UnflushedPuts,
     flush_waiters: Vec<FlushWaiter>,
     trouble: Trouble,
     /// Blocks that were given up while the device refused writes are to be queued again.
     retry_given_up: bool,
     // Reading.
-    reading: HashMap<BlockId, read::Reading>,
+    reading: FastMap<BlockId, read::Reading>,
     /// Reads of sections: whose answer goes to which token.
     parts: BTreeMap<(BlockId, u64), u64>,
     directories: Directories,
@@ -177,11 +179,11 @@ pub(crate) struct Shard {
     sealed_since_checkpoint: u32,
     shutdown: Option<Shutdown>,
     // Plumbing.
-    pending: HashMap<u64, Pending>,
-    next_token: u64,
+    /// What is under way at the device; an operation's token is its place here.
+    pending: Slab<Pending>,
     pub(crate) out: Vec<(u64, Op)>,
     pub(crate) events: Vec<Event>,
-    arrivals: HashMap<u64, Arrival>,
+    arrivals: FastMap<u64, Arrival>,
     arrival_order: VecDeque<u64>,
     next_arrival: u64,
     /// Seconds since 1970 at `Moment(0)`.
@@ -230,7 +232,7 @@ impl Shard {
             next_sequence: 1,
             flushed_sequence: 0,
             next_put: 1,
-            filling: HashMap::new(),
+            filling: FastMap::default(),
             dirty: VecDeque::new(),
             dirty_bytes: 0,
             moved: VecDeque::new(),
@@ -241,12 +243,12 @@ impl Shard {
             moved_unsynced: false,
             recorded_puts: VecDeque::new(),
             recorded_controls: VecDeque::new(),
-            control_counts: HashMap::new(),
+            control_counts: FastMap::default(),
             unflushed: UnflushedPuts::default(),
             flush_waiters: Vec::new(),
             trouble: Trouble::default(),
             retry_given_up: false,
-            reading: HashMap::new(),
+            reading: FastMap::default(),
             parts: BTreeMap::new(),
             directories: Directories::default(),
             reads_in_flight: 0,
@@ -257,11 +259,10 @@ impl Shard {
             checkpoint_area: 0,
             sealed_since_checkpoint: 0,
             shutdown: None,
-            pending: HashMap::new(),
-            next_token: 1,
+            pending: Slab::new(),
             out: Vec::new(),
             events: Vec::new(),
-            arrivals: HashMap::new(),
+            arrivals: FastMap::default(),
             arrival_order: VecDeque::new(),
             next_arrival: 1,
             counters: Counters::default(),
@@ -270,9 +271,7 @@ impl Shard {
     }
 
     fn submit(&mut self, pending: Pending, op: Op) {
-        let token = self.next_token;
-        self.next_token += 1;
-        self.pending.insert(token, pending);
+        let token = self.pending.insert(pending) as u64;
         self.out.push((token, op));
     }
 
@@ -512,7 +511,7 @@ impl Shard {
     /// A device operation is over.
     pub(crate) fn complete(&mut self, now: Moment, completion: Completion) {
         self.now = now;
-        let Some(pending) = self.pending.remove(&completion.token) else {
+        let Some(pending) = self.pending.try_remove(completion.token as usize) else {
             debug_assert!(false, "a completion has a pending operation");
             return;
         };

@@ -23,7 +23,6 @@ use kvar_base::check::version;
 use kvar_base::{MissReason, Moment, PutOutcome, Refusal, SECTIONS_MAX, page_round_up};
 use kvar_io::Buffer;
 use kvar_policy::{Admission, AdmitReason};
-use std::sync::Arc;
 use std::time::Duration;
 
 /// How long a put may stay without commit or abort after its deadline before its id is free again.
@@ -204,6 +203,7 @@ impl Shard {
             .map(|section| u64::from(section.len))
             .sum::<u64>();
         let version = version(plan.sections.iter().map(|section| section.check));
+        let (sectioned, sections) = (plan.is_sectioned(), plan.sections.len() as u16);
         let crc = head_crc(&id, &plan, buffer.as_slice());
         let arrival = self.arrival(told.request);
         // While the device takes nothing, one block at a time tries it; the others may leave.
@@ -233,7 +233,7 @@ impl Shard {
             id,
             Resident {
                 image: image.clone(),
-                sections: Arc::from(plan.sections.as_slice()),
+                sections: plan.sections,
                 version,
                 number,
                 state,
@@ -264,8 +264,8 @@ impl Shard {
         self.push_dirty(WriteItem {
             id,
             len: plan.bytes as u32,
-            sectioned: plan.is_sectioned(),
-            sections: plan.sections.len() as u16,
+            sectioned,
+            sections,
             crc,
             version,
             hints,

@@ -14,8 +14,8 @@ use crate::layout::{ImagePlan, RecordHints, Section};
 use kvar_base::check::{Place, version};
 use kvar_base::{BlockId, MissReason, Moment, page_round_up};
 use kvar_io::{Buffer, DeviceError, Op, Shared};
+use smallvec::SmallVec;
 use std::ops::Range;
-use std::sync::Arc;
 
 pub(super) struct Waiter {
     token: u64,
@@ -27,7 +27,8 @@ pub(super) struct Waiter {
 /// those who ask after the next put.
 pub(super) struct Reading {
     number: u64,
-    waiters: Vec<Waiter>,
+    /// One, as a rule.
+    waiters: SmallVec<[Waiter; 1]>,
 }
 
 /// A device read under way for whoever waits in `reading`.
@@ -61,9 +62,10 @@ impl Shard {
             touch,
             ..
         } = request;
+        let found = self.find(&id);
         // Absent too, although somebody may be reading a copy that was given up meanwhile: whether
         // that one has expired is not known any more.
-        if let Err(reason) = self.touch(now, &id, touch) {
+        if let Err(reason) = self.touch_found(now, &id, found, touch) {
             return self.miss(token, reason);
         }
         if let Some(resident) = self.dram.get(&id) {
@@ -84,7 +86,7 @@ impl Shard {
             });
             return;
         }
-        let Some((_, entry)) = self.find(&id) else {
+        let Some((_, entry)) = found else {
             return self.miss(token, MissReason::Absent);
         };
         if let Some(wanted) = &sections
@@ -106,11 +108,11 @@ impl Shard {
             id,
             Reading {
                 number,
-                waiters: vec![Waiter {
+                waiters: SmallVec::from_buf([Waiter {
                     token,
                     sections,
                     touch,
-                }],
+                }]),
             },
         );
         let place = self.place_of(&entry);
@@ -159,7 +161,7 @@ impl Shard {
         let waiters = self
             .reading
             .remove(&id)
-            .map_or_else(Vec::new, |reading| reading.waiters);
+            .map_or_else(SmallVec::new, |reading| reading.waiters);
         let Some(plan) = plan else {
             self.dram.release(padded);
             for waiter in waiters {
@@ -167,8 +169,8 @@ impl Shard {
             }
             return;
         };
-        let version = version(plan.sections.iter().map(|section| section.check));
-        let sections: Arc<[Section]> = Arc::from(plan.sections.as_slice());
+        let sections = plan.sections;
+        let version = version(sections.iter().map(|section| section.check));
         let image = buffer.freeze();
         for waiter in &waiters {
             let outcome = cut(&sections, version, &image, waiter.sections.clone());
@@ -256,7 +258,7 @@ impl Shard {
         for waiter in self
             .reading
             .remove(id)
-            .map_or_else(Vec::new, |reading| reading.waiters)
+            .map_or_else(SmallVec::new, |reading| reading.waiters)
         {
             self.miss(waiter.token, reason);
         }

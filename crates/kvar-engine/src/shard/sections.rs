@@ -23,12 +23,14 @@
 //! Left to others: whole blocks (`read`), which alone become resident.
 
 use super::{Copy, Pending, READS_IN_FLIGHT_MAX, SectionRef, Shard};
+use crate::fast_map::FastMap;
 use crate::index::Entry;
 use crate::layout::{ImagePlan, PAGE};
 use kvar_base::check::{Place, crc64, version};
 use kvar_base::{BlockId, ContentCheck, MissReason, page_round_up};
 use kvar_io::{DeviceError, Op};
-use std::collections::{HashMap, VecDeque};
+use smallvec::SmallVec;
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -83,7 +85,7 @@ impl Known {
 /// Directories that were verified lately.
 #[derive(Default)]
 pub(super) struct Directories {
-    known: HashMap<BlockId, Arc<Known>>,
+    known: FastMap<BlockId, Arc<Known>>,
     order: VecDeque<BlockId>,
     sections: usize,
     last: Option<Arc<Known>>,
@@ -235,7 +237,7 @@ impl Shard {
             };
             return self.read_part(read, span);
         }
-        let sections: Vec<SectionRef> = read
+        let sections: SmallVec<[SectionRef; 1]> = read
             .wanted
             .clone()
             .map(|index| {

@@ -199,6 +199,8 @@ pub struct ShardStatus {
     pub index_entries_max: u64,
     /// Bytes waiting to be written.
     pub dirty_bytes: u64,
+    /// Bytes of writes it keeps under way at most, as found when the device was formatted.
+    pub write_in_flight_bytes_max: u64,
     /// Puts acknowledged and not flushed.
     pub unflushed_puts: u64,
     /// How long ago, in microseconds, the oldest of them was acknowledged; 0 = all is flushed.
@@ -282,6 +284,7 @@ impl Shard {
             index_bytes: self.index.bytes() as u64,
             index_entries_max: self.index.bucket_count() as u64 * crate::layout::SLOTS_PER_BUCKET,
             dirty_bytes: self.dirty_bytes,
+            write_in_flight_bytes_max: self.write_in_flight_bytes_max(),
             unflushed_puts: self.unflushed.puts.len() as u64,
             unflushed_age_us: oldest.map_or(0, |age| age.as_micros().max(1) as u64),
             write_amplification: self.counters.write_amplification(),

@@ -18,6 +18,7 @@ use crate::layout::ImagePlan;
 use kvar_base::{BlockId, ContentCheck, LeaseToken, MissReason, Moment, PutOutcome};
 use kvar_io::{Buffer, Shared};
 use kvar_policy::WriteRates;
+use smallvec::SmallVec;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -200,7 +201,7 @@ pub struct Copy {
     /// Equal version, equal bytes.
     pub version: u64,
     /// The sections asked for.
-    pub sections: Vec<SectionRef>,
+    pub sections: SmallVec<[SectionRef; 1]>,
     /// The stored image; sections lie in it.
     pub bytes: Shared,
 }

@@ -7,8 +7,10 @@
 //!                   prepared segment opens; the next is prepared: header ── flush      (`prepare`)
 //! ```
 //!
-//! Payload goes out in gather writes of up to 1 MiB while at most [`PAYLOAD_IN_FLIGHT_MAX`] bytes
-//! are under way: several are needed to keep a drive busy, more only make reads wait.
+//! Payload goes out in gather writes of up to 1 MiB while at most so many bytes are under way as the
+//! device was found to want when it was formatted: several writes are needed to keep a drive busy,
+//! more only make reads wait. While reads are under way it is half of that, unless somebody waits for
+//! a flush or memory fills up.
 //!
 //! What must always be true: a block gets its record and its index entry when its bytes are on the
 //! device, not before; room that reclaim may still need is not given to puts; a block that was
@@ -31,8 +33,10 @@ use std::time::Duration;
 
 /// A gather write as the device sees it.
 const WRITE_BYTES: u64 = 1 << 20;
-/// Payload bytes under way at most.
-const PAYLOAD_IN_FLIGHT_MAX: u64 = 8 << 20;
+/// Blocks of a gather write of the usual 64 KiB: room for them is taken at once.
+const GROUP_ITEMS: usize = (WRITE_BYTES / (64 << 10)) as usize;
+/// Payload bytes under way at most where the device was not probed.
+const PAYLOAD_IN_FLIGHT_DEFAULT: u64 = 8 << 20;
 
 /// Who wants a block written.
 #[derive(Clone, Copy, Debug)]
@@ -157,9 +161,29 @@ impl Shard {
             })
     }
 
+    /// Bytes of writes this shard may have under way: its part of what the device wants.
+    pub(super) fn write_in_flight_bytes_max(&self) -> u64 {
+        match self.superblock.write_in_flight_bytes {
+            0 => PAYLOAD_IN_FLIGHT_DEFAULT,
+            found => (found / u64::from(self.superblock.shards)).max(WRITE_BYTES),
+        }
+    }
+
+    /// The same at this moment: reads go first while writes have time.
+    fn payload_in_flight_max(&self) -> u64 {
+        let most = self.write_in_flight_bytes_max();
+        let has_time = self.dirty_bytes < self.dram.put_limit_bytes(0) / 2;
+        if self.reads_in_flight > 0 && has_time && !self.in_a_hurry() {
+            (most / 2).max(WRITE_BYTES)
+        } else {
+            most
+        }
+    }
+
     fn write_payload(&mut self, now: Moment) {
         let mut group: Option<(u32, u64, WriteGroup)> = None;
-        while self.payload_in_flight_bytes < PAYLOAD_IN_FLIGHT_MAX {
+        let in_flight_max = self.payload_in_flight_max();
+        while self.payload_in_flight_bytes < in_flight_max {
             let from_moved = !self.moved.is_empty();
             let Some(item) = self.moved.front().or_else(|| self.dirty.front()) else {
                 break;
@@ -244,7 +268,7 @@ impl Shard {
                     WriteGroup {
                         segment: number,
                         bytes: 0,
-                        items: Vec::new(),
+                        items: Vec::with_capacity(GROUP_ITEMS),
                     },
                 )
             });
@@ -493,8 +517,8 @@ impl Shard {
             .first_unsynced
             .filter(|_| self.sync.is_none())
             .map(|since| since.after(self.linger()));
-        let stalled =
-            self.segments.open.is_none() || self.payload_in_flight_bytes >= PAYLOAD_IN_FLIGHT_MAX;
+        let stalled = self.segments.open.is_none()
+            || self.payload_in_flight_bytes >= self.payload_in_flight_max();
         let shutdown = self.shutdown.as_ref().map(|shutdown| shutdown.until);
         let lease = self.leases.next_end();
         let scrub = self.scrub_timer();

@@ -210,7 +210,10 @@ impl Keeper {
         let away = away.into_iter();
         let mut keeper = Self {
             dram_per_byte: parts.config.dram.0 as f64 / bytes as f64,
-            unix_at_start_s: parts.clock.unix_seconds() - parts.clock.now().0 / 1_000_000,
+            // Rounded to the past: a clock that ran ahead, and did not after a restart, would serve
+            // again what had expired.
+            unix_at_start_s: (parts.clock.unix_seconds())
+                .saturating_sub(parts.clock.now().0.div_ceil(1_000_000)),
             config: parts.config,
             table,
             is_unsaved: false,

@@ -160,6 +160,10 @@ impl Device for WatchedDevice {
     fn engine(&self) -> &'static str {
         self.inner.engine()
     }
+
+    fn system_calls(&self) -> u64 {
+        self.inner.system_calls()
+    }
 }
 
 /// What a run of failures means so far.

@@ -7,10 +7,9 @@
 //! block device kvar has the first half and fio writes to the second.
 
 use super::fio::{self, Job};
-use super::stats::{idle_cpu, thread_cpu};
+use super::stats::{Cpu, CpuUs, idle_cpu, latencies};
 use super::{BLOCK_BYTES, Outcome, Row, bar};
 use crate::failure::Failure;
-use hdrhistogram::Histogram;
 use kvar_base::{BlockId, ByteSize, Clock, ContentCheck, Moment, SystemClock, check::crc64};
 use kvar_engine::{
     Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, Touch,
@@ -51,7 +50,12 @@ struct Bench {
 struct Reads {
     bytes_per_s: f64,
     p50_us: f64,
-    cpu_us: f64,
+    cpu_us: CpuUs,
+}
+
+struct Appends {
+    bytes_per_s: f64,
+    cpu_us: CpuUs,
 }
 
 pub(crate) fn run(settings: &Settings) -> Result<Outcome, Failure> {
@@ -136,8 +140,9 @@ fn run_inner(settings: &Settings, beside: &Beside) -> Result<Outcome, Failure> {
             )
         };
         let (theirs, ours) = abba(pair, write_fio, || bench.append(settings.seconds))?;
-        figures.append.push(ours / theirs.bytes_per_s);
-        figures.append_rate.push(ours);
+        figures.append.push(ours.bytes_per_s / theirs.bytes_per_s);
+        figures.append_rate.push(ours.bytes_per_s);
+        figures.append_cpu.push(ours.cpu_us);
         figures.append_fio_rate.push(theirs.bytes_per_s);
         progress.inc(2);
     }
@@ -175,12 +180,14 @@ struct Figures {
     append: Vec<f64>,
     append_rate: Vec<f64>,
     append_fio_rate: Vec<f64>,
+    append_cpu: Vec<CpuUs>,
     qd16: Vec<f64>,
     qd16_rate: Vec<f64>,
     qd16_fio_rate: Vec<f64>,
     p50: Vec<f64>,
-    cpu: Vec<f64>,
+    cpu: Vec<CpuUs>,
     qd1: Vec<f64>,
+    qd1_cpu: Vec<CpuUs>,
     qd1_p50: Vec<f64>,
     qd1_fio_p50: Vec<f64>,
 }
@@ -190,6 +197,7 @@ impl Figures {
         let ratio = ours.bytes_per_s / theirs.bytes_per_s;
         if depth == 1 {
             self.qd1.push(ratio);
+            self.qd1_cpu.push(ours.cpu_us);
             self.qd1_p50.push(ours.p50_us);
             self.qd1_fio_p50.push(theirs.p50_us);
             return;
@@ -202,8 +210,38 @@ impl Figures {
     }
 
     fn rows(self, amplification: f64) -> Vec<Row> {
+        let of = |cpu: &[CpuUs], part: fn(&CpuUs) -> f64| cpu.iter().map(part).collect();
+        let cpu = [
+            ("read_cpu_us", of(&self.cpu, |cpu| cpu.total), CPU_READ),
+            ("read_cpu_user_us", of(&self.cpu, |cpu| cpu.user), CPU_USER),
+            (
+                "read_cpu_system_us",
+                of(&self.cpu, |cpu| cpu.system),
+                CPU_SYSTEM,
+            ),
+            (
+                "read_qd1_cpu_us",
+                of(&self.qd1_cpu, |cpu| cpu.total),
+                "the same with one under way",
+            ),
+            (
+                "append_cpu_us",
+                of(&self.append_cpu, |cpu| cpu.total),
+                "microseconds a 64 KiB put, copy and check included",
+            ),
+            (
+                "append_cpu_user_us",
+                of(&self.append_cpu, |cpu| cpu.user),
+                CPU_USER,
+            ),
+            (
+                "append_cpu_system_us",
+                of(&self.append_cpu, |cpu| cpu.system),
+                CPU_SYSTEM,
+            ),
+        ];
         let gigabytes = |rates: Vec<f64>| rates.into_iter().map(|rate| rate / 1e9).collect();
-        vec![
+        let mut rows = vec![
             Row::of("read_64k_qd16_vs_fio", self.qd16, "every byte checked"),
             Row::of("read_64k_qd16_p50_vs_fio", self.p50, "lower is better"),
             Row::of("read_64k_qd1_vs_fio", self.qd1, ""),
@@ -212,11 +250,6 @@ impl Figures {
                 "write_amplification",
                 vec![amplification],
                 "checkpoints included",
-            ),
-            Row::of(
-                "read_cpu_us",
-                self.cpu,
-                "microseconds a 64 KiB read, check included",
             ),
             Row::of("read_64k_qd16_gb_per_s", gigabytes(self.qd16_rate), "ours"),
             Row::of(
@@ -232,10 +265,18 @@ impl Figures {
                 gigabytes(self.append_fio_rate),
                 "fio",
             ),
-        ]
+        ];
+        rows.extend(
+            cpu.into_iter()
+                .map(|(name, values, note)| Row::of(name, values, note)),
+        );
+        rows
     }
 }
 
+const CPU_READ: &str = "microseconds a 64 KiB read, check included";
+const CPU_USER: &str = "of these in kvar";
+const CPU_SYSTEM: &str = "of these in the kernel";
 const RANDREAD: &str = "randread";
 
 /// Runs both in an order that changes from pair to pair, so that drift hits both alike.
@@ -311,9 +352,16 @@ impl Bench {
         let format_options =
             FormatOptions::random(1, BLOCK_BYTES as u64, SystemClock::default().unix_seconds());
         let (mut device, _) = open_device(&target, &small, options).map_err(opened)?;
-        let superblock = kvar_engine::format(&mut *device, &small, &format_options)
+        let (superblock, probe) = kvar_engine::format_probed(&mut *device, &small, &format_options)
             .map_err(|error| Failure::failed(format!("{}: {error}", settings.path.display())))?;
         drop(device);
+        if let Some(probe) = probe {
+            eprintln!(
+                "writes under way: {}, found by trying ({}/s)",
+                ByteSize(probe.in_flight_bytes),
+                ByteSize(probe.bytes_per_s as u64)
+            );
+        }
         let config = EngineConfig {
             dram_bytes: DRAM_BYTES,
             // What is measured is the load alone.
@@ -391,9 +439,8 @@ impl Bench {
                     return Ok(());
                 }
                 Err(_) if now.since(started) < Duration::from_secs(30) => {
-                    self.engine.turn(now);
+                    self.engine.turn_and_wait(now, NAP);
                     self.engine.events().for_each(drop);
-                    self.sleep();
                 }
                 Err(outcome) => {
                     let trouble = self.engine.status(now).device_trouble.unwrap_or_default();
@@ -453,12 +500,11 @@ impl Bench {
 
     fn read(&mut self, depth: usize, seconds: f64) -> Result<Reads, Failure> {
         self.drain()?;
-        let mut latencies =
-            Histogram::<u64>::new(3).map_err(|error| Failure::failed(error.to_string()))?;
+        let mut latencies = latencies();
         // The youngest blocks are the ones that are there; the very oldest are about to go.
         let live = (self.engine.status(self.clock.now()).flash_blocks * 9 / 10).max(1);
         let flash_before = self.engine.counters().flash_hits;
-        let (cpu, started) = (thread_cpu(), self.clock.now());
+        let (cpu, started) = (Cpu::of_thread(), self.clock.now());
         let end = started.after(Duration::from_secs_f64(seconds));
         let mut begun = vec![None; depth];
         let (mut done, mut tried) = (0_u64, 0_u64);
@@ -486,14 +532,12 @@ impl Bench {
                     );
                 }
             }
-            self.engine.turn(now);
-            let mut any = false;
+            self.engine.turn_and_wait(now, NAP);
             let after = self.clock.now();
             for event in self.engine.events() {
                 let Event::Get { token, outcome } = event else {
                     continue;
                 };
-                any = true;
                 let Some(since) = begun[token as usize].take() else {
                     continue;
                 };
@@ -502,12 +546,9 @@ impl Bench {
                     latencies.saturating_record(after.since(since).as_micros() as u64);
                 }
             }
-            if !any {
-                self.sleep();
-            }
         }
         let elapsed = self.clock.now().since(started).as_secs_f64();
-        let cpu = thread_cpu().saturating_sub(cpu);
+        let cpu_us = Cpu::of_thread().us_since(&cpu, done);
         // What is under way is heard out, uncounted.
         while begun.iter().any(Option::is_some) {
             self.turn();
@@ -527,13 +568,14 @@ impl Bench {
         Ok(Reads {
             bytes_per_s: done as f64 * BLOCK_BYTES as f64 / elapsed,
             p50_us: latencies.value_at_quantile(0.5) as f64,
-            cpu_us: cpu.as_secs_f64() * 1e6 / done as f64,
+            cpu_us,
         })
     }
 
-    fn append(&mut self, seconds: f64) -> Result<f64, Failure> {
+    fn append(&mut self, seconds: f64) -> Result<Appends, Failure> {
         self.drain()?;
         let before = self.engine.counters().payload_written_bytes;
+        let (cpu, first) = (Cpu::of_thread(), self.next_block);
         let started = self.clock.now();
         let end = started.after(Duration::from_secs_f64(seconds));
         while self.clock.now() < end {
@@ -545,6 +587,9 @@ impl Bench {
         }
         // What memory still holds is not on the device: only what was written counts.
         let written = self.engine.counters().payload_written_bytes - before;
-        Ok(written as f64 / self.clock.now().since(started).as_secs_f64())
+        Ok(Appends {
+            bytes_per_s: written as f64 / self.clock.now().since(started).as_secs_f64(),
+            cpu_us: Cpu::of_thread().us_since(&cpu, self.next_block - first),
+        })
     }
 }

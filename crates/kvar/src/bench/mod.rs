@@ -9,6 +9,7 @@ mod fio;
 pub(crate) mod index;
 pub(crate) mod net;
 mod pair;
+pub(crate) mod plot;
 mod stats;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -30,6 +31,12 @@ const FIGURES: &[&str] = &[
     "append_vs_fio",
     "write_amplification",
     "read_cpu_us",
+    "read_cpu_user_us",
+    "read_cpu_system_us",
+    "read_qd1_cpu_us",
+    "append_cpu_us",
+    "append_cpu_user_us",
+    "append_cpu_system_us",
     "get_64k_qd16_vs_checking_pair",
     "get_64k_qd16_vs_pair",
     "get_64k_qd1_p50_vs_ping",
@@ -74,14 +81,21 @@ impl Outcome {
 pub(crate) struct Row {
     pub(crate) name: &'static str,
     pub(crate) ratio: Ratio,
+    /// One a pair, in their order.
+    pub(crate) values: Vec<f64>,
     pub(crate) note: &'static str,
 }
 
 impl Row {
     /// From what the pairs gave.
     pub(crate) fn of(name: &'static str, values: Vec<f64>, note: &'static str) -> Self {
-        let ratio = Ratio::of(values);
-        Self { name, ratio, note }
+        let ratio = Ratio::of(values.clone());
+        Self {
+            name,
+            ratio,
+            values,
+            note,
+        }
     }
 }
 

@@ -7,10 +7,9 @@
 
 use super::fio::{self, Job};
 use super::pair::{Pair, Reached};
-use super::stats::idle_cpu;
+use super::stats::{idle_cpu, latencies};
 use super::{BLOCK_BYTES, Outcome, Row, bar};
 use crate::failure::Failure;
-use hdrhistogram::Histogram;
 use kvar_base::{BlockId, ByteSize, PutOutcome};
 use kvar_client::{
     Answer, ClientConfig, Completion, Filled, GetItem, Lengths, PutItem, Request, Session, Ticket,
@@ -352,8 +351,7 @@ impl Client {
     }
 
     fn read(&mut self, depth: usize, seconds: f64, blocks: u64) -> Result<Reached, Failure> {
-        let mut latencies =
-            Histogram::<u64>::new(3).map_err(|error| Failure::failed(error.to_string()))?;
+        let mut latencies = latencies();
         let started = Instant::now();
         let end = started + Duration::from_secs_f64(seconds);
         let mut begun: HashMap<Ticket, Instant> = HashMap::with_capacity(depth * 2);

@@ -6,8 +6,8 @@
 //! request under way.
 
 use super::BLOCK_BYTES;
+use super::stats::latencies;
 use crate::failure::Failure;
-use hdrhistogram::Histogram;
 use kvar_base::check::crc64;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -67,8 +67,7 @@ impl Pair {
         seconds: f64,
         checking: bool,
     ) -> Result<Reached, Failure> {
-        let mut latencies =
-            Histogram::<u64>::new(3).map_err(|error| Failure::failed(error.to_string()))?;
+        let mut latencies = latencies();
         let started = Instant::now();
         let end = started + Duration::from_secs_f64(seconds);
         let mut begun = std::collections::VecDeque::new();
