@@ -10,11 +10,13 @@ use crate::items::{
 };
 use crate::session::{Completion, Ticket};
 use crate::stats::{Counters, add};
-use kvar_base::{BlockId, LeaseToken, MissReason, Moment, PutOutcome, Refusal, SECTIONS_MAX};
+use kvar_base::{
+    BlockId, LeaseToken, MissReason, Moment, PutOutcome, Refusal, SECTIONS_MAX, SystemClock,
+};
 use kvar_wire::{Finished, IDS_MAX, LookupAnswer, Message};
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Why a part has no answer of the node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,7 +111,24 @@ pub(crate) enum Ask {
 pub(crate) enum Reply {
     Message(Message),
     Lost(Lost),
+    /// It was of no use any more: an earlier part of the chain is not there whole.
+    NotAsked,
 }
+
+/// A lease that the node may hold although nobody was told of it: to be ended, unless it has ended
+/// by itself.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Owed {
+    pub(crate) token: LeaseToken,
+    pub(crate) until: Moment,
+}
+
+/// The longest that a node lets a lease last.
+const LEASE_MAX: Duration = Duration::from_secs(30);
+
+/// Most leases owed at a time: those of a client that loses every answer at some hundred lookups a
+/// second, for as long as two seconds. What is beyond ends by itself.
+const OWED_MAX: usize = 1024;
 
 pub(crate) struct GetSlot {
     pub(crate) item: GetItem,
@@ -144,6 +163,26 @@ impl Ask {
         matches!(self, Self::Renew { .. } | Self::Release { .. })
     }
 
+    /// Whether a part is sent only when the one before was there whole: blocks behind a gap would
+    /// be held for nobody.
+    pub(crate) fn is_one_by_one(&self) -> bool {
+        matches!(self, Self::Lease { .. })
+    }
+
+    /// Whether a reply says that all of its part is there (and, of a lease, promised).
+    fn is_whole(&self, part: usize, reply: &Reply) -> bool {
+        let Self::Lease { ids, .. } = self else {
+            return true;
+        };
+        let asked = ids.chunks(IDS_MAX).nth(part).map_or(0, <[_]>::len);
+        let leading = match reply {
+            Reply::Message(Message::LeaseAnswer(answer)) => answer.leading,
+            Reply::Message(Message::LookupAnswer(LookupAnswer::Leading(count, _))) => *count,
+            _ => return false,
+        };
+        leading as usize >= asked
+    }
+
     /// Whether the node may take long over it without being ill: it waits for a device.
     pub(crate) fn may_be_slow(&self) -> bool {
         matches!(self, Self::Remove { .. } | Self::Flush | Self::Purge)
@@ -154,17 +193,24 @@ impl Ask {
 pub(crate) struct Board {
     pub(crate) calls: HashMap<u64, Call>,
     pub(crate) done: Vec<Completion>,
+    /// Parts (call, part) whose turn has come.
+    pub(crate) next_parts: Vec<(u64, usize)>,
+    pub(crate) owed: VecDeque<Owed>,
     pub(crate) counters: Arc<Counters>,
+    clock: SystemClock,
     /// What last kept the node from being reached, for answers that carry an error.
     pub(crate) last_error: Option<ClientError>,
 }
 
 impl Board {
-    pub(crate) fn new(counters: Arc<Counters>) -> Self {
+    pub(crate) fn new(counters: Arc<Counters>, clock: SystemClock) -> Self {
         Self {
             calls: HashMap::new(),
             done: Vec::new(),
+            next_parts: Vec::new(),
+            owed: VecDeque::new(),
             counters,
+            clock,
             last_error: None,
         }
     }
@@ -292,14 +338,25 @@ impl Board {
         let Some(call) = self.calls.get_mut(&ticket) else {
             return;
         };
-        let Work::Small { replies, .. } = &mut call.work else {
+        let Work::Small { ask, replies } = &mut call.work else {
             return;
         };
         if replies[part].is_some() {
             return;
         }
+        let goes_on = ask.is_whole(part, &reply);
         replies[part] = Some(reply);
         call.left -= 1;
+        if ask.is_one_by_one() && call.left > 0 {
+            if goes_on {
+                self.next_parts.push((ticket, part + 1));
+            } else {
+                for reply in replies.iter_mut().filter(|reply| reply.is_none()) {
+                    *reply = Some(Reply::NotAsked);
+                }
+                call.left = 0;
+            }
+        }
         if call.left == 0 {
             self.complete(ticket);
         }
@@ -391,7 +448,29 @@ impl Board {
             None => "the link to the node broke before it answered".to_owned(),
         };
         let answer = match call.work {
-            Work::Small { ask, replies } => small_answer(&ask, replies, &why),
+            Work::Small { ask, replies } => {
+                let ended_by_itself = |ttl: Duration| call.deadline.after(ttl.min(LEASE_MAX));
+                let owed = match &ask {
+                    Ask::Lease { token, ttl, .. } if replies.iter().any(is_unsettled) => {
+                        Some(Owed {
+                            token: *token,
+                            until: ended_by_itself(*ttl),
+                        })
+                    }
+                    _ => None,
+                };
+                let sent = call.sent.unwrap_or(call.begun);
+                let answer = small_answer(&ask, replies, &why, self.clock.instant(sent));
+                let nobody_knows = !matches!(answer, Answer::Leased(Leased { lease: Some(_), .. }));
+                // What was never sent is owed to nobody.
+                if let Some(owed) = owed.filter(|_| call.sent.is_some() && nobody_knows) {
+                    if self.owed.len() >= OWED_MAX {
+                        self.owed.pop_front();
+                    }
+                    self.owed.push_back(owed);
+                }
+                answer
+            }
             Work::Get { slots, .. } => {
                 let result = |slot: GetSlot| {
                     let lost = GetOutcome::Miss(MissReason::Unreachable);
@@ -425,15 +504,32 @@ impl Board {
 /// An empty destination, in the place of one that a link owns for the moment.
 pub(crate) const NOWHERE: Filled = Filled::Bytes(Vec::new());
 
-fn small_answer(ask: &Ask, replies: Vec<Option<Reply>>, why: &str) -> Answer {
+/// Whether the node may have granted a lease of which this side knows nothing: the answer did not
+/// come, or the node's own deadline cut it short.
+fn is_unsettled(reply: &Option<Reply>) -> bool {
+    match reply {
+        Some(Reply::Lost(_)) => true,
+        Some(Reply::Message(Message::LeaseAnswer(answer))) => {
+            answer.reason == Some(MissReason::Deadline)
+        }
+        _ => false,
+    }
+}
+
+/// `sent`: when the call's first word left.
+fn small_answer(ask: &Ask, replies: Vec<Option<Reply>>, why: &str, sent: Instant) -> Answer {
     let replies = replies
         .into_iter()
         .map(|reply| reply.unwrap_or(Reply::Lost(Lost::Unreachable)));
     match ask {
         Ask::Lookup { ids, .. } => Answer::Lookup(leading(ids, replies)),
-        Ask::Lease { ids, token, .. } => Answer::Leased(leased(ids, *token, replies.collect())),
+        Ask::Lease { ids, token, .. } => {
+            Answer::Leased(leased(ids, *token, replies.collect(), sent))
+        }
         Ask::Renew { .. } => Answer::Renewed(match { replies }.next() {
-            Some(Reply::Message(Message::RenewAnswer(answer))) => Ok(lasting(answer.lasts_ms)),
+            Some(Reply::Message(Message::RenewAnswer(answer))) => {
+                Ok(lasting(answer.lasts_ms).map(|lasts| sent + lasts))
+            }
             Some(Reply::Lost(lost)) => Err(lost.error(why)),
             _ => Err(Lost::Unreachable.error(why)),
         }),
@@ -463,6 +559,7 @@ fn small_answer(ask: &Ask, replies: Vec<Option<Reply>>, why: &str) -> Answer {
                 ) => finished_result(finished),
                 Reply::Message(_) => Err(Lost::Unreachable.error(why)),
                 Reply::Lost(lost) => Err(lost.error(why)),
+                Reply::NotAsked => Ok(0),
             });
             Answer::Finished(each.sum())
         }
@@ -495,7 +592,8 @@ fn lasting(lasts_ms: u32) -> Option<Duration> {
 }
 
 /// A chain is promised as far as each part is there whole, and for as long as the shortest promise.
-fn leased(ids: &[BlockId], token: LeaseToken, replies: Vec<Reply>) -> Leased {
+/// Both sides' clocks run from before the answer: `sent` is before anything the node counts from.
+fn leased(ids: &[BlockId], token: LeaseToken, replies: Vec<Reply>, sent: Instant) -> Leased {
     let mut lasts: Option<Duration> = None;
     let mut as_lookups = Vec::with_capacity(replies.len());
     for reply in replies {
@@ -514,7 +612,10 @@ fn leased(ids: &[BlockId], token: LeaseToken, replies: Vec<Reply>) -> Leased {
     Leased {
         leading,
         reason,
-        lease: lasts.map(|lasts| Lease { token, lasts }),
+        lease: lasts.map(|lasts| Lease {
+            token,
+            until: sent + lasts,
+        }),
     }
 }
 
@@ -534,6 +635,7 @@ fn leading(ids: &[BlockId], replies: impl Iterator<Item = Reply>) -> Lookup {
             Reply::Message(Message::LookupAnswer(LookupAnswer::Miss(reason))) => reason,
             Reply::Lost(lost) => lost.miss(),
             Reply::Message(_) => MissReason::Unreachable,
+            Reply::NotAsked => MissReason::Absent,
         };
         return Lookup {
             leading,

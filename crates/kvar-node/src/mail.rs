@@ -60,6 +60,8 @@ pub(crate) enum Ask {
     Lease(Box<LeaseAsk>),
     Renew(LeaseToken, Duration),
     Release(LeaseToken),
+    /// Some blocks of a lease are of no use to anybody.
+    ReleaseSome(LeaseToken, Vec<BlockId>),
     Get(GetRequest),
     PutBegin(PutRequest),
     PutCommit(PutTicket),
@@ -83,7 +85,7 @@ pub(crate) struct LeaseAsk {
 impl Ask {
     /// Whether an answer comes.
     pub(crate) fn wants_answer(&self) -> bool {
-        !matches!(self, Self::PutAbort(_))
+        !matches!(self, Self::PutAbort(_) | Self::ReleaseSome(..))
     }
 }
 

@@ -291,6 +291,7 @@ impl Owner {
                 let until = engine.release(token).then_some(now);
                 answers.push((origin, Answer::AboutLease(until)));
             }
+            Ask::ReleaseSome(token, ids) => engine.release_some(token, &ids),
             Ask::Get(request) => engine.get(now, wait(Asked::Get), request),
             Ask::PutBegin(request) => {
                 let begun = engine.put_begin(now, &request);
@@ -390,7 +391,7 @@ pub(crate) fn away(ask: &Ask, reason: MissReason, text: &str) -> Option<Answer> 
         Ask::Get(_) => Answer::Get(Err(reason)),
         Ask::PutBegin(_) => Answer::PutBegun(Err(PutOutcome::Refused(Refusal::Busy))),
         Ask::PutCommit(_) => Answer::Put(PutOutcome::Refused(Refusal::Busy)),
-        Ask::PutAbort(_) => return None,
+        Ask::PutAbort(_) | Ask::ReleaseSome(..) => return None,
         Ask::Remove(_) | Ask::Flush | Ask::Purge => Answer::Done(Err(text.to_owned())),
         Ask::Stat(_) => Answer::Stat(Err(reason)),
     })

@@ -114,6 +114,51 @@ fn a_lease_spans_shards_and_outlives_the_link_that_took_it() {
     }
 }
 
+fn leased_blocks(node: &kvar_node::NodeHandle) -> u64 {
+    let (_, text) = support::http(node, "/metrics");
+    let lines = text.lines().filter_map(|line| {
+        let value = line.strip_prefix("kvar_leased_blocks")?;
+        value.rsplit(' ').next()?.parse::<f64>().ok()
+    });
+    lines.sum::<f64>() as u64
+}
+
+/// Every shard grants what it has of the chain without knowing of the others' gaps: what lies behind
+/// the first one is given back at once, not when the lease ends.
+#[test]
+fn blocks_behind_a_gap_are_not_held() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = start(&config(dir.path(), 3));
+    let mut peer = Peer::greet(&node);
+    let ids = ids(40);
+    for id in ids.iter().filter(|id| **id != ids[0] && **id != ids[5]) {
+        let put = peer.put(*id, &[&bytes_of(id, 5000)], false);
+        assert_eq!(put, PutOutcome::Stored);
+    }
+    let token = LeaseToken::new([7; 16]);
+    let answer = ask_lease(&mut peer, &lease(&ids[1..], token, 1, 30_000));
+    assert_eq!(
+        (answer.leading, answer.reason),
+        (4, Some(MissReason::Absent))
+    );
+    let begun = Instant::now();
+    while leased_blocks(&node) != 4 {
+        assert!(
+            begun.elapsed() < Duration::from_secs(10),
+            "{} blocks are held",
+            leased_blocks(&node)
+        );
+    }
+    assert!(release(&mut peer, token));
+    // Nothing is promised: there is no lease.
+    let answer = ask_lease(&mut peer, &lease(&ids, token, 1, 30_000));
+    assert_eq!((answer.leading, answer.lasts_ms), (0, 0));
+    while leased_blocks(&node) != 0 {
+        assert!(begun.elapsed() < Duration::from_secs(10));
+    }
+    assert!(!release(&mut peer, token));
+}
+
 #[test]
 fn one_client_holds_a_share_and_another_still_gets_some() {
     let dir = tempfile::tempdir().unwrap();

@@ -50,6 +50,8 @@ struct Shared {
     changed: Condvar,
     blocks: Mutex<HashMap<BlockId, Stored>>,
     leases: Mutex<HashSet<LeaseToken>>,
+    /// Every lease that was asked for: how many ids, and for how long.
+    leases_asked: Mutex<Vec<(usize, u32)>>,
     /// Speaks version 1 alone.
     old: AtomicBool,
     closing: AtomicBool,
@@ -89,6 +91,7 @@ impl Peer {
             changed: Condvar::new(),
             blocks: Mutex::default(),
             leases: Mutex::default(),
+            leases_asked: Mutex::default(),
             old: AtomicBool::new(false),
             closing: AtomicBool::new(false),
             asked: AtomicUsize::new(0),
@@ -127,6 +130,21 @@ impl Peer {
 
     pub(crate) fn leases(&self) -> usize {
         self.shared.leases.lock().unwrap().len()
+    }
+
+    /// Every lease that was asked for so far: how many ids, and for how many milliseconds.
+    pub(crate) fn leases_asked(&self) -> Vec<(usize, u32)> {
+        self.shared.leases_asked.lock().unwrap().clone()
+    }
+
+    /// Has these blocks, without bytes.
+    pub(crate) fn fill(&self, ids: &[BlockId]) {
+        let stored = Stored {
+            sections: Vec::new(),
+            bytes: Vec::new(),
+        };
+        let blocks = ids.iter().map(|id| (*id, stored.clone()));
+        self.shared.blocks.lock().unwrap().extend(blocks);
     }
 
     pub(crate) fn asked(&self) -> usize {
@@ -246,6 +264,8 @@ impl Serving {
                 panic!("an old node is asked for leases")
             }
             Message::Lease(lease) => {
+                let asked = (lease.ids.len(), lease.ttl_ms);
+                self.shared.leases_asked.lock().unwrap().push(asked);
                 let there = lease.ids.iter().map(|id| blocks.contains_key(id));
                 let leading = there.take_while(|there| *there).count();
                 if leading > 0 {

@@ -70,7 +70,7 @@ impl Conversation {
                 desk.counters.purges += 1;
                 self.on_finish(desk, request, Which::Purge, purge.deadline_us, &[]);
             }
-            Message::Lease(lease) => self.on_lease(desk, request, &lease),
+            Message::Lease(lease) => self.on_lease(desk, request, lease),
             Message::Renew(renew) => {
                 let kvar_wire::Renew {
                     token,
