@@ -506,7 +506,7 @@ fn a_lookup_can_be_leased_renewed_and_released_by_another_client() {
 #[test]
 fn an_old_node_says_what_is_there_and_promises_nothing() {
     let peer = Peer::start();
-    peer.grow_old();
+    peer.grow_old(1);
     let client = connect(&peer);
     client.put(vec![PutItem::of_bytes(id(1), bytes(1, 100))]);
     let leased = client.lookup_leased(&[id(1), id(2)], Duration::from_secs(1));
@@ -523,4 +523,35 @@ fn an_old_node_says_what_is_there_and_promises_nothing() {
         None
     );
     assert!(!client.release(token, options).unwrap());
+}
+
+#[test]
+fn a_node_gets_every_hint_that_it_understands() {
+    let all = PutHints {
+        depth: 3,
+        request: 1 << 40,
+        ttl_s: Some(60),
+        ephemeral: true,
+        traffic_class: 9,
+        recompute_us: 2_000_000,
+        handover: true,
+    };
+    let old = PutHints {
+        traffic_class: 0,
+        recompute_us: 0,
+        handover: false,
+        ..all
+    };
+    for (version, expected) in [(3, all), (2, old), (1, old)] {
+        let peer = Peer::start();
+        peer.grow_old(version);
+        let client = connect(&peer);
+        // One travels with its put, the other is announced.
+        let items = [(1, 100), (2, 100_000)].map(|(n, len)| PutItem {
+            hints: all,
+            ..PutItem::of_bytes(id(n), bytes(n, len))
+        });
+        assert_eq!(client.put(items.into()), [PutOutcome::Stored; 2]);
+        assert_eq!(peer.hints(), [expected; 2], "version {version}");
+    }
 }

@@ -375,6 +375,7 @@ fn send_puts(
     deadline_us: u64,
     number: &mut dyn FnMut() -> u64,
 ) -> Sent {
+    let version = connection.version;
     while unit.next < unit.end {
         let item = unit.next;
         // The last item to end takes the call off the board.
@@ -400,7 +401,7 @@ fn send_puts(
         let body = Put {
             id: put.id,
             sections: std::mem::take(&mut put.sections),
-            hints: put.hints,
+            hints: put.hints.for_version(version),
             durable: put.durable,
             deadline_us,
         };

@@ -7,7 +7,7 @@ use kvar_wire::*;
 use std::collections::{HashMap, HashSet};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -52,8 +52,10 @@ struct Shared {
     leases: Mutex<HashSet<LeaseToken>>,
     /// Every lease that was asked for: how many ids, and for how long.
     leases_asked: Mutex<Vec<(usize, u32)>>,
-    /// Speaks version 1 alone.
-    old: AtomicBool,
+    /// The newest version it speaks.
+    newest: AtomicU16,
+    /// Hints of the puts that were stored.
+    hints: Mutex<Vec<PutHints>>,
     closing: AtomicBool,
     /// Get items and puts that were asked for.
     pub asked: AtomicUsize,
@@ -92,7 +94,8 @@ impl Peer {
             blocks: Mutex::default(),
             leases: Mutex::default(),
             leases_asked: Mutex::default(),
-            old: AtomicBool::new(false),
+            newest: AtomicU16::new(VERSIONS.newest),
+            hints: Mutex::default(),
             closing: AtomicBool::new(false),
             asked: AtomicUsize::new(0),
             sockets: Mutex::default(),
@@ -123,9 +126,14 @@ impl Peer {
         self.shared.changed.notify_all();
     }
 
-    /// From the next connection on it is a node of the first version.
-    pub(crate) fn grow_old(&self) {
-        self.shared.old.store(true, Ordering::SeqCst);
+    /// From the next connection on it is a node of this version.
+    pub(crate) fn grow_old(&self, version: u16) {
+        self.shared.newest.store(version, Ordering::SeqCst);
+    }
+
+    /// Hints of the puts that were stored, in order.
+    pub(crate) fn hints(&self) -> Vec<PutHints> {
+        self.shared.hints.lock().unwrap().clone()
     }
 
     pub(crate) fn leases(&self) -> usize {
@@ -179,11 +187,8 @@ struct Serving {
 
 impl Serving {
     fn serve(mut self) -> Option<()> {
-        let mut handshake = NodeHandshake::new([9; 32]);
-        if self.shared.old.load(Ordering::SeqCst) {
-            let (oldest, newest) = (1, 1);
-            handshake = NodeHandshake::speaking(VersionRange { oldest, newest }, [9; 32]);
-        }
+        let (oldest, newest) = (1, self.shared.newest.load(Ordering::SeqCst));
+        let mut handshake = NodeHandshake::speaking(VersionRange { oldest, newest }, [9; 32]);
         loop {
             let (_, message, _) = self.read()?;
             let key = self.shared.key.clone();
@@ -259,7 +264,7 @@ impl Serving {
                 }
             }
             Message::Lease(_) | Message::Renew(_) | Message::Release(_)
-                if self.shared.old.load(Ordering::SeqCst) =>
+                if self.shared.newest.load(Ordering::SeqCst) < VERSION_WITH_LEASES =>
             {
                 panic!("an old node is asked for leases")
             }
@@ -390,6 +395,7 @@ impl Serving {
             at += bytes.len();
         }
         assert_eq!(at, payload.len());
+        self.shared.hints.lock().unwrap().push(put.hints);
         let stored = Stored {
             sections: put.sections,
             bytes: payload,
