@@ -1,6 +1,7 @@
 //! The command line, as `--help` teaches it.
 
 use crate::bench::{PAIRS, SECONDS};
+use crate::block_arguments::{LeaseCommand, LookupArguments, PutArguments};
 use crate::settings_arguments::SettingsArguments;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kvar_base::{BlockId, ByteSize};
@@ -85,22 +86,13 @@ again says `exists`.
 Examples:
   kvar put greeting hello.txt
   head -c 1M /dev/urandom | kvar put noise - --durable
-  kvar put greeting hello.txt --ttl 1h")]
+  kvar put greeting hello.txt --ttl 1h
+  kvar put prefill-7 kv.bin --handover --recompute 800ms --traffic-class 3")]
     Put {
         #[command(flatten)]
         node: NodeArguments,
-        /// Name of the block (left out with --id), then the file, or - for standard input.
-        #[arg(value_names = ["NAME", "FILE"], num_args = 1..=2, required = true)]
-        words: Vec<String>,
-        /// Id of the block (64 hex digits) instead of a name.
-        #[arg(long, value_name = "HEX")]
-        id: Option<BlockId>,
-        /// Answer only when it survives a power cut.
-        #[arg(long)]
-        durable: bool,
-        /// How long it lives, in whole seconds or more; without it, until it makes room for others.
-        #[arg(long, value_name = "DURATION", value_parser = time_to_live)]
-        ttl: Option<u32>,
+        #[command(flatten)]
+        put: PutArguments,
         /// Print the outcome as JSON.
         #[arg(long)]
         json: bool,
@@ -112,6 +104,34 @@ Examples:
         node: NodeArguments,
         #[command(flatten)]
         block: BlockArguments,
+    },
+
+    /// How many leading blocks of a chain are there; with --lease they stay. Exit code 3 if not even the
+    /// first is there.
+    #[command(after_help = "\
+A lease promises that what was found stays readable, unless it is removed: eviction, reclaim and time \
+to live wait for its end. It ends by itself, at most 30 s later, and lives on when this command has \
+ended: its token, which is printed, renews or releases it from anywhere.
+
+Examples:
+  kvar lookup part-0 part-1 part-2
+  kvar lookup part-0 part-1 part-2 --lease 5s --json
+  kvar lease renew 0123456789abcdef0123456789abcdef --ttl 5s
+  kvar lease release 0123456789abcdef0123456789abcdef")]
+    Lookup {
+        #[command(flatten)]
+        node: NodeArguments,
+        #[command(flatten)]
+        lookup: LookupArguments,
+        /// Print the outcome as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+
+    /// Renew or release a lease that `kvar lookup --lease` or a client took.
+    Lease {
+        #[command(subcommand)]
+        command: LeaseCommand,
     },
 
     /// Remove blocks; returns when the removal survives a power cut.
@@ -279,14 +299,8 @@ pub(crate) struct AdminArguments {
         default_value = "127.0.0.1:7412"
     )]
     pub(crate) admin: String,
-    /// The node's key file; changes need it.
-    #[arg(
-        long,
-        value_name = "FILE",
-        env = "KVAR_KEY_FILE",
-        default_value = "./kvar-data.key"
-    )]
-    pub(crate) key_file: PathBuf,
+    #[command(flatten)]
+    pub(crate) key: KeyArguments,
     /// How long to wait for the answer. A change goes on if nobody waits any more.
     #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = duration)]
     pub(crate) deadline: Duration,
@@ -379,6 +393,19 @@ pub(crate) enum ConfigCommand {
     },
 }
 
+/// The key to a node.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct KeyArguments {
+    /// The node's key file: DATA.key beside its data.
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "KVAR_KEY_FILE",
+        default_value = "./kvar-data.key"
+    )]
+    pub(crate) key_file: PathBuf,
+}
+
 /// Which node, and the key to it.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct NodeArguments {
@@ -390,14 +417,8 @@ pub(crate) struct NodeArguments {
         default_value = "127.0.0.1:7411"
     )]
     pub(crate) endpoint: String,
-    /// The node's key file: DATA.key beside its data.
-    #[arg(
-        long,
-        value_name = "FILE",
-        env = "KVAR_KEY_FILE",
-        default_value = "./kvar-data.key"
-    )]
-    pub(crate) key_file: PathBuf,
+    #[command(flatten)]
+    pub(crate) key: KeyArguments,
     /// How long a call may take.
     #[arg(
         long,
@@ -519,13 +540,13 @@ pub(crate) struct ReplayArguments {
     #[arg(long, value_name = "BLOCKS|SHARE%", requires = "offline")]
     pub(crate) capacity: Vec<Capacity>,
     /// Offline: which store.
-    #[arg(long, value_enum, default_value_t = OfflineModel::Blocks)]
+    #[arg(long, value_enum, default_value_t = OfflineModel::Blocks, requires = "offline")]
     pub(crate) model: OfflineModel,
     /// Offline: who decides what stays.
-    #[arg(long, value_enum, default_value_t = OfflinePolicy::Production)]
+    #[arg(long, value_enum, default_value_t = OfflinePolicy::Production, requires = "offline")]
     pub(crate) policy: OfflinePolicy,
     /// Offline, --policy learned: when a block is written to flash.
-    #[arg(long, value_enum, default_value_t = OfflineAdmission::Worth)]
+    #[arg(long, value_enum, default_value_t = OfflineAdmission::Worth, requires = "offline")]
     pub(crate) admission: OfflineAdmission,
     /// Offline: the share of the requests that warm the store up and are not counted.
     #[arg(
@@ -536,25 +557,19 @@ pub(crate) struct ReplayArguments {
     )]
     pub(crate) warmup_share: f64,
     /// Offline, --model engine: DRAM as a share of the distinct blocks.
-    #[arg(long, value_name = "SHARE", default_value_t = 0.02)]
+    #[arg(
+        long,
+        value_name = "SHARE",
+        default_value_t = 0.02,
+        requires = "offline"
+    )]
     pub(crate) dram_share: f64,
     /// Print the report as JSON.
     #[arg(long)]
     pub(crate) json: bool,
 }
 
-/// A time to live in seconds; parts of one count as one.
-fn time_to_live(text: &str) -> Result<u32, String> {
-    let time = duration(text)?;
-    let seconds = time.as_secs() + u64::from(time.subsec_nanos() > 0);
-    match u32::try_from(seconds) {
-        Ok(0) => Err("a block lives for a second at least; leave --ttl out to keep it".to_owned()),
-        Ok(seconds) => Ok(seconds),
-        Err(_) => Err("that is more than 136 years; leave --ttl out to keep it".to_owned()),
-    }
-}
-
-fn duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text)
         .map_err(|_| format!("{text:?} is not a duration: write 250ms, 1s, 30s or 2m"))
 }

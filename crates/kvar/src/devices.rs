@@ -108,7 +108,9 @@ fn agent(deadline: Duration) -> ureq::Agent {
 }
 
 fn change(admin: &AdminArguments, action: &Value) -> Result<Value, Failure> {
-    let key = KeyFile::read(&admin.key_file).map_err(Failure::usage)?.key;
+    let key = KeyFile::read(&admin.key.key_file)
+        .map_err(Failure::usage)?
+        .key;
     let body = action.to_string();
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let now = now.map_or(0, |elapsed| elapsed.as_secs());
