@@ -14,6 +14,7 @@
 //! What must always be true: it never makes a caller wait, nor takes memory that a block could
 //! have; one read of it at most is under way.
 
+use super::read::Brought;
 use super::reclaim::{directory_records, footer_records};
 use super::{Pending, Shard};
 use crate::index::Entry;
@@ -80,6 +81,7 @@ pub(super) enum ScrubRead {
         id: BlockId,
         entry: Entry,
         place: Place,
+        is_again: bool,
     },
 }
 
@@ -254,7 +256,12 @@ impl Shard {
         self.pace_scrub(now, page_round_up(u64::from(entry.len)));
         self.scrub.in_flight = true;
         self.submit(
-            Pending::Scrub(ScrubRead::Block { id, entry, place }),
+            Pending::Scrub(ScrubRead::Block {
+                id,
+                entry,
+                place,
+                is_again: false,
+            }),
             Op::Read {
                 offset: place.offset,
                 buffer,
@@ -269,7 +276,7 @@ impl Shard {
         op: Op,
         result: &Result<(), DeviceError>,
     ) {
-        let Op::Read { buffer, .. } = op else {
+        let Op::Read { buffer, offset } = op else {
             unreachable!("a read ends as a read")
         };
         self.scrub.in_flight = false;
@@ -278,13 +285,27 @@ impl Shard {
             self.scrub.not_before = self.scrub.not_before.max(now.after(ERROR_PAUSE));
         }
         match read {
-            ScrubRead::Block { id, entry, place } => {
+            ScrubRead::Block {
+                id,
+                entry,
+                place,
+                is_again,
+            } => {
+                let brought = self.brought(&id, &entry, &place, &buffer, result, is_again);
+                if matches!(brought, Brought::Again) {
+                    self.scrub.in_flight = true;
+                    let read = ScrubRead::Block {
+                        id,
+                        entry,
+                        place,
+                        is_again: true,
+                    };
+                    return self.submit(Pending::Scrub(read), Op::Read { offset, buffer });
+                }
                 let (segment, _) = self.segments.locate(entry.position);
                 self.segments.get(segment).readers -= 1;
                 self.counters.scrub_blocks += 1;
-                let holds = self
-                    .verified(&id, &entry, &place, &buffer, result)
-                    .is_some();
+                let holds = matches!(brought, Brought::Block(_));
                 self.counters.scrub_corrupt += u64::from(!holds);
             }
             ScrubRead::Records { offset } => {
