@@ -3,7 +3,10 @@
 mod support;
 
 use kvar_base::{BlockId, LeaseToken, MissReason, PutOutcome};
+use kvar_node::{Hooks, Node, Readiness};
 use kvar_wire::*;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use support::{Peer, bytes_of, config, start};
 
@@ -214,10 +217,7 @@ fn a_block_with_a_time_to_live_ends_by_itself() {
     let Message::StatAnswer(StatAnswer { stat: Ok(stat) }) = peer.ask(&stat) else {
         panic!("it is there")
     };
-    let now = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .unwrap()
-        .as_secs();
+    let now = unix_s();
     let expires = stat.expires_unix_s.unwrap();
     assert!(
         (now + 3500..now + 3605).contains(&expires),
@@ -245,4 +245,64 @@ fn a_block_with_a_time_to_live_ends_by_itself() {
         }
     }
     assert_eq!(peer.get(ids[0]), Err(MissReason::Expired));
+}
+
+/// A machine that learned the time late, or whose clock was set: what was to live for an hour does,
+/// by the clock as it is now.
+#[test]
+fn times_to_live_follow_a_clock_that_is_set() {
+    let dir = tempfile::tempdir().unwrap();
+    let ahead_s = Arc::new(AtomicU64::new(0));
+    let told = ahead_s.clone();
+    let hooks = Hooks {
+        wall_clock: Some(Arc::new(move || unix_s() + told.load(Ordering::SeqCst))),
+        ..Hooks::default()
+    };
+    let node = Node::listen(&config(dir.path(), 2), hooks).unwrap();
+    assert_eq!(node.loaded().unwrap(), Readiness::Ready);
+    let mut peer = Peer::greet(&node);
+    // Blocks of both shards: every engine must hear of it.
+    let ids = ids(16);
+    let put = |peer: &mut Peer, id: BlockId| {
+        let bytes = bytes_of(&id, 3000);
+        let mut put = Peer::put_message(id, &[&bytes], false);
+        put.hints.ttl_s = Some(3600);
+        let request = peer.number();
+        peer.send_with(request, &put, &bytes);
+        let stored = PutAnswer {
+            outcome: PutOutcome::Stored,
+        };
+        assert_eq!(peer.receive().1, stored.into());
+    };
+    for id in &ids {
+        put(&mut peer, *id);
+    }
+    assert!(ids.iter().all(|id| peer.get(*id).is_ok()));
+    ahead_s.store(2 * 3600, Ordering::SeqCst);
+    let begun = Instant::now();
+    for id in &ids {
+        while peer.get(*id).is_ok() {
+            assert!(begun.elapsed() < Duration::from_secs(20), "it lives on");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(peer.get(*id), Err(MissReason::Expired));
+    }
+    // What is put now lives for an hour of the new time; an engine that comes later knows it, too.
+    put(&mut peer, ids[0]);
+    let stat = Stat {
+        id: ids[0],
+        deadline_us: 10_000_000,
+    };
+    let Message::StatAnswer(StatAnswer { stat: Ok(stat) }) = peer.ask(&stat) else {
+        panic!("it is there")
+    };
+    let expires = stat.expires_unix_s.unwrap();
+    assert!(expires > unix_s() + 3 * 3600 - 60, "{expires} {}", unix_s());
+}
+
+fn unix_s() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_secs()
 }

@@ -62,7 +62,7 @@ Examples:
   kvar device list
   kvar device add /dev/nvme3n1
   kvar device add /mnt/d/kvar --size 2TiB
-  kvar device retire 2
+  kvar device retire 2 --rate 500MiB
   kvar device replace 1 /dev/nvme4n1 --json")]
     Device {
         #[command(subcommand)]
@@ -254,11 +254,20 @@ pub(crate) enum DeviceCommand {
         #[command(flatten)]
         admin: AdminArguments,
     },
-    /// Take a device out of service for good. Its blocks are misses from then on.
+    /// Take a device out of service for good: its blocks move to the others first, and are hits all the
+    /// while. Returns when that has begun; `kvar device list` says how far it is. It ends by itself,
+    /// and goes on after a restart.
     Retire {
         /// Its slot, uuid or path.
         #[arg(value_name = "DEVICE")]
         device: String,
+        /// Do not move anything: it is out at once and its blocks are misses. Also for one that is
+        /// leaving.
+        #[arg(long)]
+        now: bool,
+        /// Bytes a second that move at most (128MiB).
+        #[arg(long, value_name = "SIZE", conflicts_with = "now")]
+        rate: Option<ByteSize>,
         #[command(flatten)]
         admin: AdminArguments,
     },
