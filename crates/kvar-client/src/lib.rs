@@ -39,6 +39,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod answer;
 mod breaker;
 mod call;
 mod check;

@@ -2,7 +2,7 @@
 //!
 //! Listing needs nothing; changes carry a proof of the namespace key, which itself stays here.
 
-use crate::arguments::{AdminArguments, DeviceCommand, NewDeviceArguments};
+use crate::device_arguments::{AdminArguments, DeviceCommand, NewDeviceArguments};
 use crate::failure::{Failure, Outcome};
 use crate::print;
 use kvar_base::ByteSize;

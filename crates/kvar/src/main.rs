@@ -9,6 +9,7 @@ mod block_arguments;
 mod blocks;
 mod config_command;
 mod connect;
+mod device_arguments;
 mod device_command;
 mod devices;
 mod failure;

@@ -19,7 +19,7 @@
 //! |---|---|
 //! | `going` | when and how does a device go? |
 //! | `asked` | what if an operator wants something? |
-//! | `leaving` | how do the blocks of a device that is retired get to the others? |
+//! | `leaving`, `moves` | how do the blocks of a device that is retired get to the others? |
 //! | `told` | what do threads and people hear? |
 //!
 //! What is absent: when a device counts as lost (`watch`), who owns which block (`routes`), how an
@@ -28,6 +28,7 @@
 mod asked;
 mod going;
 mod leaving;
+mod moves;
 mod told;
 
 use super::routes::Routes;
