@@ -1,21 +1,23 @@
-//! What is in memory: residents by id, their recency, and who may leave.
+//! What is in memory: residents by id, what they are worth, and who may leave.
 //!
 //! ```text
 //!   put ──> Dirty ── taken by a write ──> Writing ── recorded ──> Clean ── evicted ──> (flash only)
-//!             ▲                              │ failed
-//!             └──────────────────────────────┘
-//!   ephemeral put, or its flash copy was given up ──> Volatile ── evicted ──> gone
+//!    │        ▲                              │ failed                │ its segment is reclaimed
+//!    │        └──────────────────────────────┘                       v
+//!    └──> Held ── about to leave: worth a place on flash? ── yes ──> Dirty, with its prompt
+//!           ▲               └── no ──┐
+//!           └── used again ──────────┴──> Volatile ── evicted ──> gone
+//!   ephemeral put, or the device gave its copy up ──^
 //! ```
 //!
-//! Only Clean and Volatile residents stand in the order of recency; the others keep the number of
-//! their last touch and get their place when they become evictable. A Volatile one that is leased
-//! is the only copy there is, and stays until its lease ends; a Clean one may go, its bytes are
-//! safe on the device.
+//! Clean and Volatile residents leave first, the tail of the prompt that is worth least before
+//! others; a Held one is decided about while there is still room, and leaves undecided only when
+//! nothing else can. The only copy of a block that is leased stays until its lease ends.
 
 use crate::layout::{RecordHints, Section};
 use kvar_base::BlockId;
 use kvar_io::Shared;
-use kvar_policy::TailFirstLru;
+use kvar_policy::{BlockClass, Candidate, Keep, WorthOrder};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
@@ -25,6 +27,7 @@ pub(crate) enum State {
     Dirty,
     Writing,
     Clean,
+    Held,
     Volatile,
 }
 
@@ -41,8 +44,9 @@ pub(crate) struct Resident {
     pub(crate) ephemeral: bool,
     /// Arrival number of its last touch.
     pub(crate) arrival: u64,
-    /// Touches before it had an index entry to count them.
-    pub(crate) early_touches: u8,
+    /// What is known of its use, and when that was, in bytes of demand.
+    pub(crate) class: BlockClass,
+    pub(crate) used_at: u64,
     /// What its writer said.
     pub(crate) hints: RecordHints,
     /// Promised to somebody.
@@ -61,7 +65,7 @@ impl Resident {
     fn may_leave(&self) -> bool {
         match self.state {
             State::Clean => true,
-            State::Volatile => !self.leased,
+            State::Held | State::Volatile => !self.leased,
             State::Dirty | State::Writing => false,
         }
     }
@@ -70,24 +74,38 @@ impl Resident {
 /// All residents of a shard.
 pub(crate) struct Dram {
     residents: HashMap<BlockId, Resident>,
-    order: TailFirstLru<BlockId>,
+    /// Those that may leave at once, and those that are to be decided about.
+    leaving: WorthOrder<BlockId>,
+    held: WorthOrder<BlockId>,
     /// Those that expire, by when.
     expiring: BTreeSet<(u32, BlockId)>,
     /// Bytes of residents, tickets and reads under way, in whole pages.
     used_bytes: u64,
     /// Bytes of residents that may leave.
     evictable_bytes: u64,
+    /// Bytes of Held residents that may leave.
+    held_bytes: u64,
     limit_bytes: u64,
+}
+
+/// A resident that left.
+pub(crate) struct Gone {
+    pub(crate) id: BlockId,
+    pub(crate) state: State,
+    pub(crate) class: BlockClass,
+    pub(crate) ephemeral: bool,
 }
 
 impl Dram {
     pub(crate) fn new(limit_bytes: u64) -> Self {
         Self {
             residents: HashMap::new(),
-            order: TailFirstLru::new(),
+            leaving: WorthOrder::new(),
+            held: WorthOrder::new(),
             expiring: BTreeSet::new(),
             used_bytes: 0,
             evictable_bytes: 0,
+            held_bytes: 0,
             limit_bytes,
         }
     }
@@ -114,16 +132,31 @@ impl Dram {
         (self.limit_bytes / 4 * 3).max(block_bytes)
     }
 
+    /// Bytes that wait to be decided about.
+    pub(crate) fn held_bytes(&self) -> u64 {
+        self.held_bytes
+    }
+
+    /// The Held resident that is worth least.
+    pub(crate) fn least_held(&self, keep: &Keep) -> Option<Candidate<BlockId>> {
+        self.held.least(keep.reuse(), keep.demand_bytes())
+    }
+
+    /// The Held residents of a prompt, deepest first.
+    pub(crate) fn held_of(&self, arrival: u64) -> Vec<BlockId> {
+        self.held.of_request(arrival).collect()
+    }
+
     /// Sets bytes aside for a ticket or a read; evicts for it. `None`, and nothing evicted, when
     /// what cannot leave would come to more than `held_max`; otherwise what left.
-    pub(crate) fn reserve(&mut self, bytes: u64, held_max: u64) -> Option<Vec<(BlockId, State)>> {
+    pub(crate) fn reserve(&mut self, bytes: u64, held_max: u64, keep: &Keep) -> Option<Vec<Gone>> {
         let mut gone = Vec::new();
         let held_bytes = self.used_bytes - self.evictable_bytes + bytes;
         if held_bytes > held_max.min(self.limit_bytes) {
             return None;
         }
         while self.used_bytes + bytes > self.limit_bytes {
-            gone.push(self.evict()?);
+            gone.push(self.evict(keep)?);
         }
         self.used_bytes += bytes;
         Some(gone)
@@ -134,25 +167,59 @@ impl Dram {
         self.used_bytes -= bytes;
     }
 
-    /// Drops the coldest resident that may leave.
-    pub(crate) fn evict(&mut self) -> Option<(BlockId, State)> {
-        let id = self.order.pop_coldest()?;
-        let gone = self
-            .residents
-            .remove(&id)
-            .expect("what stands in the order is resident");
-        self.expiring.remove(&(gone.hints.expires_unix_s, id));
-        self.used_bytes -= gone.bytes();
-        self.evictable_bytes -= gone.bytes();
-        Some((id, gone.state))
+    /// Drops the resident that is the first to leave.
+    pub(crate) fn evict(&mut self, keep: &Keep) -> Option<Gone> {
+        let (reuse, now) = (keep.reuse(), keep.demand_bytes());
+        let least = self.leaving.least(reuse, now);
+        let least = least.or_else(|| self.held.least(reuse, now))?;
+        let id = least.key;
+        let resident = self.remove(&id)?;
+        Some(Gone {
+            id,
+            state: resident.state,
+            class: resident.class,
+            ephemeral: resident.ephemeral,
+        })
+    }
+
+    fn order_of(&mut self, state: State) -> Option<&mut WorthOrder<BlockId>> {
+        match state {
+            State::Clean | State::Volatile => Some(&mut self.leaving),
+            State::Held => Some(&mut self.held),
+            State::Dirty | State::Writing => None,
+        }
+    }
+
+    /// Gives a resident its place among those that may leave, if it is one.
+    fn enter(&mut self, id: &BlockId) {
+        let Some(resident) = self.residents.get(id).filter(|one| one.may_leave()) else {
+            return;
+        };
+        let (state, bytes) = (resident.state, resident.bytes());
+        let (arrival, depth) = (resident.arrival, resident.depth);
+        let (class, used_at) = (resident.class, resident.used_at);
+        self.evictable_bytes += bytes;
+        self.held_bytes += if state == State::Held { bytes } else { 0 };
+        if let Some(order) = self.order_of(state) {
+            order.touch(*id, arrival, depth, class, used_at);
+        }
+    }
+
+    /// Takes that place away.
+    fn leave(&mut self, id: &BlockId) {
+        let Some(resident) = self.residents.get(id).filter(|one| one.may_leave()) else {
+            return;
+        };
+        let (state, bytes) = (resident.state, resident.bytes());
+        self.evictable_bytes -= bytes;
+        self.held_bytes -= if state == State::Held { bytes } else { 0 };
+        if let Some(order) = self.order_of(state) {
+            order.remove(id);
+        }
     }
 
     /// Adds a resident whose bytes are reserved already.
     pub(crate) fn insert(&mut self, id: BlockId, resident: Resident) {
-        if resident.may_leave() {
-            self.order.touch(id, resident.arrival, resident.depth);
-            self.evictable_bytes += resident.bytes();
-        }
         if resident.hints.expires_unix_s != 0 {
             self.expiring.insert((resident.hints.expires_unix_s, id));
         }
@@ -161,16 +228,14 @@ impl Dram {
             before.is_none(),
             "a resident is replaced only after it was removed"
         );
+        self.enter(&id);
     }
 
     pub(crate) fn remove(&mut self, id: &BlockId) -> Option<Resident> {
+        self.leave(id);
         let gone = self.residents.remove(id)?;
-        self.order.remove(id);
         self.expiring.remove(&(gone.hints.expires_unix_s, *id));
         self.used_bytes -= gone.bytes();
-        if gone.may_leave() {
-            self.evictable_bytes -= gone.bytes();
-        }
         Some(gone)
     }
 
@@ -184,33 +249,32 @@ impl Dram {
     }
 
     fn change(&mut self, id: &BlockId, change: impl FnOnce(&mut Resident)) {
-        let Some(resident) = self.residents.get_mut(id) else {
-            return;
-        };
-        if resident.may_leave() {
-            self.evictable_bytes -= resident.bytes();
+        self.leave(id);
+        if let Some(resident) = self.residents.get_mut(id) {
+            change(resident);
         }
-        change(resident);
-        if resident.may_leave() {
-            self.evictable_bytes += resident.bytes();
-            self.order.touch(*id, resident.arrival, resident.depth);
-        } else {
-            self.order.remove(id);
-        }
+        self.enter(id);
     }
 
-    /// Marks a resident as used; `counts` when this is not the same use as the one before.
-    pub(crate) fn touch(&mut self, id: &BlockId, arrival: u64, depth: u32, counts: bool) {
-        let Some(resident) = self.residents.get_mut(id) else {
-            return;
-        };
-        resident.arrival = arrival;
-        resident.depth = depth;
-        let touches = resident.early_touches.saturating_add(u8::from(counts));
-        resident.early_touches = touches.max(1);
-        if resident.may_leave() {
-            self.order.touch(*id, arrival, depth);
-        }
+    /// A resident was used, by a request with this arrival number. One that was not worth a place
+    /// on flash is asked about again.
+    pub(crate) fn touch(
+        &mut self,
+        id: &BlockId,
+        arrival: u64,
+        depth: u32,
+        class: BlockClass,
+        used_at: u64,
+    ) {
+        self.change(id, |resident| {
+            resident.arrival = arrival;
+            resident.depth = depth;
+            resident.class = class;
+            resident.used_at = used_at;
+            if resident.state == State::Volatile && !resident.ephemeral {
+                resident.state = State::Held;
+            }
+        });
     }
 
     /// Residents that expired before a second of wall time, the longest ago first.

@@ -27,6 +27,14 @@ pub fn arena_bytes(config: &EngineConfig, superblock: &Superblock) -> usize {
     config.dram_bytes as usize + RESERVE_BYTES + MOVING_BYTES + 2 * largest
 }
 
+/// What a shard's memory stays under: arena, index, and what is remembered of the worth of blocks.
+#[must_use]
+pub fn memory_bytes(config: &EngineConfig, superblock: &Superblock) -> u64 {
+    let index = superblock.buckets * crate::index::BUCKET_BYTES as u64;
+    let worth = kvar_policy::Keep::memory_bytes(crate::shard::known_blocks(superblock));
+    arena_bytes(config, superblock) as u64 + index + worth
+}
+
 /// A shard as it was found on its device. Can be handed to the thread that will drive it.
 pub struct Loaded {
     shard: Shard,

@@ -1,10 +1,11 @@
 //! Where blocks lie on the device: a table in RAM without keys, 64 bytes for 3 entries.
 //!
 //! ```text
-//! bucket  = 3 x check64 | 3 x word | 3 x tail | 4 spare          64 bytes, one cache line
+//! bucket  = 3 x check64 | 3 x word | 3 x tail | lengths          64 bytes, one cache line
 //! word    = position 30 (pages from the shard's first segment; 0 = empty) | tag 30
 //!           | touched 1 | frequency 2 | sectioned 1
 //! tail    = length 24 (exact bytes - 1, or pages of a sectioned block) | stamp 8
+//! lengths = 3 x 3 bits: the logarithm of the blocks of the request that used it last
 //! ```
 //!
 //! An id has two buckets; the second is found from the first and the tag, so that an entry can
@@ -16,6 +17,7 @@ use crate::layout::SLOTS_PER_BUCKET;
 use crate::snapshot::Snapshot;
 use crate::table::Table;
 use kvar_base::BlockId;
+use kvar_policy::BlockClass;
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_seed};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -27,6 +29,8 @@ const TAG_MASK: u64 = (1 << TAG_BITS) - 1;
 const TOUCHED: u64 = 1 << 60;
 const FREQUENCY_SHIFT: u32 = 61;
 const SECTIONED: u64 = 1 << 63;
+const LENGTH_BITS: usize = 3;
+const LENGTH_MASK: u32 = (1 << LENGTH_BITS) - 1;
 
 #[derive(
     Clone, Copy, Default, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -36,7 +40,19 @@ struct Bucket {
     check: [u64; SLOTS],
     word: [u64; SLOTS],
     tail: [u32; SLOTS],
-    spare: u32,
+    lengths: u32,
+}
+
+impl Bucket {
+    fn length(&self, slot: usize) -> u8 {
+        (self.lengths >> (slot * LENGTH_BITS) & LENGTH_MASK) as u8
+    }
+
+    fn set_length(&mut self, slot: usize, length: u8) {
+        let shift = slot * LENGTH_BITS;
+        let length = (u32::from(length) & LENGTH_MASK) << shift;
+        self.lengths = self.lengths & !(LENGTH_MASK << shift) | length;
+    }
 }
 
 const _: () = assert!(size_of::<Bucket>() == 64);
@@ -60,10 +76,20 @@ pub struct Entry {
     pub sectioned: bool,
     /// Read or put again since it was last written.
     pub touched: bool,
-    /// How often, 0..=3.
+    /// Uses before the last one, 0..=3.
     pub frequency: u8,
+    /// Logarithm of the blocks of the request that used it last, 0..=7.
+    pub length: u8,
     /// Coarse moment of the last touch.
     pub stamp: u8,
+}
+
+impl Entry {
+    /// What is known of its use.
+    #[must_use]
+    pub fn class(&self) -> BlockClass {
+        BlockClass::from_parts(self.frequency, self.length)
+    }
 }
 
 /// A place in the table; good until the next insert or remove.
@@ -73,8 +99,8 @@ pub struct SlotRef {
     pub(crate) slot: usize,
 }
 
-/// What lies in a slot: check, word, tail.
-pub(crate) type RawSlot = (u64, u64, u32);
+/// What lies in a slot: check, word, tail, length of the request.
+pub(crate) type RawSlot = (u64, u64, u32, u8);
 
 /// What an insert had to give up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -238,6 +264,7 @@ impl Index {
             sectioned,
             touched: word & TOUCHED != 0,
             frequency: (word >> FREQUENCY_SHIFT & 3) as u8,
+            length: bucket.length(at.slot),
             stamp: tail as u8,
         }
     }
@@ -256,6 +283,7 @@ impl Index {
             | u64::from(entry.frequency.min(3)) << FREQUENCY_SHIFT
             | if entry.sectioned { SECTIONED } else { 0 };
         bucket.tail[at.slot] = raw_len << 8 | u32::from(entry.stamp);
+        bucket.set_length(at.slot, entry.length);
     }
 
     /// Adds or moves the entry of an id. `age` tells how old a stamp is; it is asked only when the
@@ -343,6 +371,7 @@ impl Index {
             bucket.check[at.slot],
             bucket.word[at.slot],
             bucket.tail[at.slot],
+            bucket.length(at.slot),
         )
     }
 
@@ -384,19 +413,33 @@ impl Index {
         self.buckets[at.bucket].word[at.slot] = 0;
         self.buckets[at.bucket].check[at.slot] = 0;
         self.buckets[at.bucket].tail[at.slot] = 0;
+        self.buckets[at.bucket].set_length(at.slot, 0);
         self.entries -= 1;
     }
 
-    /// Marks an entry as used now; `counts` when this is not the same use as the one before.
-    pub fn touch(&mut self, at: SlotRef, stamp: u8, counts: bool) {
+    /// An entry was used now, and is of this class since.
+    pub fn touch(&mut self, at: SlotRef, stamp: u8, class: BlockClass) {
         let bucket = &mut self.buckets[at.bucket];
         let word = &mut bucket.word[at.slot];
-        let known = *word >> FREQUENCY_SHIFT & 3;
-        // Touched at all is touched once.
-        let frequency = (known + u64::from(counts)).clamp(1, 3);
+        let frequency = u64::from(class.uses().min(3));
         *word = (*word | TOUCHED) & !(3 << FREQUENCY_SHIFT) | frequency << FREQUENCY_SHIFT;
         let tail = &mut bucket.tail[at.slot];
         *tail = *tail & !0xff | u32::from(stamp);
+        bucket.set_length(at.slot, class.length());
+    }
+
+    /// Looks at the stamps of some buckets; `change` says what to write in place of one. Cost: the
+    /// cache lines of these buckets.
+    pub fn sweep(&mut self, buckets: std::ops::Range<usize>, change: impl Fn(u8) -> Option<u8>) {
+        for number in buckets.start..buckets.end.min(self.buckets.len()) {
+            let bucket = &mut self.buckets[number];
+            for slot in 0..SLOTS {
+                let is_used = bucket.word[slot] & POSITION_MASK != 0;
+                if let Some(stamp) = change(bucket.tail[slot] as u8).filter(|_| is_used) {
+                    bucket.tail[slot] = bucket.tail[slot] & !0xff | u32::from(stamp);
+                }
+            }
+        }
     }
 
     /// Forgets everything.
@@ -442,7 +485,10 @@ impl Index {
                     bucket: number,
                     slot,
                 }) {
-                    (bucket.check[slot], bucket.word[slot], bucket.tail[slot]) = instead;
+                    let (check, word, tail, length) = instead;
+                    (bucket.check[slot], bucket.word[slot]) = (check, word);
+                    bucket.tail[slot] = tail;
+                    bucket.set_length(slot, length);
                 }
             }
             snapshot.taken = number + 1;
@@ -463,6 +509,7 @@ impl Index {
             out[24 + slot * 8..][..8].copy_from_slice(&bucket.word[slot].to_le_bytes());
             out[48 + slot * 4..][..4].copy_from_slice(&bucket.tail[slot].to_le_bytes());
         }
+        out[60..].copy_from_slice(&bucket.lengths.to_le_bytes());
         out
     }
 
@@ -477,6 +524,7 @@ impl Index {
             fresh.tail[slot] =
                 u32::from_le_bytes(bytes[48 + slot * 4..][..4].try_into().expect("four bytes"));
         }
+        fresh.lengths = u32::from_le_bytes(bytes[60..].try_into().expect("four bytes"));
         let used = |bucket: &Bucket| {
             bucket
                 .word

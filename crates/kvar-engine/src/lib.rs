@@ -52,9 +52,10 @@ mod survey;
 mod table;
 
 pub use check::{CheckReport, Damage, InspectReport, SegmentReport, check, inspect};
-pub use engine::{Engine, Loaded, arena_bytes};
+pub use engine::{Engine, Loaded, arena_bytes, memory_bytes};
 pub use format::{FormatOptions, OpenError, format, read_superblock};
 pub use index::{Entry, Index, Inserted};
+pub use kvar_policy::WriteRates;
 pub use layout::{FormatError, Superblock};
 pub use leases::{LEASE_DEFAULT, LEASE_MAX};
 pub use recovery::RecoveryReport;

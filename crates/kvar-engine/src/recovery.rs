@@ -131,7 +131,7 @@ pub(crate) fn recover(
                 .is_some_and(|now| Some(now.generation) == then)
                 || is_disabled(Check::CheckpointGeneration)
         });
-        shard.appended_bytes = checkpoint.head.appended_bytes.get();
+        shard.keep.resume(checkpoint.head.demand_bytes.get());
         shard.next_sequence = checkpoint.head.next_sequence.get().max(1);
     }
     let mut empty = replay(device, shard, &used, checkpoint.as_ref(), &mut report)?;
@@ -249,7 +249,7 @@ fn load_area(
         && bucket == shard.index.bucket_count()
         && head.replay_from.get() <= head.next_sequence.get()
         && head.next_sequence.get() < NUMBERS_END
-        && head.appended_bytes.get() < NUMBERS_END;
+        && head.demand_bytes.get() < NUMBERS_END;
     let (segments, _) =
         <[SegmentState]>::ref_from_prefix_with_elems(rest, shard.segments.all.len()).ok()?;
     agrees.then(|| Checkpoint {
@@ -477,9 +477,10 @@ fn apply_below(
                     sectioned: record.is_sectioned(),
                     touched: false,
                     frequency: 0,
+                    length: 0,
                     stamp: shard.current_stamp(),
                 };
-                shard.appended_bytes += page_round_up(u64::from(len));
+                shard.keep.demanded(page_round_up(u64::from(len)));
                 let age = shard.age_now();
                 let inserted = shard.index.insert(&record.id(), &entry, age);
                 report.bucket_evicted += u64::from(matches!(inserted, Inserted::Evicted(_)));

@@ -31,6 +31,8 @@ pub(crate) struct Segment {
     pub(crate) phase: SegmentPhase,
     pub(crate) generation: u32,
     pub(crate) opened_sequence: u64,
+    /// When it was opened, in bytes of demand.
+    pub(crate) opened_at: u64,
     /// Device reads under way in it; it is not written again before they are over.
     pub(crate) readers: u32,
 }
@@ -240,6 +242,7 @@ impl Segments {
             phase: SegmentPhase::Free,
             generation: 0,
             opened_sequence: 0,
+            opened_at: 0,
             readers: 0,
         };
         Self {

@@ -19,7 +19,7 @@
 use crate::index::{RawSlot, SlotRef};
 use std::collections::HashMap;
 
-const EMPTY: RawSlot = (0, 0, 0);
+const EMPTY: RawSlot = (0, 0, 0, 0);
 
 /// A snapshot under way.
 #[derive(Default)]

@@ -92,6 +92,51 @@ impl DataPath {
     }
 }
 
+/// So many bytes written a day, for one device.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum WriteRate {
+    /// Without end.
+    Unlimited,
+    /// Bytes a day.
+    Bytes(u64),
+    /// So often the whole device.
+    Drives(f64),
+}
+
+impl WriteRate {
+    /// Bytes a day on a device of this size; `None` is without end.
+    #[must_use]
+    pub fn bytes_per_day(self, device_bytes: u64) -> Option<u64> {
+        match self {
+            Self::Unlimited => None,
+            Self::Bytes(bytes) => Some(bytes),
+            Self::Drives(drives) => Some((drives * device_bytes as f64) as u64),
+        }
+    }
+}
+
+impl std::str::FromStr for WriteRate {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "unlimited" {
+            return Ok(Self::Unlimited);
+        }
+        let drives = text
+            .strip_suffix('x')
+            .and_then(|text| text.trim().parse::<f64>().ok());
+        if let Some(drives) = drives.filter(|drives| (0.0..=10_000.0).contains(drives)) {
+            return Ok(Self::Drives(drives));
+        }
+        let bytes = text.parse::<ByteSize>().map(|size| Self::Bytes(size.0));
+        bytes.map_err(|_| {
+            format!(
+                "{text:?} is no rate of writes: write unlimited, a size a day such as 500GB, or drive \
+                 writes a day such as 1x"
+            )
+        })
+    }
+}
+
 /// The settings of one node. [`Config::default`] runs on a laptop.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -119,6 +164,12 @@ pub struct Config {
     pub expected_block_bytes: ByteSize,
     /// Bytes a second that each shard verifies in the background; 0 is off.
     pub scrub: ByteSize,
+    /// What each device is written a day without asking what it is good for.
+    pub flash_write_budget: WriteRate,
+    /// What each device is never written more than, a day.
+    pub flash_write_limit: WriteRate,
+    /// How often each device may be written over in its life, by its maker.
+    pub flash_endurance: u64,
     /// Whether block devices are told what is free.
     pub discard: bool,
     /// What moves bytes between memory and device.
@@ -189,6 +240,9 @@ impl Default for Config {
             shutdown_flush: Duration::ZERO,
             expected_block_bytes: ByteSize(0),
             scrub: ByteSize(0),
+            flash_write_budget: WriteRate::Unlimited,
+            flash_write_limit: WriteRate::Unlimited,
+            flash_endurance: 0,
             discard: false,
             io_engine: IoEngine::Auto,
             spin_us: 0,

@@ -29,7 +29,7 @@ struct Page {
 type Labels = Vec<(&'static str, String)>;
 
 /// What is said of each device.
-const DEVICE_GAUGES: [(&str, &str); 4] = [
+const DEVICE_GAUGES: [(&str, &str); 7] = [
     ("kvar_device_online", "1 while the device is in service"),
     (
         "kvar_device_in_doubt",
@@ -40,6 +40,19 @@ const DEVICE_GAUGES: [(&str, &str); 4] = [
         "Share of new blocks that the device gets",
     ),
     ("kvar_device_blocks", "Blocks on the device"),
+    (
+        "kvar_device_drive_writes_per_day",
+        "How often the whole device is written a day, since the start; 0 in the first minute",
+    ),
+    (
+        "kvar_device_endurance_years",
+        "Years until the device has been written as often as flash_endurance says, at that rate; \
+         +Inf while nothing is written",
+    ),
+    (
+        "kvar_device_write_budget_left",
+        "Bytes of the write budget that are left, negative in debt; +Inf without a budget",
+    ),
 ];
 
 /// A counter by a word.
@@ -261,6 +274,25 @@ fn collect(report: &NodeReport<'_>) -> Page {
                 "Blocks on devices that have a time to live",
                 None,
                 total(|engine| engine.expiring_blocks),
+            ),
+            (
+                "kvar_dram_held",
+                "Bytes in memory alone that wait to be decided about: written when they leave, if \
+                 worth a place",
+                bytes(),
+                report.held_bytes as f64,
+            ),
+            (
+                "kvar_keep_threshold",
+                "What a place on the device must be worth, in the mean of the shards: a chance to be \
+                 used before it is reclaimed",
+                None,
+                report
+                    .shards
+                    .iter()
+                    .map(|shard| shard.engine.keep_threshold)
+                    .sum::<f64>()
+                    / report.shards.len().max(1) as f64,
             ),
             (
                 "kvar_memory_bound",
@@ -488,12 +520,34 @@ fn collect(report: &NodeReport<'_>) -> Page {
                 ],
             },
             Labelled {
+                name: "kvar_admissions",
+                help: "Blocks written to a device, by reason, and those that were not: worth no place, or \
+                       the limit of writes was reached",
+                label: "reason",
+                counts: vec![
+                    ("asked".to_owned(), sum(|c| c.admitted_asked)),
+                    ("budget".to_owned(), sum(|c| c.admitted_budget)),
+                    ("worth".to_owned(), sum(|c| c.admitted_worth)),
+                    ("chain".to_owned(), sum(|c| c.admitted_chain)),
+                    ("kept".to_owned(), sum(|c| c.reclaim_kept)),
+                    ("not_worth".to_owned(), sum(|c| c.not_admitted)),
+                    ("not_limit".to_owned(), sum(|c| c.not_admitted_limit)),
+                ],
+            },
+            Labelled {
                 name: "kvar_evictions",
-                help: "Blocks that left a tier, by cause; dram_clean ones are still on the device",
+                help: "Blocks that left a tier, by cause; dram_clean ones are still on the device, to_memory ones \
+                       in memory",
                 label: "cause",
                 counts: vec![
                     ("dram_clean".to_owned(), sum(|c| c.dram_evicted_clean)),
-                    ("dram_gone".to_owned(), sum(|c| c.dram_evicted_gone)),
+                    (
+                        "dram_gone".to_owned(),
+                        sum(|c| c.dram_evicted_gone - c.evicted_ephemeral - c.evicted_undecided),
+                    ),
+                    ("dram_ephemeral".to_owned(), sum(|c| c.evicted_ephemeral)),
+                    ("dram_undecided".to_owned(), sum(|c| c.evicted_undecided)),
+                    ("to_memory".to_owned(), sum(|c| c.reclaim_to_memory)),
                     ("reclaim".to_owned(), sum(|c| c.reclaim_dropped)),
                     ("bucket".to_owned(), sum(|c| c.bucket_evicted)),
                     ("expired".to_owned(), sum(|c| c.expired)),
@@ -526,6 +580,9 @@ fn collect(report: &NodeReport<'_>) -> Page {
                     is(has_trouble),
                     it.device.share,
                     it.blocks as f64,
+                    it.drive_writes_per_day.unwrap_or(0.0),
+                    it.endurance_years.unwrap_or(f64::INFINITY),
+                    it.write_budget_left_bytes.unwrap_or(f64::INFINITY),
                 ];
                 (labels, values)
             })

@@ -230,6 +230,7 @@ impl Node {
             format_version: first.superblock.format_version,
             dram_bytes: config.dram.0,
             link_bytes_max: LINK_BYTES,
+            flash_endurance: config.flash_endurance,
             notes: std::mem::take(&mut storage.notes),
         });
         let block_bytes_max = u32::try_from(block_bytes_max).unwrap_or(u32::MAX);

@@ -74,6 +74,8 @@ pub struct NodeFacts {
     pub dram_bytes: u64,
     /// What each open link may add to that.
     pub link_bytes_max: u64,
+    /// How often a device may be written over in its life.
+    pub flash_endurance: u64,
     /// What an operator should know about the data file.
     pub notes: Vec<String>,
 }
@@ -117,6 +119,8 @@ pub struct NodeReport<'a> {
     pub dram_blocks: u64,
     /// Bytes of blocks in memory.
     pub dram_used_bytes: u64,
+    /// Bytes in memory alone that wait to be decided about.
+    pub held_bytes: u64,
     /// Blocks on the device.
     pub flash_blocks: u64,
     /// Payload bytes the device's segments hold when full.
@@ -151,7 +155,8 @@ impl<'a> NodeReport<'a> {
         shards.sort_by_key(|shard| (shard.device, shard.engine.shard));
         let memory_bytes_max = crate::node::MEMORY_BASE_BYTES + view.memory_bytes;
         let devices = view.devices.iter().cloned();
-        let devices = devices.map(|device| DeviceReport::new(device, &shards));
+        let devices = devices
+            .map(|device| DeviceReport::new(device, &shards, uptime_s, facts.flash_endurance));
         let devices = devices.collect();
         let engines = || shards.iter().map(|shard| &shard.engine);
         let oldest_us = engines()
@@ -160,8 +165,7 @@ impl<'a> NodeReport<'a> {
             .unwrap_or(0);
         let (mut written, mut payload) = (0, 0);
         for counters in engines().map(|engine| &engine.counters) {
-            written +=
-                counters.block_write_bytes + counters.moved_write_bytes + counters.meta_write_bytes;
+            written += counters.written_bytes();
             payload += counters.payload_written_bytes;
         }
         Self {
@@ -180,6 +184,7 @@ impl<'a> NodeReport<'a> {
             write_amplification: (payload > 0).then(|| written as f64 / payload as f64),
             dram_blocks: engines().map(|engine| engine.dram_blocks).sum(),
             dram_used_bytes: engines().map(|engine| engine.dram_bytes).sum(),
+            held_bytes: engines().map(|engine| engine.held_bytes).sum(),
             flash_blocks: engines().map(|engine| engine.flash_blocks).sum(),
             flash_bytes_max: engines().map(|engine| engine.flash_bytes_max).sum(),
             recovery: shards

@@ -83,11 +83,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         model: Model::Engine,
         ..blocks
     };
-    print_row("recently used (0002)", &replay_offline(&trace, &engine)?);
-    let learned = OfflineOptions {
-        policy: Policy::Learned,
-        ..engine
+    let recent = OfflineOptions {
+        policy: Policy::Recent,
+        ..engine.clone()
     };
+    print_row("recently used (0002)", &replay_offline(&trace, &recent)?);
+    let learned = engine;
     let all = OfflineOptions {
         admit: Admit::All,
         ..learned.clone()

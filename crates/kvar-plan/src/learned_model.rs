@@ -21,12 +21,9 @@
 
 use crate::engine_model::FlashShape;
 use crate::offline::{Admit, Store, Writes};
-use kvar_policy::{Asking, BlockClass, FlashKeeper, GhostList, ReuseModel, WorthOrder};
+use kvar_policy::{Asking, BlockClass, Keep, StoreShape, WorthOrder};
 use std::cmp::Reverse;
 use std::collections::{HashSet, VecDeque};
-
-/// Uses a class tells apart; more are counted as so many.
-const USES_MAX: u8 = 3;
 
 #[derive(Clone, Copy)]
 struct Block {
@@ -65,12 +62,8 @@ pub(crate) struct LearnedModel {
     written: HashSet<u64>,
     segments: VecDeque<Segment>,
     oldest: u64,
-    /// Bytes asked for and put so far.
-    demand: u64,
     looked_up: usize,
-    reuse: ReuseModel,
-    ghosts: GhostList,
-    keeper: FlashKeeper,
+    keep: Keep,
     writes: Writes,
 }
 
@@ -99,15 +92,13 @@ impl LearnedModel {
                 blocks: Vec::new(),
             }]),
             oldest: 0,
-            demand: 0,
             looked_up: 0,
-            reuse: ReuseModel::new(capacity_blocks.saturating_mul(shape.block_bytes)),
-            ghosts: GhostList::new(
-                capacity_blocks
-                    .min(distinct)
-                    .saturating_mul(GhostList::ENTRIES_PER_BLOCK),
-            ),
-            keeper: FlashKeeper::new(shape.segments, shape.payload_bytes()),
+            keep: Keep::new(&StoreShape {
+                capacity_bytes: capacity_blocks.saturating_mul(shape.block_bytes),
+                segments: shape.segments,
+                segment_bytes: shape.payload_bytes(),
+                blocks: capacity_blocks.min(distinct),
+            }),
             writes: Writes::default(),
         }
     }
@@ -127,15 +118,10 @@ impl LearnedModel {
     /// A request of so many blocks uses this one: found it, or puts it.
     fn use_block(&mut self, number: u32, request: u64, depth: u32, length: usize, found: bool) {
         let before = *self.block(number);
-        let known = if before.is_here() {
-            Some(before.class.uses())
-        } else {
-            self.ghosts.take(u64::from(number))
-        };
-        let uses = known.map_or(0, |uses| (uses + 1).min(USES_MAX));
-        let class = BlockClass::new(uses, u32::try_from(length).unwrap_or(u32::MAX));
-        let demand = self.demand;
-        self.reuse.observe(u64::from(number), class, demand);
+        let known = before.is_here().then_some(before.class);
+        let length = u32::try_from(length).unwrap_or(u32::MAX);
+        let class = self.keep.used(u64::from(number), known, length);
+        let demand = self.keep.demand_bytes();
         // What is found on flash is read into DRAM; a put of something there is no read.
         let in_dram = before.in_dram || found || before.segment == NOWHERE;
         self.blocks[number as usize] = Block {
@@ -156,40 +142,39 @@ impl LearnedModel {
         let block = self.block(number);
         Asking {
             class: block.class,
-            age: self.demand - block.used_at,
+            age: self.keep.demand_bytes() - block.used_at,
             depth: block.depth,
         }
     }
 
     /// A block that is neither in DRAM nor on flash any more.
     fn gone(&mut self, number: u32) {
-        let uses = self.block(number).class.uses();
-        self.ghosts.insert(u64::from(number), uses);
+        let class = self.block(number).class;
+        self.keep.let_go(u64::from(number), class);
     }
 
     fn set_turnover(&mut self) {
-        let oldest = self.segments.front();
-        let opened_at = oldest.map_or(self.demand, |segment| segment.opened_at);
-        self.keeper.set_turnover(self.demand - opened_at);
+        if let Some(oldest) = self.segments.front() {
+            self.keep.set_oldest(oldest.opened_at);
+        }
     }
 
     /// DRAM lets go until it holds what it may.
     fn shrink_dram(&mut self) {
         while (self.unwritten.len() + self.copies.len()) as u64 > self.dram_blocks {
-            if let Some(copy) = self.copies.least(&self.reuse, self.demand) {
-                self.copies.remove(&copy.key);
+            let (reuse, now) = (self.keep.reuse(), self.keep.demand_bytes());
+            if let Some(copy) = self.copies.pop_least(reuse, now) {
                 self.blocks[copy.key as usize].in_dram = false;
                 continue;
             }
-            let Some(least) = self.unwritten.least(&self.reuse, self.demand) else {
+            let Some(least) = self.unwritten.pop_least(reuse, now) else {
                 return;
             };
-            self.unwritten.remove(&least.key);
             self.blocks[least.key as usize].in_dram = false;
             self.set_turnover();
             let asking = self.asking(least.key);
             let is_chain = self.written.contains(&least.request);
-            if is_chain || self.keeper.is_worth(&self.reuse, &asking, self.demand) {
+            if is_chain || self.keep.is_worth(&asking) {
                 self.written.insert(least.request);
                 let rest: Vec<u32> = self.unwritten.of_request(least.request).collect();
                 self.append(least.key);
@@ -223,7 +208,7 @@ impl LearnedModel {
     fn append(&mut self, number: u32) {
         while self.open_is_full() {
             self.segments.push_back(Segment {
-                opened_at: self.demand,
+                opened_at: self.keep.demand_bytes(),
                 blocks: Vec::new(),
             });
             if self.segments.len() as u64 > self.shape.segments {
@@ -273,21 +258,21 @@ impl LearnedModel {
                 self.unwritten.touch(block, request, depth, class, used_at);
                 continue;
             }
-            let worth = self.keeper.worth(&self.reuse, &self.asking(block));
+            let worth = self.keep.worth(&self.asking(block));
             live.push((worth, Reverse(depth), Reverse(block)));
         }
         live.sort_by(|a, b| b.0.total_cmp(&a.0).then((b.1, b.2).cmp(&(a.1, a.2))));
-        self.keeper.begin_reclaim();
+        self.keep.keeper_mut().begin_reclaim();
         for (worth, _, Reverse(block)) in live {
             // A reclaim that frees nothing would never end, as where a block fills a segment.
-            if !self.open_is_full() && self.keeper.keeps(worth, self.shape.block_bytes) {
+            if !self.open_is_full() && self.keep.keeper_mut().keeps(worth, self.shape.block_bytes) {
                 self.writes.again += 1;
                 self.place(block);
             } else {
                 self.gone(block);
             }
         }
-        self.keeper.end_reclaim(self.demand);
+        self.keep.end_reclaim();
     }
 }
 
@@ -310,7 +295,8 @@ impl Store for LearnedModel {
             self.use_block(*block, request, depth, length, false);
         }
         let used = (depth + blocks.len()) as u64;
-        self.demand += used.saturating_mul(self.shape.block_bytes);
+        self.keep
+            .demanded(used.saturating_mul(self.shape.block_bytes));
         if self.admit == Admit::All {
             blocks.iter().for_each(|block| self.write_resident(*block));
         }

@@ -35,12 +35,13 @@ pub enum Model {
 /// Who decides what stays.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Policy {
-    /// What a node runs: for unit blocks LRU with tails first, for the engine the same in DRAM and
-    /// what was used recently on flash.
+    /// What a node runs: for unit blocks LRU with tails first, for the engine worth learned from
+    /// what comes back.
     #[default]
     Production,
-    /// The engine with worth learned from what comes back.
-    Learned,
+    /// The engine with LRU with tails first in DRAM and what was used recently on flash: what worth
+    /// is measured against.
+    Recent,
     /// Who knows the future (unit blocks): the bound of all policies.
     Optimum,
 }
@@ -124,7 +125,7 @@ pub struct OfflineOptions {
     pub block_bytes: u64,
     /// Who decides.
     pub policy: Policy,
-    /// With [`Policy::Learned`]: when a block is written.
+    /// Engine model, production: when a block is written.
     pub admit: Admit,
     /// The share (0 to below 1) of the requests that warm the store up and are not counted.
     pub warmup_share: f64,
@@ -165,7 +166,7 @@ pub enum OfflineError {
     /// A policy that this model cannot run.
     #[error(
         "the policy {policy} is for --model {model}: the optimum is a bound for unit blocks, and \
-         the learned policy decides about DRAM and flash"
+         recent is for flash"
     )]
     PolicyModel {
         /// As the command line spells it.
@@ -249,7 +250,7 @@ pub fn replay_offline_with<P: ReclaimPolicy>(
         return Err(OfflineError::WarmupShare(options.warmup_share));
     }
     let wrong = match (options.policy, options.model) {
-        (Policy::Learned, Model::Blocks) => Some(("learned", "engine")),
+        (Policy::Recent, Model::Blocks) => Some(("recent", "engine")),
         (Policy::Optimum, Model::Engine) => Some(("optimum", "blocks")),
         _ => None,
     };
@@ -268,13 +269,13 @@ pub fn replay_offline_with<P: ReclaimPolicy>(
                 numbered.replay(&mut numbered.optimum(capacity_blocks))
             }
             (Model::Blocks, _) => numbered.replay(&mut UnitBlocks::new(capacity_blocks)),
-            (Model::Engine, Policy::Learned) => {
-                let admit = options.admit;
-                numbered.replay(&mut LearnedModel::new(distinct, dram_blocks, shape, admit))
-            }
-            (Model::Engine, _) => {
+            (Model::Engine, Policy::Recent) => {
                 let policy = policy();
                 numbered.replay(&mut EngineModel::new(distinct, dram_blocks, shape, policy))
+            }
+            (Model::Engine, _) => {
+                let admit = options.admit;
+                numbered.replay(&mut LearnedModel::new(distinct, dram_blocks, shape, admit))
             }
         };
         OfflineRow {
@@ -399,6 +400,9 @@ impl<'a> Numbered<'a> {
             .zip(self.ranges.clone())
             .enumerate()
         {
+            if number == self.warmup_requests {
+                tally.writes = store.writes();
+            }
             let blocks = &self.blocks[range];
             let hits = store.lookup(&blocks[..request.lookup_blocks], number as u64);
             store.put(&blocks[hits..], hits, number as u64);
@@ -410,7 +414,11 @@ impl<'a> Numbered<'a> {
             tally.hit_tokens += request.hit_tokens(hits, self.trace.block_tokens);
             tally.input_tokens = tally.input_tokens.saturating_add(request.input_length);
         }
-        tally.writes = store.writes();
+        let (warm, all) = (tally.writes, store.writes());
+        tally.writes = Writes {
+            put: all.put - warm.put,
+            again: all.again - warm.again,
+        };
         tally
     }
 }

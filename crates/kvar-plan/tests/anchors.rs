@@ -49,9 +49,10 @@ fn unit_blocks_reach_the_published_hit_rates() {
 }
 
 #[test]
-fn the_engine_comes_close_to_exact_lru() {
+fn what_was_used_recently_comes_close_to_exact_lru() {
     let options = OfflineOptions {
         model: Model::Engine,
+        policy: Policy::Recent,
         capacities: [5.0, 10.0, 20.0, 50.0].map(Capacity::Percent).to_vec(),
         dram_share: 0.0,
         ..OfflineOptions::default()
@@ -71,6 +72,7 @@ fn the_engine_comes_close_to_exact_lru() {
 fn rewriting_earns_its_wear() {
     let options = OfflineOptions {
         model: Model::Engine,
+        policy: Policy::Recent,
         capacities: [10.0, 20.0].map(Capacity::Percent).to_vec(),
         ..OfflineOptions::default()
     };
@@ -108,7 +110,6 @@ fn the_optimum_reaches_the_published_hit_rates() {
 fn learned_worth_beats_exact_lru_where_room_is_short() {
     let options = OfflineOptions {
         model: Model::Engine,
-        policy: Policy::Learned,
         capacities: [2.0, 5.0, 20.0].map(Capacity::Percent).to_vec(),
         ..OfflineOptions::default()
     };

@@ -92,7 +92,7 @@ fn options_that_mean_nothing_are_refused() {
     }
     for (policy, model) in [
         (Policy::Optimum, Model::Engine),
-        (Policy::Learned, Model::Blocks),
+        (Policy::Recent, Model::Blocks),
     ] {
         let wrong = OfflineOptions {
             policy,
@@ -145,11 +145,15 @@ proptest! {
             .map(|(chat, length)| (0..length).map(|depth| chat * 100 + depth).collect())
             .collect();
         let trace = trace(&prompts);
-        for model in [Model::Blocks, Model::Engine] {
+        for (model, policy) in [
+            (Model::Blocks, Policy::Production),
+            (Model::Engine, Policy::Recent),
+        ] {
             let capacities = [Capacity::Blocks(capacity), Capacity::Blocks(1 << 20)];
             let options = OfflineOptions {
                 dram_share,
                 block_bytes: block_kib << 10,
+                policy,
                 ..options_of(model, &capacities)
             };
             let report = replay_offline(&trace, &options).unwrap();
@@ -175,6 +179,8 @@ fn warming_up_is_not_counted() {
     let report = replay_offline(&trace, &options).unwrap();
     assert_eq!(report.rows[0].block_hit_rate, 0.5);
     assert_eq!(report.ceiling_block_hit_rate, 0.5);
+    // Of the writes, too, only those of the counted part.
+    assert_eq!(report.rows[0].flash_write_blocks, 2);
 }
 
 proptest! {
@@ -209,7 +215,7 @@ proptest! {
         let lru = replay(Model::Blocks, Policy::Production, Admit::ByWorth);
         prop_assert!(lru.block_hit_rate <= optimum.block_hit_rate);
         for admit in [Admit::ByWorth, Admit::All] {
-            let learned = replay(Model::Engine, Policy::Learned, admit);
+            let learned = replay(Model::Engine, Policy::Production, admit);
             prop_assert!(learned.block_hit_rate <= optimum.block_hit_rate);
             prop_assert!(learned.write_amplification <= 4.0 + 2.0);
         }

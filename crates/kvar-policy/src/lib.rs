@@ -2,19 +2,20 @@
 //!
 //! | question | answer | file |
 //! |---|---|---|
-//! | which block leaves DRAM next? | the least recently used; within one prompt the tail first | [`TailFirstLru`] |
-//! | which blocks of the oldest flash segment are written again? | those touched recently enough | [`RecentlyUsed`] behind [`ReclaimPolicy`] |
-//! | how long ago was that, in a byte of the index entry? | 1/64 of a turnover of the flash | [`CoarseClock`] |
-//!
-//! The same questions, answered by what blocks of their kind did so far:
-//!
-//! | question | answer | file |
-//! |---|---|---|
 //! | when do blocks of this kind come back? | counted on a sample of all that is asked for | [`ReuseModel`] |
 //! | which block leaves DRAM next? | the tail of the prompt that is worth least | [`WorthOrder`] |
 //! | which blocks are written to flash, and which again? | those worth more than a threshold that finds itself | [`FlashKeeper`] |
 //! | was a block here before? | two bytes for each that was let go | [`GhostList`] |
-//! | may flash be written at all? | within so many bytes a day | [`WriteBudget`], [`admit`] |
+//! | all of these, for a store | one clock, one set of figures | [`Keep`] |
+//! | may flash be written at all? | within so many bytes a day | [`WriteBudget`] |
+//!
+//! What it is measured against, by replay alone:
+//!
+//! | question | answer | file |
+//! |---|---|---|
+//! | which block leaves DRAM next? | the least recently used; within one prompt the tail first | [`TailFirstLru`] |
+//! | which blocks of the oldest flash segment are written again? | those touched recently enough | [`RecentlyUsed`] behind [`ReclaimPolicy`] |
+//! | how long ago was that? | in 1/64 of a turnover of the flash | [`CoarseClock`] |
 //!
 //! What must always be true:
 //! * nothing here does I/O, reads a clock or decides by chance: the same calls give the same
@@ -29,15 +30,17 @@ mod budget;
 mod clock;
 mod flash;
 mod ghost;
+mod keep;
 mod lru;
 mod reclaim;
 mod reuse;
 mod worth;
 
-pub use budget::{Admission, AdmitReason, DropReason, WriteBudget, admit};
+pub use budget::{Admission, AdmitReason, DropReason, WriteBudget, WriteRates};
 pub use clock::{AGE_MAX, CoarseClock, TICKS_PER_TURNOVER};
 pub use flash::{Asking, FlashKeeper, KEPT_SHARE_TARGET};
 pub use ghost::GhostList;
+pub use keep::{AGE_TICKS_MAX, Keep, SWEEP_TICKS, StoreShape};
 pub use lru::TailFirstLru;
 pub use reclaim::{
     BlockFacts, DropAll, FREQUENCY_MAX, KEEP_AGE_MAX, KEPT_SHARE_MAX, RecentlyUsed, ReclaimPolicy,

@@ -52,7 +52,7 @@ const PRIOR_INTERVALS: f64 = 32.0;
 const PRIOR_SHARE: f64 = 0.5;
 
 /// What is known of a block when it is used.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockClass(u8);
 
 impl BlockClass {
@@ -76,6 +76,24 @@ impl BlockClass {
     #[must_use]
     pub fn request_blocks_max(self) -> u32 {
         (2 << (self.0 % LENGTHS as u8)) - 1
+    }
+
+    /// The class of a [`number`](Self::number); too large a one is taken modulo [`CLASSES`].
+    #[must_use]
+    pub fn from_number(number: usize) -> Self {
+        Self((number % CLASSES) as u8)
+    }
+
+    /// The logarithm of the request's blocks, 0 to 7: what an index entry keeps in three bits.
+    #[must_use]
+    pub fn length(self) -> u8 {
+        self.0 % LENGTHS as u8
+    }
+
+    /// From the two figures that an index entry keeps; more than they hold is taken modulo.
+    #[must_use]
+    pub fn from_parts(uses: u8, length: u8) -> Self {
+        Self(uses.min(USES as u8 - 1) * LENGTHS as u8 + length % LENGTHS as u8)
     }
 
     /// As a number below [`CLASSES`].
@@ -149,11 +167,15 @@ impl ReuseModel {
     pub fn observe(&mut self, id: u64, class: BlockClass, now: u64) {
         let id = mix(id);
         if id.trailing_zeros() >= self.sample_zeros {
-            if let Some(before) = self.open.insert(id, Open { since: now, class }) {
+            let before = self.open.insert(id, Open { since: now, class });
+            if let Some(before) = before {
                 let bucket = self.bucket(now.saturating_sub(before.since));
                 self.ended[before.class.number()][bucket] += 1.0;
             }
-            self.order.push_back((id, now));
+            // One used again at the same moment stands there already.
+            if before.is_none_or(|before| before.since != now) {
+                self.order.push_back((id, now));
+            }
             self.forget(now);
         }
         let interval = self.capacity() / RECOMPUTES_PER_CAPACITY;
@@ -266,10 +288,14 @@ impl ReuseModel {
         let blend = |ended: f64, lived: f64, otherwise: f64| {
             (ended + PRIOR_INTERVALS * otherwise) / (lived + PRIOR_INTERVALS)
         };
+        let mut share = PRIOR_SHARE;
         for bucket in 0..BUCKETS {
             let (begin, width) = (self.begin(bucket), self.width(bucket));
-            let prior = PRIOR_SHARE * width / (begin + width + self.unit);
-            all_ended[bucket] = blend(all_ended[bucket], all_lived[bucket], prior);
+            let doubling = width / (begin + width + self.unit);
+            let ends = blend(all_ended[bucket], all_lived[bucket], share * doubling);
+            all_ended[bucket] = ends;
+            // Where little is known, the old are no better than the young were.
+            share = share.min(ends / doubling);
         }
         for (class, lived) in lived.iter().enumerate() {
             let mut ends = [0.0; BUCKETS];

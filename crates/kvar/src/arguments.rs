@@ -403,16 +403,16 @@ pub(crate) enum OfflinePolicy {
     Lru,
     /// Who knows the future (--model blocks): no policy can do better.
     Optimum,
-    /// Worth learned from what comes back (--model engine); a node does not run it yet.
-    Learned,
+    /// What was used recently (--model engine): what nodes ran before worth was learned.
+    Recent,
 }
 
-/// When a block is written to flash, in `--offline --policy learned`.
+/// When a block is written to flash, in `--offline --model engine`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum OfflineAdmission {
-    /// When it leaves memory, if it is worth a place then.
+    /// When it leaves memory, if it is worth a place then: a node whose write budget is short.
     Worth,
-    /// At its put.
+    /// At its put: a node whose write budget has plenty.
     All,
 }
 
@@ -476,7 +476,7 @@ pub(crate) struct ReplayArguments {
     /// Offline: who decides what stays.
     #[arg(long, value_enum, default_value_t = OfflinePolicy::Production, requires = "offline")]
     pub(crate) policy: OfflinePolicy,
-    /// Offline, --policy learned: when a block is written to flash.
+    /// Offline, --model engine: when a block is written to flash.
     #[arg(long, value_enum, default_value_t = OfflineAdmission::Worth, requires = "offline")]
     pub(crate) admission: OfflineAdmission,
     /// Offline: the share of the requests that warm the store up and are not counted.

@@ -332,6 +332,10 @@ pub(crate) fn status(node: &NodeArguments, as_json: bool) -> Outcome {
             "not flushed yet",
             format!("{} puts", word("/unflushed_puts")),
         ),
+        (
+            "waits in memory",
+            format!("{} (to be written or let go)", size("/held_bytes")),
+        ),
         ("write amplification", amplification),
         ("hits", word("/links/get_hits")),
         ("puts stored", word("/links/puts/stored")),

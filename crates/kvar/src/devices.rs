@@ -110,6 +110,15 @@ pub(crate) fn in_words(device: &Value) -> String {
             text.push_str(&format!(" ({why})"));
         }
     }
+    if let Some(rate) = device["drive_writes_per_day"].as_f64() {
+        text.push_str(&format!(", {rate:.2} drive writes a day"));
+    }
+    if let Some(years) = device["endurance_years"]
+        .as_f64()
+        .filter(|years| *years < 100.0)
+    {
+        text.push_str(&format!(", worn out in {years:.1} years at that"));
+    }
     text
 }
 

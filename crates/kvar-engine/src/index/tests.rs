@@ -21,6 +21,7 @@ fn entry(position: u32, stamp: u8) -> Entry {
         sectioned: false,
         touched: false,
         frequency: 0,
+        length: (position % 8) as u8,
         stamp,
     }
 }
@@ -48,11 +49,13 @@ proptest! {
                 1 => prop_assert_eq!(index.remove(&id(number)), model.remove(&number)),
                 _ => {
                     if let Some((at, _)) = index.find(&id(number)) {
-                        index.touch(at, 9, true);
+                        let class = BlockClass::new((position % 5) as u8, position);
+                        index.touch(at, 9, class);
                         let known = model.get_mut(&number).unwrap();
                         known.stamp = 9;
                         known.touched = true;
-                        known.frequency = (known.frequency + 1).min(3);
+                        known.frequency = class.uses();
+                        known.length = class.length();
                     }
                 }
             }
@@ -70,6 +73,26 @@ proptest! {
         }
         prop_assert_eq!(copy.len(), index.len());
     }
+}
+
+/// A sweep sees every entry, and changes its stamp alone.
+#[test]
+fn a_sweep_sets_old_stamps_back_and_touches_nothing_else() {
+    let mut index = Index::new(50, 1);
+    for number in 1..=100 {
+        index.insert(&id(number), &entry(number, number as u8), |age| age);
+    }
+    for begin in (0..70).step_by(7) {
+        index.sweep(begin..begin + 7, |stamp| (stamp > 60).then_some(60));
+    }
+    let mut swept = 0;
+    for number in 1..=100_u32 {
+        if let Some((_, found)) = index.find(&id(number)) {
+            assert_eq!(found, entry(number, number.min(60) as u8));
+            swept += u32::from(number > 60);
+        }
+    }
+    assert!(swept > 30, "{swept}");
 }
 
 /// Entries come, go and move while a snapshot is taken a few buckets at a time; what was there
@@ -169,7 +192,7 @@ fn a_full_pair_gives_up_the_coldest() {
         index.insert(&id(number), &entry(number, number as u8), |age| 100 - age);
     }
     let (at, _) = index.find(&id(1)).unwrap();
-    index.touch(at, 0, true);
+    index.touch(at, 0, BlockClass::new(1, 1));
     let gone = index.insert(&id(4), &entry(4, 50), |stamp| 100 - stamp);
     assert_eq!(gone, Inserted::Evicted(entry(2, 2)));
     assert!(index.find(&id(1)).is_some());

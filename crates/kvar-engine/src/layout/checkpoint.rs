@@ -45,8 +45,9 @@ pub struct CheckpointHead {
     pub replay_from: U64,
     /// Next sequence number when it was begun.
     pub next_sequence: U64,
-    /// Bytes ever appended: the clock of recency.
-    pub appended_bytes: U64,
+    /// Bytes ever found and put: the clock of recency. (In what was written before blocks were
+    /// kept by worth, bytes ever appended; ages are off there until a block is used.)
+    pub demand_bytes: U64,
     /// Seed of the index hash.
     pub hash_seed: U64,
     /// Buckets that follow.

@@ -77,7 +77,7 @@ impl Shard {
         let head = CheckpointHead {
             replay_from: self.next_sequence.into(),
             next_sequence: self.next_sequence.into(),
-            appended_bytes: self.appended_bytes.into(),
+            demand_bytes: self.keep.demand_bytes().into(),
             hash_seed: self.index.seed().into(),
             buckets: (self.index.bucket_count() as u64).into(),
             segments: (self.segments.all.len() as u64).into(),

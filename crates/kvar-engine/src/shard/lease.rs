@@ -39,6 +39,8 @@ impl Shard {
         if request.ids.is_empty() {
             return grant;
         }
+        let depth_end = request.ids.len() + request.first_depth as usize;
+        self.expect_blocks(request.request, depth_end);
         let known = self.leases.renew(request.token, until).is_some();
         if !self.leases.begin(request.token, request.client, until) {
             self.counters.leases_refused += 1;
@@ -82,7 +84,7 @@ impl Shard {
             .map(|resident| (resident.state, resident.image.padded_len() as u64));
         // A clean copy whose entry had to make room for another is the only one.
         if place.is_none() && matches!(resident, Some((State::Clean, _))) {
-            self.dram.set_state(id, State::Volatile);
+            self.dram.set_state(id, State::Held);
         }
         let charge = match (place, resident) {
             (Some((_, bytes)), None | Some((State::Clean, _))) => Charge::Flash(bytes),

@@ -19,6 +19,7 @@
 //! | file | question |
 //! |---|---|
 //! | `types` | what do callers hand in, and what do they get back? |
+//! | `admit` | what does a use say of a block; which blocks get a place on the device? |
 //! | `put`, `read`, `sections`, `remove` | the calls: a block comes in, is read whole or in part, goes |
 //! | `lease`, `expiry` | what is promised for how long; what is over |
 //! | `write` | what is queued; where is it placed; when is it recorded? |
@@ -32,6 +33,7 @@
 
 mod types;
 
+mod admit;
 mod put;
 mod read;
 mod remove;
@@ -64,7 +66,7 @@ use crate::segments::Segments;
 use kvar_base::check::{Place, crc64, fold_place};
 use kvar_base::{BlockId, ContentCheck, MissReason, Moment, page_round_up};
 use kvar_io::{Arena, Completion, Op};
-use kvar_policy::{CoarseClock, RecentlyUsed, ReclaimPolicy};
+use kvar_policy::{Keep, StoreShape, WriteBudget};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use checkpoint::CheckpointWrite;
@@ -114,6 +116,8 @@ struct Arrival {
     number: u64,
     /// Its lookup touched what it found; the gets and puts that follow are the same use.
     looked_up: bool,
+    /// How many blocks its prompt has, as far as is known.
+    blocks: u32,
 }
 
 /// One shard.
@@ -128,8 +132,13 @@ pub(crate) struct Shard {
     pub(crate) expiries: Expiries,
     leases: Leases,
     dram: Dram,
-    clock: CoarseClock,
-    pub(crate) appended_bytes: u64,
+    /// What blocks are worth, and the clock of their use.
+    pub(crate) keep: Keep,
+    budget: WriteBudget,
+    written_requests: VecDeque<u64>,
+    /// Where the next stamps are looked at, and at which stamp that was last done.
+    sweep_next: usize,
+    swept_at: u8,
     pub(crate) next_sequence: u64,
     flushed_sequence: u64,
     next_put: u64,
@@ -159,7 +168,6 @@ pub(crate) struct Shard {
     directories: Directories,
     reads_in_flight: usize,
     // Tidying.
-    policy: Box<dyn ReclaimPolicy + Send>,
     reclaim: Option<Reclaim>,
     scrub: Scrub,
     checkpoint: Option<CheckpointWrite>,
@@ -195,6 +203,12 @@ impl Shard {
         index: Index,
     ) -> Self {
         let turnover = u64::from(superblock.segments_per_shard) * superblock.payload_bytes();
+        let keep = Keep::new(&StoreShape {
+            capacity_bytes: turnover + config.dram_bytes,
+            segments: u64::from(superblock.segments_per_shard),
+            segment_bytes: superblock.payload_bytes(),
+            blocks: known_blocks(superblock),
+        });
         Self {
             superblock: superblock.clone(),
             number,
@@ -207,9 +221,12 @@ impl Shard {
             unix_at_start_s: config.unix_at_start_s,
             last_call: Moment(0),
             now: Moment(0),
+            keep,
+            budget: WriteBudget::new(&config.writes),
             config,
-            clock: CoarseClock::new(turnover),
-            appended_bytes: 0,
+            written_requests: VecDeque::new(),
+            sweep_next: 0,
+            swept_at: 0,
             next_sequence: 1,
             flushed_sequence: 0,
             next_put: 1,
@@ -233,7 +250,6 @@ impl Shard {
             parts: BTreeMap::new(),
             directories: Directories::default(),
             reads_in_flight: 0,
-            policy: Box::new(RecentlyUsed::new()),
             reclaim: None,
             scrub: Scrub::default(),
             checkpoint: None,
@@ -273,8 +289,12 @@ impl Shard {
                 self.arrivals.remove(&oldest);
             }
             self.arrival_order.push_back(request);
-            let looked_up = false;
-            self.arrivals.insert(request, Arrival { number, looked_up });
+            let arrival = Arrival {
+                number,
+                looked_up: false,
+                blocks: 0,
+            };
+            self.arrivals.insert(request, arrival);
         }
         number
     }
@@ -286,13 +306,15 @@ impl Shard {
             .is_some_and(|arrival| arrival.looked_up)
     }
 
-    fn age(&self) -> impl Fn(u8) -> u8 + use<> {
-        let (clock, appended) = (self.clock, self.appended_bytes);
-        move |stamp| clock.age(stamp, appended)
+    /// How many blocks the prompt of a request has, if this one is at `depth` in it.
+    fn request_blocks(&self, request: u64, depth: u32) -> u32 {
+        let known = self.arrivals.get(&request).map_or(0, |one| one.blocks);
+        known.max(depth.saturating_add(1))
     }
 
-    fn stamp(&self) -> u8 {
-        self.clock.stamp(self.appended_bytes)
+    fn age(&self) -> impl Fn(u8) -> u8 + use<> {
+        let now = self.keep.stamp();
+        move |stamp| now.wrapping_sub(stamp)
     }
 
     /// Whether a block is visible, and if not why; refreshes it.
@@ -317,16 +339,38 @@ impl Shard {
         if self.is_over(now, id, expires) {
             return Err(MissReason::Expired);
         }
-        let counts = !self.has_looked_up(touch.request);
-        if let Some((at, _)) = found {
-            let stamp = self.stamp();
-            self.index.touch(at, stamp, counts);
-        }
-        if self.dram.get(id).is_some() {
-            let arrival = self.arrival(touch.request);
-            self.dram.touch(id, arrival, touch.depth, counts);
+        if !self.has_looked_up(touch.request) {
+            let blocks = self.request_blocks(touch.request, touch.depth);
+            let bytes = self.use_block(id, found, touch, blocks);
+            self.keep.demanded(bytes);
         }
         Ok(())
+    }
+
+    /// A visible block is used by a request of so many blocks; its bytes, for the clock.
+    fn use_block(
+        &mut self,
+        id: &BlockId,
+        found: Option<(SlotRef, Entry)>,
+        touch: Touch,
+        blocks: u32,
+    ) -> u64 {
+        let resident = self.dram.get(id).map(|resident| resident.class);
+        let before = resident.or(found.map(|(_, entry)| entry.class()));
+        let class = self.used(id, before, blocks);
+        if let Some((at, _)) = found {
+            self.index.touch(at, self.keep.stamp(), class);
+        }
+        if resident.is_some() {
+            let arrival = self.arrival(touch.request);
+            let now = self.keep.demand_bytes();
+            self.dram.touch(id, arrival, touch.depth, class, now);
+        }
+        match (found, self.dram.get(id)) {
+            (Some((_, entry)), _) => Self::demand_of(&entry),
+            (None, Some(resident)) => resident.image.padded_len() as u64,
+            (None, None) => 0,
+        }
     }
 
     /// Whether a block is visible, and if not why.
@@ -349,6 +393,7 @@ impl Shard {
     }
 
     pub(crate) fn lookup(&mut self, now: Moment, ids: &[BlockId], request: u64) -> Vec<bool> {
+        self.expect_blocks(request, ids.len());
         let mut found = Vec::with_capacity(ids.len());
         self.index.find_all(ids, &mut found);
         let present: Vec<bool> = (0..)
@@ -362,6 +407,17 @@ impl Shard {
         self.counters.lookups += ids.len() as u64;
         self.counters.lookup_hits += present.iter().filter(|present| **present).count() as u64;
         present
+    }
+
+    /// A request's prompt has at least so many blocks.
+    fn expect_blocks(&mut self, request: u64, blocks: usize) {
+        if request != 0 {
+            self.arrival(request);
+            if let Some(arrival) = self.arrivals.get_mut(&request) {
+                let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
+                arrival.blocks = arrival.blocks.max(blocks);
+            }
+        }
     }
 
     /// The calls that follow under this number are the same use of what was looked up.
@@ -434,10 +490,19 @@ impl Shard {
     /// Recovery is over: what it found is what is flushed.
     pub(crate) fn recovered(&mut self) {
         self.flushed_sequence = self.next_sequence - 1;
+        // When segments were opened is not kept: evenly, within one capacity.
+        let now = self.keep.demand_bytes();
+        let span = now
+            .min(u64::from(self.superblock.segments_per_shard) * self.superblock.payload_bytes());
+        let count = self.segments.sealed.len().max(1) as u64;
+        for (number, segment) in (0..).zip(&self.segments.sealed) {
+            self.segments.all[*segment as usize].opened_at = now - span + span / count * number;
+        }
+        self.swept_at = self.keep.stamp();
     }
 
     pub(crate) fn current_stamp(&self) -> u8 {
-        self.stamp()
+        self.keep.stamp()
     }
 
     pub(crate) fn age_now(&self) -> impl Fn(u8) -> u8 + use<> {
@@ -473,12 +538,19 @@ impl Shard {
     /// Does what has become possible or due.
     pub(crate) fn step(&mut self, now: Moment) {
         self.pass_time(now);
+        self.sweep_stamps();
+        self.decide_ahead(now);
         self.step_reclaim();
         self.step_write(now);
         self.step_checkpoint();
         self.step_shutdown(now);
         self.step_scrub(now);
     }
+}
+
+/// Blocks that a shard holds at its design load, about: the index has room for a third more.
+pub(crate) fn known_blocks(superblock: &Superblock) -> u64 {
+    superblock.buckets * crate::layout::SLOTS_PER_BUCKET / 4 * 3
 }
 
 /// Whether every section's bytes are what its writer said.
@@ -553,6 +625,7 @@ mod tests {
             sectioned: false,
             touched: false,
             frequency: 0,
+            length: 0,
             stamp: 0,
         };
         let age = shard.age();

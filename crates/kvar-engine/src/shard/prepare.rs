@@ -29,6 +29,7 @@ impl Shard {
         {
             let segment = self.segments.get(number);
             segment.phase = SegmentPhase::Open;
+            segment.opened_at = self.keep.demand_bytes();
             let (generation, opened) = (segment.generation, segment.opened_sequence);
             self.segments.open = Some(OpenSegment::new(
                 &self.superblock,
@@ -47,10 +48,9 @@ impl Shard {
                 self.prepare(number);
             }
         }
-        if self.segments.prepared.is_none()
-            && self.segments.free.is_empty()
-            && self.reclaim.is_none()
-        {
+        // One is prepared and none free: reclaim may keep all that a segment holds, as a prompt that
+        // fills several of them needs it, and still find room.
+        if self.segments.free.is_empty() && self.reclaim.is_none() {
             self.start_reclaim();
         }
     }

@@ -4,7 +4,7 @@
 //!  put_begin ── may it come? ── room for it ──> ticket ── the caller fills it ── put_commit
 //!      │                                           │                                │ checks hold
 //!      ▼                                           ▼                                ▼
-//!  Exists, InProgress, Refused                 put_abort                 visible: Dirty, or Volatile
+//!  Exists, InProgress, Refused                 put_abort                 visible: Dirty, Held or Volatile
 //! ```
 //!
 //! What must always be true: an id is filled by one put at a time, and by none for ever; its memory
@@ -15,13 +15,14 @@
 
 use super::types::{Event, PutRequest, PutTicket, Touch};
 use super::write::{Source, WriteItem};
-use super::{Change, Shard, head_crc, sections_hold};
+use super::{Shard, head_crc, sections_hold};
 use crate::dram::{Resident, State};
 use crate::layout::{ImagePlan, RecordHints};
 use crate::mutation::{self, Check};
 use kvar_base::check::version;
 use kvar_base::{MissReason, Moment, PutOutcome, Refusal, SECTIONS_MAX, page_round_up};
 use kvar_io::Buffer;
+use kvar_policy::{Admission, AdmitReason};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -119,10 +120,8 @@ impl Shard {
     /// What then cannot leave comes to `held_max` bytes at most.
     pub(super) fn reserve_buffer(&mut self, bytes: usize, held_max: u64) -> Option<Buffer> {
         let padded = page_round_up(bytes as u64);
-        for (id, state) in self.dram.reserve(padded, held_max)? {
-            self.counters.count_dram_eviction(state);
-            let fragmented = false;
-            self.note(Change::Uncached { id, fragmented });
+        for gone in self.dram.reserve(padded, held_max, &self.keep)? {
+            self.evicted(&gone, false);
         }
         // Memory that evicted blocks still hold for a reader, or gaps between blocks of several
         // sizes, can keep a run of pages from being free although the bytes are.
@@ -130,13 +129,11 @@ impl Shard {
             if let Some(buffer) = self.allocate_block(bytes) {
                 return Some(buffer);
             }
-            let Some((id, state)) = self.dram.evict() else {
+            let Some(gone) = self.dram.evict(&self.keep) else {
                 self.dram.release(padded);
                 return None;
             };
-            self.counters.count_dram_eviction(state);
-            let fragmented = true;
-            self.note(Change::Uncached { id, fragmented });
+            self.evicted(&gone, true);
         }
     }
 
@@ -211,7 +208,19 @@ impl Shard {
         let arrival = self.arrival(told.request);
         // While the device takes nothing, one block at a time tries it; the others may leave.
         let given_up = self.trouble.gave_up() && !durable && !self.dirty.is_empty();
-        let volatile = told.ephemeral || given_up;
+        let admission = self
+            .budget
+            .admit(padded, told.ephemeral, durable, Self::budget_time(now));
+        let state = match admission {
+            Admission::Never => State::Volatile,
+            _ if given_up => State::Volatile,
+            Admission::Later => State::Held,
+            Admission::Now(_) => State::Dirty,
+        };
+        let blocks = self.request_blocks(told.request, told.depth);
+        let class = self.used(&id, None, blocks);
+        let used_at = self.keep.demand_bytes();
+        self.keep.demanded(padded);
         let image = buffer.freeze();
         let hints = RecordHints {
             depth: told.depth,
@@ -227,27 +236,29 @@ impl Shard {
                 sections: Arc::from(plan.sections.as_slice()),
                 version,
                 number,
-                state: if volatile {
-                    State::Volatile
-                } else {
-                    State::Dirty
-                },
+                state,
                 depth: hints.depth,
                 ephemeral: told.ephemeral,
                 arrival,
-                early_touches: 0,
+                class,
+                used_at,
                 hints,
                 leased: false,
             },
         );
         self.counters.put_bytes += bytes;
         self.counters.count_put(PutOutcome::Stored);
-        if volatile {
+        if state != State::Dirty {
             self.events.push(Event::Put {
                 token,
                 outcome: PutOutcome::Stored,
             });
-            return;
+            // At once, or the next puts would find nothing that may leave.
+            return self.decide_ahead(now);
+        }
+        match admission {
+            Admission::Now(AdmitReason::Asked) => self.counters.admitted_asked += 1,
+            _ => self.counters.admitted_budget += 1,
         }
         self.unflushed.add(number, now, durable.then_some(token));
         self.push_dirty(WriteItem {

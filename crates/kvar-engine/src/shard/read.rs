@@ -228,7 +228,10 @@ impl Shard {
                 depth: touch.depth,
                 ephemeral: false,
                 arrival,
-                early_touches: 0,
+                class: self
+                    .find(&id)
+                    .map_or_else(|| entry.class(), |(_, now)| now.class()),
+                used_at: self.keep.demand_bytes(),
                 hints,
                 leased,
             },

@@ -10,20 +10,22 @@
 //! ```
 //!
 //! Which blocks are kept is the policy's word; this file asks it about every block whose index
-//! entry still leads here; what is leased is kept without asking, and what has expired is not.
-//! Until the footer is read, the largest share that may be kept is held
-//! free in the open segment, so that keeping never waits for the segment it is to free.
+//! entry still leads here, those worth most first; what is leased is kept without asking, and what
+//! has expired is not. While the write budget is short, what memory holds as well is not written
+//! again: it is decided about when it leaves memory. Until the footer is read, the largest share that may be kept is held free in the
+//! open segment and the prepared one, so that keeping never waits for the segment it is to free.
 
 use super::read::{Brought, MoveRead};
 use super::write::{Source, WriteItem, stored_bytes};
 use super::{Change, Displaced, Pending, Shard};
+use crate::dram::State;
 use crate::index::Entry;
 use crate::layout::{PAGE, PageKind, RECORD_BLOCK, Record, RecordHints, decode_page};
 use crate::mutation::{Check, is_disabled};
 use crate::segments::SegmentPhase;
 use kvar_base::{BlockId, PAGE_BYTES};
 use kvar_io::{DeviceError, Op};
-use kvar_policy::{BlockFacts, KEPT_SHARE_MAX, SegmentFacts, Verdict};
+use std::cmp::Reverse;
 use std::collections::{HashSet, VecDeque};
 
 /// Bytes of kept blocks on their way from device to device at once; two of the largest fit.
@@ -75,8 +77,7 @@ impl Shard {
             return;
         };
         self.segments.get(segment).phase = SegmentPhase::Reclaiming;
-        let most = (self.superblock.payload_bytes() as f64 * KEPT_SHARE_MAX) as u64;
-        let most = most.max(self.leases.segment_bytes(segment));
+        let most = self.superblock.payload_bytes();
         self.reclaim = Some(Reclaim {
             segment,
             stage: Stage::Reading,
@@ -189,60 +190,72 @@ impl Shard {
                 live.push((record.id(), entry, record.hints()));
             }
         }
-        let age = self.age();
-        let live_bytes = live
-            .iter()
-            .map(|(_, entry, _)| stored_bytes(entry.len))
-            .sum();
-        let payload_bytes = self.superblock.payload_bytes();
-        self.policy.begin(SegmentFacts {
-            live_blocks: live.len() as u64,
-            live_bytes,
-            payload_bytes,
+        let opened_at = self.segments.get(segment).opened_at;
+        self.keep.set_oldest(opened_at);
+        let mut live: Vec<_> = live
+            .into_iter()
+            .map(|(id, entry, hints)| {
+                let worth = self.worth_of(&entry, hints.depth);
+                (
+                    self.leases.holds(&id),
+                    worth,
+                    Reverse(hints.depth),
+                    id,
+                    entry,
+                    hints,
+                )
+            })
+            .collect();
+        // What is promised goes on before anything else, as far as there is room at all; then what
+        // is worth most, of equals the head.
+        live.sort_by(|a, b| {
+            (b.0.cmp(&a.0))
+                .then(b.1.total_cmp(&a.1))
+                .then(b.2.cmp(&a.2))
+                .then(a.3.cmp(&b.3))
         });
         reclaim.left_bytes = 0;
-        // What is promised goes on before anything else, as far as there is room at all.
-        let (most, room) = self.room_for_kept();
-        live.sort_by_key(|(id, ..)| !self.leases.holds(id));
-        for (id, entry, hints) in live {
-            let leased = self.leases.holds(&id);
+        let room = self.room_for_kept();
+        let time = Self::budget_time(self.now);
+        let has_room = self.budget.has_room(0, time);
+        let has_plenty = self.budget.has_plenty(0, time);
+        self.keep.keeper_mut().begin_reclaim();
+        for (leased, worth, _, id, entry, hints) in live {
             if self.is_over(self.now, &id, hints.expires_unix_s) {
                 self.drop_expired(&id, entry.position);
                 continue;
             }
-            let facts = BlockFacts {
-                touched: entry.touched,
-                frequency: entry.frequency,
-                age: age(entry.stamp),
-                bytes: stored_bytes(entry.len),
-                depth: hints.depth,
-            };
-            let after = reclaim.left_bytes + facts.bytes;
-            let keep = if leased {
-                after <= room
-            } else {
-                self.policy.verdict(&facts) == Verdict::Keep && after <= most
-            };
-            if keep {
-                reclaim.left_bytes += facts.bytes;
+            let bytes = stored_bytes(entry.len);
+            // While the budget is short, memory keeps for a time what it holds, too.
+            let waits = !has_plenty
+                && self
+                    .dram
+                    .get(&id)
+                    .is_some_and(|resident| resident.state == State::Clean);
+            let fits = reclaim.left_bytes + bytes <= room;
+            let keeps = leased || !waits && has_room && self.keep.keeper_mut().keeps(worth, bytes);
+            if keeps && fits {
+                self.budget.spend(bytes);
+                reclaim.left_bytes += bytes;
                 reclaim.kept.push_back((id, entry, hints));
             } else {
                 self.index.remove_at(&id, entry.position);
                 self.note_displaced(entry.position, Displaced::Reclaim);
-                self.drop_flash_copy(&id);
+                let state = if waits { State::Held } else { State::Volatile };
+                self.drop_flash_copy(&id, &entry, state);
             }
         }
+        self.keep.end_reclaim();
         reclaim.stage = Stage::Moving;
         self.reclaim = Some(reclaim);
     }
 
-    /// Bytes that reclaim may keep, and that there is room for: with no segment open (right after a
-    /// start on a full device) there is nowhere to go.
-    fn room_for_kept(&self) -> (u64, u64) {
+    /// Bytes of what is kept that there is room for: with no segment open (right after a start on a
+    /// full device) there is nowhere to go.
+    fn room_for_kept(&self) -> u64 {
         let Some(open) = &self.segments.open else {
-            return (0, 0);
+            return 0;
         };
-        let most = (self.superblock.payload_bytes() as f64 * KEPT_SHARE_MAX) as u64;
         // Another one may be on its way already: then what does not fit here goes there.
         let next = self.segments.prepared.is_some() || self.segments.preparing.is_some();
         let left = u64::from(open.pages_left()) * PAGE_BYTES;
@@ -251,22 +264,35 @@ impl Shard {
         } else {
             0
         };
-        (most, left + more)
+        left + more
     }
 
-    /// Reclaim gave up the copy on the device; one in memory is the last.
-    fn drop_flash_copy(&mut self, id: &BlockId) {
-        use crate::dram::State;
+    /// Pages that puts must leave free in the open segment for what reclaim brings: a prepared
+    /// segment takes its part of that.
+    pub(super) fn spare_pages(&self) -> u32 {
+        let wanted = self.reclaim.as_ref().map_or(0, Reclaim::spare_pages);
+        if self.segments.prepared.is_none() {
+            return wanted;
+        }
+        // A seventh of it is lost at the borders of directory areas.
+        let pages = (self.superblock.payload_bytes() / PAGE_BYTES) as u32;
+        wanted.saturating_sub(pages - pages / 7)
+    }
+
+    /// Reclaim gave up the copy on the device; one in memory is the last, and in this state now.
+    fn drop_flash_copy(&mut self, id: &BlockId, entry: &Entry, state: State) {
         if self
             .dram
             .get(id)
             .is_some_and(|resident| resident.state == State::Clean)
         {
-            self.dram.set_state(id, State::Volatile);
+            self.dram.set_state(id, state);
+            self.counters.reclaim_to_memory += 1;
         } else {
             self.counters.reclaim_dropped += 1;
         }
         if self.dram.get(id).is_none() {
+            self.let_go(id, entry.class());
             self.counters.leased_dropped += u64::from(self.lose_lease(id));
         }
     }
@@ -359,7 +385,7 @@ impl Shard {
             let resident = self
                 .dram
                 .get(&id)
-                .filter(|resident| resident.state == crate::dram::State::Clean);
+                .filter(|resident| resident.state == State::Clean);
             if let Some(resident) = resident.cloned() {
                 let plan = crate::layout::ImagePlan::new(
                     &resident
@@ -406,18 +432,18 @@ impl Shard {
                         },
                     );
                 }
-                None => self.give_up_move(&id, entry.len, entry.position),
+                None => self.give_up_move(&id, &entry),
             }
         }
     }
 
-    pub(super) fn give_up_move(&mut self, id: &BlockId, len: u32, position: u32) {
+    pub(super) fn give_up_move(&mut self, id: &BlockId, entry: &Entry) {
         if let Some(reclaim) = &mut self.reclaim {
-            reclaim.moved(stored_bytes(len));
+            reclaim.moved(stored_bytes(entry.len));
         }
-        if self.index.remove_at(id, position) {
-            self.note_displaced(position, Displaced::Reclaim);
-            self.drop_flash_copy(id);
+        if self.index.remove_at(id, entry.position) {
+            self.note_displaced(entry.position, Displaced::Reclaim);
+            self.drop_flash_copy(id, entry, State::Held);
         }
     }
 
@@ -426,7 +452,7 @@ impl Shard {
     fn give_up_moves(&mut self) {
         for item in std::mem::take(&mut self.moved) {
             if let Source::Moved { from } = item.source {
-                self.give_up_move(&item.id, item.len, from);
+                self.give_up_item(&item.id, item.len, from);
             }
         }
         let Some(reclaim) = &mut self.reclaim else {
@@ -435,7 +461,19 @@ impl Shard {
         for (id, entry, _) in std::mem::take(&mut reclaim.kept) {
             if self.index.remove_at(&id, entry.position) {
                 self.note_displaced(entry.position, Displaced::Reclaim);
-                self.drop_flash_copy(&id);
+                self.drop_flash_copy(&id, &entry, State::Held);
+            }
+        }
+    }
+
+    /// As [`give_up_move`](Self::give_up_move), of a block that is queued.
+    pub(super) fn give_up_item(&mut self, id: &BlockId, len: u32, from: u32) {
+        match self.find(id) {
+            Some((_, entry)) if entry.position == from => self.give_up_move(id, &entry),
+            _ => {
+                if let Some(reclaim) = &mut self.reclaim {
+                    reclaim.moved(stored_bytes(len));
+                }
             }
         }
     }
@@ -466,7 +504,7 @@ impl Shard {
             }
             Brought::Nothing => {
                 self.segments.get(segment).readers -= 1;
-                return self.give_up_move(&id, entry.len, entry.position);
+                return self.give_up_move(&id, &entry);
             }
         };
         self.segments.get(segment).readers -= 1;

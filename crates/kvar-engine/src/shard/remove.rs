@@ -75,6 +75,7 @@ impl Shard {
     }
 
     pub(crate) fn flush(&mut self, token: u64) {
+        // What waits to be decided about is asked for now.
         self.flush_waiters.push(FlushWaiter {
             token,
             up_to_put: self.next_put - 1,
@@ -84,6 +85,7 @@ impl Shard {
             // that went.
             self.retry_given_up = true;
         } else {
+            self.queue_memory_alone(self.now);
             self.answer_flushes();
         }
     }

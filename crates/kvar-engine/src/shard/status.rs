@@ -1,7 +1,6 @@
 //! What a shard counts, and what it says of itself.
 
 use super::Shard;
-use crate::dram::State;
 use kvar_base::{MissReason, Moment, PutOutcome, Refusal};
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -83,6 +82,24 @@ pub struct Counters {
     pub dram_evicted_clean: u64,
     /// Blocks that left memory and were nowhere else.
     pub dram_evicted_gone: u64,
+    /// Of these, ephemeral ones.
+    pub evicted_ephemeral: u64,
+    /// Of these, such as had not been decided about: puts come faster than decisions are written.
+    pub evicted_undecided: u64,
+    /// Blocks written because somebody asked for it: durable puts, a flush.
+    pub admitted_asked: u64,
+    /// Blocks written because the write budget had plenty.
+    pub admitted_budget: u64,
+    /// Blocks written because they were about to leave memory and worth a place.
+    pub admitted_worth: u64,
+    /// Blocks written because others of their prompt were.
+    pub admitted_chain: u64,
+    /// Blocks not written: worth no place.
+    pub not_admitted: u64,
+    /// Blocks not written: the limit of writes was reached, or the device takes none.
+    pub not_admitted_limit: u64,
+    /// Blocks that reclaim left to memory, which decides about them anew.
+    pub reclaim_to_memory: u64,
     /// Blocks that reclaim dropped.
     pub reclaim_dropped: u64,
     /// Blocks that reclaim wrote again.
@@ -139,18 +156,16 @@ impl Counters {
         }
     }
 
-    pub(super) fn count_dram_eviction(&mut self, state: State) {
-        if state == State::Clean {
-            self.dram_evicted_clean += 1;
-        } else {
-            self.dram_evicted_gone += 1;
-        }
+    /// Bytes written to the device, for whatever reason.
+    #[must_use]
+    pub fn written_bytes(&self) -> u64 {
+        self.block_write_bytes + self.moved_write_bytes + self.meta_write_bytes
     }
 
     /// Bytes written to the device for each byte of payload written the first time.
     #[must_use]
     pub fn write_amplification(&self) -> Option<f64> {
-        let written = self.block_write_bytes + self.moved_write_bytes + self.meta_write_bytes;
+        let written = self.written_bytes();
         (self.payload_written_bytes > 0).then(|| written as f64 / self.payload_written_bytes as f64)
     }
 }
@@ -168,6 +183,12 @@ pub struct ShardStatus {
     pub dram_bytes: u64,
     /// Bytes of blocks that memory may hold.
     pub dram_bytes_max: u64,
+    /// Bytes in memory alone that wait to be decided about; what is not written by choice.
+    pub held_bytes: u64,
+    /// What a place on the device must be worth at the moment: a chance to be used, 0 to 1.
+    pub keep_threshold: f64,
+    /// Bytes of the write budget that are left, negative in debt; null without a budget.
+    pub write_budget_left_bytes: Option<f64>,
     /// Blocks on the device.
     pub flash_blocks: u64,
     /// Bytes of segments.
@@ -255,6 +276,9 @@ impl Shard {
             dram_blocks: self.dram.len() as u64,
             dram_bytes: self.dram.used_bytes(),
             dram_bytes_max: self.dram.limit_bytes(),
+            held_bytes: self.dram.held_bytes(),
+            keep_threshold: self.keep.keeper().threshold(),
+            write_budget_left_bytes: self.budget.left_bytes(),
             flash_blocks: self.index.len() as u64,
             flash_bytes_max: u64::from(self.superblock.segments_per_shard)
                 * self.superblock.payload_bytes(),

@@ -42,6 +42,11 @@ impl Trouble {
         self.failures_in_a_row >= TROUBLE_MAX
     }
 
+    /// Whether the device took the last write.
+    pub(super) fn is_over(&self) -> bool {
+        self.failures_in_a_row == 0
+    }
+
     pub(super) fn reason(&self) -> Option<String> {
         self.reason.clone()
     }
@@ -113,12 +118,26 @@ impl Shard {
         }
     }
 
-    /// What is in memory alone, because reclaim, the index or a device in trouble gave it up, is
-    /// queued again.
+    /// What waits in memory alone to be decided about is queued.
+    pub(super) fn queue_memory_alone(&mut self, now: Moment) {
+        if self.dram.held_bytes() == 0 {
+            return;
+        }
+        let held = self
+            .dram
+            .in_order(|_, resident| resident.state == State::Held);
+        self.counters.admitted_asked += held.len() as u64;
+        for id in held {
+            self.queue_resident(now, &id);
+        }
+    }
+
+    /// What is in memory alone, because it waits to be decided about, or reclaim, the index or a
+    /// device in trouble gave it up, is queued.
     pub(super) fn queue_given_up(&mut self, now: Moment) {
         let index = &self.index;
         let volatile = self.dram.in_order(|id, resident| {
-            let may_leave = matches!(resident.state, State::Volatile | State::Clean);
+            let may_leave = matches!(resident.state, State::Volatile | State::Held | State::Clean);
             may_leave && !resident.ephemeral && index.find(id).is_none()
         });
         for id in volatile {

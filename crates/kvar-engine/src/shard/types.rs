@@ -17,6 +17,7 @@
 use crate::layout::ImagePlan;
 use kvar_base::{BlockId, ContentCheck, LeaseToken, MissReason, Moment, PutOutcome};
 use kvar_io::{Buffer, Shared};
+use kvar_policy::WriteRates;
 use std::ops::Range;
 use std::time::Duration;
 
@@ -35,6 +36,8 @@ pub struct EngineConfig {
     /// Bytes a second that background verification of sealed segments may read, while nothing else
     /// is going on; 0 turns it off.
     pub scrub_bytes_per_s: u64,
+    /// What may be written to the device a day; without end unless it is set.
+    pub writes: WriteRates,
     /// Tell the device which segments are free before they are written again (never a file).
     pub discard: bool,
 }
@@ -50,6 +53,7 @@ impl Default for EngineConfig {
             shutdown_flush: Duration::from_secs(30),
             unix_at_start_s: 0,
             scrub_bytes_per_s: SCRUB_BYTES_PER_S,
+            writes: WriteRates::default(),
             discard: false,
         }
     }

@@ -25,6 +25,7 @@ use crate::mutation::{Check, is_disabled};
 use crate::segments::OpenSegment;
 use kvar_base::{BlockId, Moment, PAGE_BYTES, page_round_up};
 use kvar_io::{DeviceError, Op, Shared};
+use kvar_policy::BlockClass;
 use std::time::Duration;
 
 /// A gather write as the device sees it.
@@ -77,6 +78,7 @@ pub(super) struct WriteGroup {
 
 impl Shard {
     pub(super) fn push_dirty(&mut self, item: WriteItem) {
+        self.budget.spend(item.image.padded_len() as u64);
         self.dirty_bytes += item.image.padded_len() as u64;
         self.dirty.push_back(item);
     }
@@ -142,6 +144,7 @@ impl Shard {
         let linger = self.linger();
         self.dirty_bytes >= WRITE_BYTES
             || self.in_a_hurry()
+            || self.memory_waits()
             || self.dirty.front().is_some_and(|item| match item.source {
                 Source::Put { since, .. } => since.after(linger) <= now,
                 Source::Moved { .. } => true,
@@ -173,13 +176,7 @@ impl Shard {
                 }
             }
             // What reclaim keeps must find its place, or the segment it leaves never gets free.
-            let spare = if from_moved {
-                0
-            } else {
-                self.reclaim
-                    .as_ref()
-                    .map_or(0, super::reclaim::Reclaim::spare_pages)
-            };
+            let spare = if from_moved { 0 } else { self.spare_pages() };
             let Some(open) = &mut self.segments.open else {
                 break;
             };
@@ -199,7 +196,7 @@ impl Shard {
                     // The segment that would take it is the one it is to leave: let it go.
                     let (id, len) = (item.id, item.len);
                     self.moved.pop_front();
-                    self.give_up_move(&id, len, from);
+                    self.give_up_item(&id, len, from);
                     continue;
                 }
                 if let Some((_, _, group)) = group.take() {
@@ -316,19 +313,18 @@ impl Shard {
         let stored_bytes = item.image.padded_len() as u64;
         let position = self.segments.position(segment, *page);
         let before = self.find(&item.id).map(|(_, entry)| entry);
-        let (wanted, touched, frequency, stamp) = match item.source {
+        let (wanted, class, stamp) = match item.source {
             Source::Put { number, .. } => {
                 self.counters.block_write_bytes += stored_bytes;
                 let resident = self
                     .dram
                     .get(&item.id)
                     .filter(|resident| resident.number == number);
-                let touches = resident.map_or(0, |resident| resident.early_touches);
+                let class = resident.map_or_else(BlockClass::default, |resident| resident.class);
                 (
                     resident.is_some(),
-                    touches > 0,
-                    touches.min(3),
-                    self.stamp(),
+                    class,
+                    resident.map_or(0, |resident| self.keep.stamp_at(resident.used_at)),
                 )
             }
             Source::Moved { from } => {
@@ -337,13 +333,11 @@ impl Shard {
                 let entry = before.filter(|entry| entry.position == from);
                 (
                     entry.is_some(),
-                    false,
-                    entry.map_or(0, |entry| entry.frequency),
+                    entry.map_or_else(BlockClass::default, |entry| entry.class()),
                     entry.map_or(0, |entry| entry.stamp),
                 )
             }
         };
-        self.appended_bytes += stored_bytes;
         if let Source::Moved { .. } = item.source
             && let Some(reclaim) = &mut self.reclaim
         {
@@ -374,8 +368,9 @@ impl Shard {
             position,
             len: item.len,
             sectioned: item.sectioned,
-            touched,
-            frequency,
+            touched: class.uses() > 0,
+            frequency: class.uses(),
+            length: class.length(),
             stamp,
         };
         let Self { index, leases, .. } = self;

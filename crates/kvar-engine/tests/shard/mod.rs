@@ -272,11 +272,13 @@ impl Shard {
         self.engine.status(self.now)
     }
 
-    /// Puts other blocks until these are in memory no more.
+    /// Puts other blocks, and uses them so often that nothing is worth more, until what was in
+    /// memory is not there any more.
     pub fn push_out_of_memory(&mut self, first: u64) {
         let blocks = self.config.dram_bytes / (16 << 10) + 8;
-        for number in first..first + blocks {
+        for number in (1 << 40) * (first + 1)..(1 << 40) * (first + 1) + 4 * blocks {
             self.put(number, &[16 << 10], PutHints::default());
+            (0..3).for_each(|_| assert!(self.is_there(number)));
         }
         self.settle();
     }

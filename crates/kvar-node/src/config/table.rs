@@ -183,6 +183,47 @@ pub const SETTINGS: &[Setting] = &[
         },
     },
     Setting {
+        key: "flash_write_budget",
+        default: "1x",
+        form: "\"unlimited\", a size a day or drive writes a day",
+        help: "What each device is written a day without asking what for: every block within \
+               flush_after. One device full may be saved up. Beyond it a block is written when it \
+               leaves memory, if it is worth a place; a kill loses what memory alone holds then.",
+        is_switch: false,
+        is_list: false,
+        set: |config, text| {
+            config.flash_write_budget = text.parse()?;
+            Ok(())
+        },
+    },
+    Setting {
+        key: "flash_write_limit",
+        default: "unlimited",
+        form: "\"unlimited\", a size a day or drive writes a day",
+        help: "What each device is never written more than, a day, but for what is asked for: durable \
+               puts, flush, a clean stop. Beyond it what leaves memory is gone.",
+        is_switch: false,
+        is_list: false,
+        set: |config, text| {
+            config.flash_write_limit = text.parse()?;
+            Ok(())
+        },
+    },
+    Setting {
+        key: "flash_endurance",
+        default: "1825",
+        form: "drive writes",
+        help: "How often each device may be written over in its life, for the forecast of its wear: \
+               its maker's drive writes a day times the days of the warranty (1 a day for 5 years: 1825; \
+               for QLC 0.3 a day is usual).",
+        is_switch: false,
+        is_list: false,
+        set: |config, text| {
+            config.flash_endurance = number(text, 1, 10_000_000)?;
+            Ok(())
+        },
+    },
+    Setting {
         key: "discard",
         default: "false",
         form: "true or false",

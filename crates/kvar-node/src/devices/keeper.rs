@@ -36,14 +36,14 @@ use super::surveyor::Said;
 use super::table::DeviceTable;
 use super::view::{DeviceView, Phase, Views};
 use super::watch::{Kind, Run, Watch};
-use crate::config::{Config, DRAM_BYTES_MIN};
+use crate::config::{Config, DRAM_BYTES_MIN, WriteRate};
 use crate::loading::{LoadFailed, LoadingHook, OpenShard, Progress};
 use crate::mail::{Answer, Ask, EngineKey, KEEPER, Mail, Origin, Post};
 use crate::node::{MovingHook, WallClock};
 use crate::storage::{OpenDevice, Storage};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use kvar_base::{Clock as _, DeviceUuid, Moment, SystemClock};
-use kvar_engine::{EngineConfig, Superblock, arena_bytes};
+use kvar_engine::{EngineConfig, Superblock, WriteRates, memory_bytes};
 use kvar_io::Target;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -52,6 +52,9 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use leaving::{Leaving, MOVES_FROM};
+
+/// Bytes of a write limit that each shard may save up at least: a few of the largest blocks.
+const LIMIT_BURST_BYTES_MIN: u64 = 64 << 20;
 
 /// Between the two probes that find a device dead: a controller that is reset takes some hundred
 /// milliseconds.
@@ -358,15 +361,27 @@ impl Keeper {
             let share = self.dram_per_byte * superblock.device_bytes as f64;
             (share as u64 / shards).max(DRAM_BYTES_MIN)
         };
+        let each = |rate: WriteRate| {
+            let bytes = rate.bytes_per_day(superblock.device_bytes);
+            bytes.map(|bytes| bytes / shards)
+        };
+        let limit = each(self.config.flash_write_limit);
+        let writes = WriteRates {
+            budget_bytes_per_day: each(self.config.flash_write_budget),
+            budget_burst_bytes: superblock.device_bytes / shards,
+            limit_bytes_per_day: limit,
+            limit_burst_bytes: limit.map_or(0, |limit| (limit / 24).max(LIMIT_BURST_BYTES_MIN)),
+        };
         let config = EngineConfig {
             dram_bytes,
+            writes,
             flush_after: self.config.flush_after,
             shutdown_flush: self.config.shutdown_flush,
             unix_at_start_s: self.unix_at_start_s,
             scrub_bytes_per_s: self.config.scrub.0,
             discard: self.config.discard,
         };
-        let one = arena_bytes(&config, &superblock) as u64 + superblock.buckets * 64;
+        let one = memory_bytes(&config, &superblock);
         let (mut engines, mut watches) = (Vec::new(), Vec::new());
         for shard in 0..superblock.shards {
             let key = EngineKey {

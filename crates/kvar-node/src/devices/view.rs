@@ -59,19 +59,48 @@ pub struct DeviceReport {
     pub blocks: u64,
     /// Payload bytes its segments hold when full.
     pub payload_bytes_max: u64,
+    /// Bytes written to it since the start.
+    pub written_bytes: u64,
+    /// The same in writes of the whole device a day; null in the first minute.
+    pub drive_writes_per_day: Option<f64>,
+    /// At this rate, years until it has been written as often as `flash_endurance` says; null where
+    /// nothing was written.
+    pub endurance_years: Option<f64>,
+    /// Bytes of the write budget that are left over its shards, negative in debt; null without one.
+    pub write_budget_left_bytes: Option<f64>,
     /// Why it takes no writes at the moment, if so.
     pub trouble: Option<String>,
 }
 
+/// A rate is told when it has been watched for so long.
+const RATE_AFTER_S: u64 = 60;
+const DAY_S: f64 = 86_400.0;
+const YEAR_DAYS: f64 = 365.25;
+
 impl DeviceReport {
-    pub(crate) fn new(device: DeviceView, shards: &[ShardReport]) -> Self {
+    pub(crate) fn new(
+        device: DeviceView,
+        shards: &[ShardReport],
+        uptime_s: u64,
+        endurance_drive_writes: u64,
+    ) -> Self {
         let own = || {
             shards
                 .iter()
                 .filter(|shard| Some(shard.device) == device.number && shard.state != "closed")
                 .map(|shard| &shard.engine)
         };
+        let written_bytes = own().map(|engine| engine.counters.written_bytes()).sum();
+        let days = uptime_s as f64 / DAY_S;
+        let drive_writes = written_bytes as f64 / device.bytes.max(1) as f64;
+        let drive_writes_per_day = (uptime_s >= RATE_AFTER_S).then(|| drive_writes / days);
         Self {
+            written_bytes,
+            drive_writes_per_day,
+            endurance_years: drive_writes_per_day
+                .filter(|rate| *rate > 0.0)
+                .map(|rate| endurance_drive_writes as f64 / rate / YEAR_DAYS),
+            write_budget_left_bytes: own().map(|engine| engine.write_budget_left_bytes).sum(),
             blocks: own().map(|engine| engine.flash_blocks).sum(),
             payload_bytes_max: own().map(|engine| engine.flash_bytes_max).sum(),
             trouble: own().find_map(|engine| engine.device_trouble.clone()),

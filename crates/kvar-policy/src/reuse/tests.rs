@@ -134,3 +134,19 @@ fn time_that_stands_still_and_capacities_of_nothing_are_no_trouble() {
     assert!(model.worth(BlockClass::new(0, 0), u64::MAX).is_finite());
     assert!(model.open.len() <= SAMPLE_MAX);
 }
+
+#[test]
+fn a_block_asked_for_again_and_again_at_one_moment_takes_no_memory() {
+    let mut model = ReuseModel::new(1000);
+    (0..10_000).for_each(|_| model.observe(7, BlockClass::new(0, 1), 5));
+    assert_eq!(model.order.len(), 1);
+}
+
+#[test]
+fn a_class_is_known_by_its_number_and_its_parts() {
+    for number in 0..CLASSES {
+        let class = BlockClass::from_number(number);
+        assert_eq!(class.number(), number);
+        assert_eq!(BlockClass::from_parts(class.uses(), class.length()), class);
+    }
+}

@@ -93,6 +93,7 @@ fn table(entries: u64) -> Vec<Row> {
             sectioned: false,
             touched: false,
             frequency: 0,
+            length: 0,
             stamp: number as u8,
         };
         if let Inserted::Evicted(_) = index.insert(&id(number), &entry, |stamp| stamp) {

@@ -44,7 +44,7 @@ pub(crate) fn run(arguments: &ReplayArguments) -> Outcome {
             }
             OfflinePolicy::Lru | OfflinePolicy::Production => Policy::Production,
             OfflinePolicy::Optimum => Policy::Optimum,
-            OfflinePolicy::Learned => Policy::Learned,
+            OfflinePolicy::Recent => Policy::Recent,
         };
         return offline::run(offline::OfflineRequest {
             policy,
