@@ -120,6 +120,8 @@ class Node(Server):
         command = [str(self._binary), "serve", "--data", str(self.data), "--size", "4GiB"]
         command += ["--dram", "2GiB", "--shards", "1", "--listen", self.endpoint]
         command += ["--admin", "127.0.0.1:0", "--ready-file", str(self._ready_file)]
+        # Or it removes damaged blocks in the background before a slow engine has met one.
+        command += ["--scrub", "0"]
         started = time.monotonic()
         self.spawn(command, dict(os.environ))
         while not self._ready_file.exists():

@@ -33,6 +33,13 @@ def test_many_calls_at_once(node: Node, name: Name) -> None:
             (paged,) = await client.get_pages([ids[3]], [layer], [0], 9000)
             assert (paged.outcome, layer[0]) == ("hit", 3)
             assert await client.put_pages([name("p")], [layer], [0], 9000) == ["stored"]
+            with await client.lookup_leased(ids, ttl_s=20) as lease:
+                assert (lease.leading, lease.reason) == (50, None)
+                assert lease.token is not None
+                assert await client.renew(lease.token, 30) is not None
+                assert await client.release(lease.token)
+            hints = kvar.PutHints(handover=True)
+            assert await client.put([(name("h"), b"x")], hints=hints) == ["stored"]
             assert await client.remove([ids[0]]) == 1
             await client.flush()
             assert isinstance(await client.status(), dict)

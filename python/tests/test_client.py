@@ -58,6 +58,74 @@ def test_lookup_counts_leading_blocks_and_present_all(client: kvar.Client, name:
     assert client.present(ids) == [True, True, False, True, False]
 
 
+def test_what_is_leased_stays_until_it_is_released(
+    node: Node, client: kvar.Client, name: Name
+) -> None:
+    ids = [name(n) for n in range(4)]
+    client.put([(id, b"x" * 100) for id in ids[:3]], ttl_s=1)
+    with client.lookup_leased(ids, ttl_s=20) as lease:
+        assert (lease.leading, lease.reason, lease.held) == (3, "absent", True)
+        assert 10 < lease.left_s <= 20
+        token = lease.token
+        assert token is not None
+        # Another client of the namespace may renew it.
+        with node.client() as other:
+            assert 20 < (other.renew(token, 30) or 0) <= 30
+        assert lease.renew(25)
+        # Their time to live is over, the promise is not.
+        time.sleep(2.5)
+        assert client.lookup(ids) == 3
+    until(lambda: client.lookup(ids) == 0)
+    assert not lease.held
+    assert client.renew(token) is None
+    assert not client.release(token)
+    assert not lease.release()
+
+
+def test_a_lease_is_released_by_its_token_and_ends_by_itself(
+    client: kvar.Client, name: Name
+) -> None:
+    client.put([(name(1), b"x")])
+    lease = client.lookup_leased([name(1)], ttl_s=20)
+    assert lease.token is not None
+    assert client.release(lease.token)
+    short = client.lookup_leased([name(1)], ttl_s=0.05)
+    assert (short.leading, short.reason) == (1, None)
+    until(lambda: not short.renew(0.001))
+    none = client.lookup_leased([name(2)])
+    assert (none.leading, none.token, none.held, none.left_s) == (0, None, False, 0.0)
+    assert not none.renew()
+    with pytest.raises(kvar.RequestError, match="ttl_s is 0"):
+        client.lookup_leased([name(1)], ttl_s=0)
+    with pytest.raises(ValueError, match="16 bytes"):
+        client.release(b"short")
+
+
+def test_a_lease_outlives_its_client(node: Node, client: kvar.Client, name: Name) -> None:
+    with node.client() as other:
+        other.put([(name(1), b"x")])
+        lease = other.lookup_leased([name(1)], ttl_s=20)
+    with pytest.raises(kvar.RequestError, match="closed"):
+        lease.release()
+    assert lease.token is not None
+    assert client.release(lease.token)
+
+
+def test_a_put_says_what_its_blocks_are_worth(client: kvar.Client, name: Name) -> None:
+    hints = kvar.PutHints(
+        request=1 << 60, ephemeral=True, traffic_class=255, recompute_us=2_000_000, handover=True
+    )
+    assert (hints.request, hints.ephemeral, hints.traffic_class) == (1 << 60, True, 255)
+    assert (hints.recompute_us, hints.handover) == (2_000_000, True)
+    assert hints == eval(repr(hints), {"PutHints": kvar.PutHints})
+    assert hints != kvar.PutHints()
+    assert client.put([(name(1), b"kept in memory")], hints=hints, ttl_s=60) == ["stored"]
+    assert client.get_bytes(name(1)) == b"kept in memory"
+    assert client.lookup([name(1)], request=1 << 60) == 1
+    with pytest.raises(OverflowError):
+        kvar.PutHints(traffic_class=256)
+
+
 def test_sections_scatter_and_gather(client: kvar.Client, name: Name) -> None:
     sections = [bytes([n]) * (1000 + n) for n in range(7)]
     assert client.put([(name(1), sections)]) == ["stored"]

@@ -217,3 +217,39 @@ def test_a_wrong_key_stops_the_engine_at_start(node: Node, tmp_path: Any) -> Non
     )
     with pytest.raises(kvar.WrongKeyError):
         Link.to(wrong)
+
+
+def test_the_scheduler_leases_in_one_process_what_the_worker_loads_in_another(
+    node: Node, link: Link
+) -> None:
+    worker = mover(node, link, layers_of("direct", fill=True), "leased")
+    hashes = [f"leased {n}".encode() for n in range(5)]
+    worker.start_save(SaveOrder(1, hashes, list(range(5)), 0, 77), "")
+    assert run_dry(worker).reports[1].stored_blocks == len(hashes)
+    names = chain_names(node.key, [*hashes, b"not there"], "leased", "", 1)
+    scheduler = Link.to(settings(node))
+    leases = leases_of(node)
+    found = scheduler.lookup_leased(names, 5000, 20.0, 78)
+    assert found is not None
+    count, lease = found
+    assert (count, leases_of(node)) == (5, leases + 1)
+    assert lease is not None
+    worker.start_load(LoadOrder("r", hashes, list(range(10, 15)), 0, 78), "")
+    assert run_dry(worker).bad_block_ids == set()
+    lease.renew(20.0)
+    lease.release()
+    until(lambda: leases_of(node) == leases)
+    # Nothing found, nothing promised.
+    assert scheduler.lookup_leased(names[5:], 5000, 20.0) == (0, None)
+    scheduler.close()
+    # On the engine's path nothing raises, whatever became of the link.
+    lease.renew(20.0)
+    lease.release()
+    assert scheduler.lookup_leased(names, 5000, 20.0) is None
+
+
+def leases_of(node: Node) -> int:
+    """Leases that the node holds."""
+    with node.client() as client:
+        shards = client.status()["shards"]
+    return sum(shard["engine"]["leases"] for shard in shards)

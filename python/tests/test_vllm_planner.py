@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from kvar.vllm.orders import SaveReport, merge_reports
-from kvar.vllm.planner import LOOKUP_REUSE_S, Planner
+from kvar.vllm.planner import LOOKUP_REUSE_S, WAIT_S_MAX, Found, Planner
 
 BLOCK = 32
 
@@ -29,10 +29,28 @@ class Request:
         ]
 
 
+class Lease:
+    """A promise of the bench's store, which counts those that stand."""
+
+    def __init__(self, standing: list[Lease]) -> None:
+        self.renewals: list[float] = []
+        self._standing = standing
+        standing.append(self)
+
+    def renew(self, ttl_s: float) -> None:
+        assert self in self._standing, "renewed after its release"
+        self.renewals.append(ttl_s)
+
+    def release(self) -> None:
+        self._standing.remove(self)
+
+
 class Bench:
     """A planner with a store and a pool that count."""
 
     def __init__(self, *, ranks: int = 1, pool: int = 1000, loads: bool = True) -> None:
+        self.leases: list[Lease] = []
+        self.numbers = 0
         self.stored: set[bytes] = set()
         self.away = False
         self.lookups = 0
@@ -48,16 +66,22 @@ class Bench:
             hold=self.hold,
             release=self.release,
             now=lambda: self.now,
+            numbers=self.number,
         )
 
-    def lookup(self, hashes: Sequence[bytes]) -> int | None:
+    def number(self) -> int:
+        self.numbers += 1
+        return self.numbers
+
+    def lookup(self, hashes: Sequence[bytes], request: int, lease_s: float) -> Found | None:
+        assert request > 0
         self.lookups += 1
         if self.away:
             return None
         found = 0
         while found < len(hashes) and hashes[found] in self.stored:
             found += 1
-        return found
+        return Found(found, Lease(self.leases) if lease_s and found else None)
 
     def hold(self, blocks: Sequence[int]) -> None:
         for block in blocks:
@@ -302,3 +326,102 @@ def test_a_connector_that_may_not_load_still_counts_what_is_there() -> None:
     bench.stored = {b"a-0", b"a-1"}
     assert bench.planner.matched(request, 0) == 0
     assert bench.planner.counters.take()["stored_tokens"] == 64
+    assert bench.leases == []
+
+
+def loading(bench: Bench) -> Request:
+    """A request whose load has been ordered."""
+    request = Request("a", num_tokens=100)
+    bench.stored = set(request.block_hashes)
+    bench.planner.allocated(request, pages(4), bench.planner.matched(request, 0))
+    assert len(bench.leases) == 1
+    (load,) = bench.planner.step({}, lambda _: None).loads
+    assert load.request == 1
+    return request
+
+
+def test_what_was_found_is_leased_until_it_is_loaded() -> None:
+    bench = Bench()
+    loading(bench)
+    (lease,) = bench.leases
+    assert lease.renewals == []
+    # A load that takes long keeps its promise, renewed at half of its time and not in every step.
+    for _ in range(40):
+        bench.now += 0.25
+        bench.planner.step({}, lambda _: None)
+    assert lease.renewals == [2.0] * 10
+    bench.say(loaded=["a"])
+    assert bench.leases == []
+    bench.now += 5
+    bench.planner.step({}, lambda _: None)
+
+
+@pytest.mark.parametrize("end", ["failed", "aborted", "aborted while it waits"])
+def test_a_lease_ends_with_its_request_however_it_ends(end: str) -> None:
+    bench = Bench()
+    if end == "aborted while it waits":
+        request = Request("a", num_tokens=100)
+        bench.stored = set(request.block_hashes)
+        assert bench.planner.matched(request, 0) > 0
+        assert len(bench.leases) == 1
+        bench.planner.finished(request, [])
+    elif end == "aborted":
+        bench.planner.finished(loading(bench), pages(4))
+    else:
+        loading(bench)
+        bench.say(loaded=["a"], bad=[1])
+    assert bench.leases == []
+    bench.now += 5
+    bench.planner.step({}, lambda _: None)
+
+
+def test_a_request_that_waits_keeps_its_lease_for_a_while() -> None:
+    bench = Bench()
+    request = Request("a", num_tokens=100)
+    bench.stored = set(request.block_hashes)
+    bench.planner.matched(request, 0)
+    bench.now += LOOKUP_REUSE_S
+    bench.planner.step({}, lambda _: None)
+    (lease,) = bench.leases
+    assert lease.renewals == [2.0]
+    # Asked about again, it is looked up anew: one promise, never two.
+    bench.planner.matched(request, 0)
+    assert len(bench.leases) == 1
+    assert bench.leases != [lease]
+    bench.now += WAIT_S_MAX + 1
+    bench.planner.step({}, lambda _: None)
+    assert bench.leases == []
+    assert bench.planner.matched(request, 0) == 96
+    assert len(bench.leases) == 1
+
+
+def test_nothing_is_leased_that_is_not_loaded() -> None:
+    bench = Bench()
+    request = Request("a", num_tokens=100)
+    bench.stored = set(request.block_hashes)
+    # The engine has it all itself.
+    assert bench.planner.matched(request, 96) == 0
+    assert bench.leases == []
+    # Its turn came and no pages were to be had for the load.
+    bench.now += LOOKUP_REUSE_S
+    assert bench.planner.matched(request, 0) == 96
+    bench.planner.allocated(request, [], 0)
+    assert bench.leases == []
+    # A failed load is not tried again, so nothing is promised to it.
+    other = Bench()
+    failed = loading(other)
+    other.say(loaded=["a"], bad=[1])
+    other.planner.matched(failed, 0)
+    assert other.leases == []
+
+
+def test_all_orders_of_a_prompt_have_its_number() -> None:
+    bench = Bench()
+    one, two = Request("a", num_tokens=65), Request("b", num_tokens=65)
+    numbers = []
+    for request in (one, two):
+        bench.planner.matched(request, 0)
+        bench.planner.allocated(request, pages(3), 0)
+        (save,) = bench.step(request, 65, pages(3)).saves
+        numbers.append(save.request)
+    assert numbers == [1, 2]

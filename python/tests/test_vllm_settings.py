@@ -15,7 +15,7 @@ NEEDED = {"endpoint": "127.0.0.1:1", "namespace_key_file": "/k"}
 
 def test_defaults_are_the_documented_ones() -> None:
     settings = Settings.from_extra_config(NEEDED)
-    assert settings == Settings("127.0.0.1:1", "default", "/k", Mode.LOAD, 2000, 20)
+    assert settings == Settings("127.0.0.1:1", "default", "/k", Mode.LOAD, 2000, 20, 2000)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,7 @@ def test_defaults_are_the_documented_ones() -> None:
         ({"deadline_ms": 0}, ["deadline_ms", "60000"]),
         ({"deadline_ms": "20"}, ["deadline_ms"]),
         ({"lookup_deadline_ms": True}, ["lookup_deadline_ms"]),
+        ({"lease_ms": 30_001}, ["lease_ms", "30000"]),
         ({"deadlin_ms": 5}, ["deadlin_ms", "deadline_ms"]),
     ],
 )

@@ -85,33 +85,54 @@ impl FromStr for BlockId {
     }
 }
 
+/// What all that is drawn at random has in common: bytes, and their hexadecimal digits.
+macro_rules! drawn_at_random {
+    ($name:ident, $bytes:literal) => {
+        impl $name {
+            /// From its bytes.
+            #[must_use]
+            pub const fn new(bytes: [u8; $bytes]) -> Self {
+                Self(bytes)
+            }
+
+            /// A new one from the operating system's randomness.
+            ///
+            /// # Panics
+            /// When the operating system has no randomness to give.
+            #[must_use]
+            pub fn random() -> Self {
+                let mut bytes = [0; $bytes];
+                getrandom::fill(&mut bytes).expect("the operating system gives randomness");
+                Self(bytes)
+            }
+
+            /// As hexadecimal digits, all of them.
+            #[must_use]
+            pub fn to_hex(&self) -> String {
+                self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+            }
+        }
+
+        impl FromStr for $name {
+            type Err = NamespaceKeyError;
+            fn from_str(text: &str) -> Result<Self, Self::Err> {
+                parse_hex(text.trim()).map(Self)
+            }
+        }
+    };
+}
+
 /// Names a lease, and is the only proof of it: whoever knows the token may use, renew or release
 /// the lease, from whatever connection. Hence drawn at random.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct LeaseToken([u8; 16]);
+drawn_at_random!(LeaseToken, 16);
 
 impl LeaseToken {
-    /// A token from its bytes.
-    #[must_use]
-    pub const fn new(bytes: [u8; 16]) -> Self {
-        Self(bytes)
-    }
-
     /// The bytes.
     #[must_use]
     pub const fn as_bytes(&self) -> &[u8; 16] {
         &self.0
-    }
-
-    /// A new one from the operating system's randomness.
-    ///
-    /// # Panics
-    /// When the operating system has no randomness to give.
-    #[must_use]
-    pub fn random() -> Self {
-        let mut bytes = [0; 16];
-        getrandom::fill(&mut bytes).expect("the operating system gives randomness");
-        Self(bytes)
     }
 }
 
@@ -125,29 +146,13 @@ impl fmt::Debug for LeaseToken {
 /// Which device this is; drawn at format, part of every `check64`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct DeviceUuid([u8; 16]);
+drawn_at_random!(DeviceUuid, 16);
 
 impl DeviceUuid {
-    /// A uuid from its bytes.
-    #[must_use]
-    pub const fn new(bytes: [u8; 16]) -> Self {
-        Self(bytes)
-    }
-
     /// The bytes.
     #[must_use]
     pub const fn as_bytes(&self) -> &[u8; 16] {
         &self.0
-    }
-
-    /// A new one from the operating system's randomness.
-    ///
-    /// # Panics
-    /// When the operating system has no randomness to give.
-    #[must_use]
-    pub fn random() -> Self {
-        let mut bytes = [0; 16];
-        getrandom::fill(&mut bytes).expect("the operating system gives randomness");
-        Self(bytes)
     }
 }
 
@@ -163,16 +168,10 @@ impl fmt::Debug for DeviceUuid {
     }
 }
 
-impl FromStr for DeviceUuid {
-    type Err = NamespaceKeyError;
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        parse_hex(text).map(Self)
-    }
-}
-
 /// The secret of a namespace: who lacks it can neither name its blocks nor connect to it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct NamespaceKey([u8; 32]);
+drawn_at_random!(NamespaceKey, 32);
 
 /// Why a text is not a key or id.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -191,29 +190,6 @@ pub enum NamespaceKeyError {
 }
 
 impl NamespaceKey {
-    /// A key from its bytes.
-    #[must_use]
-    pub const fn new(bytes: [u8; 32]) -> Self {
-        Self(bytes)
-    }
-
-    /// A new key from the operating system's randomness.
-    ///
-    /// # Panics
-    /// When the operating system has no randomness to give.
-    #[must_use]
-    pub fn random() -> Self {
-        let mut bytes = [0; 32];
-        getrandom::fill(&mut bytes).expect("the operating system gives randomness");
-        Self(bytes)
-    }
-
-    /// The key as it stands in a key file: 64 hexadecimal digits.
-    #[must_use]
-    pub fn to_hex(&self) -> String {
-        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
-    }
-
     /// Eight digits that name the key without giving it away; for logs and errors.
     #[must_use]
     pub fn short_name(&self) -> String {
@@ -237,13 +213,6 @@ impl NamespaceKey {
     #[must_use]
     pub fn verify(&self, challenge: &[u8], proof: &[u8; 32]) -> bool {
         blake3::Hash::from_bytes(self.prove(challenge)) == blake3::Hash::from_bytes(*proof)
-    }
-}
-
-impl FromStr for NamespaceKey {
-    type Err = NamespaceKeyError;
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        parse_hex(text.trim()).map(Self)
     }
 }
 
@@ -283,6 +252,11 @@ mod tests {
     fn hex_goes_there_and_back() {
         let key = NamespaceKey::random();
         assert_eq!(key.to_hex().parse::<NamespaceKey>().unwrap(), key);
+        let token = LeaseToken::random();
+        assert_eq!(token.to_hex().parse::<LeaseToken>().unwrap(), token);
+        let uuid = DeviceUuid::random();
+        assert_eq!(uuid.to_hex().parse::<DeviceUuid>().unwrap(), uuid);
+        assert_eq!(uuid.to_hex(), uuid.to_string());
         let id = BlockId::from_name(&key, "x");
         assert_eq!(id.to_string().parse::<BlockId>().unwrap(), id);
         assert_eq!(

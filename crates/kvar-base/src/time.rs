@@ -41,6 +41,14 @@ impl Default for SystemClock {
     }
 }
 
+impl SystemClock {
+    /// A moment of this clock as the whole process knows it.
+    #[must_use]
+    pub fn instant(&self, moment: Moment) -> Instant {
+        self.0 + Duration::from_micros(moment.0)
+    }
+}
+
 impl Clock for SystemClock {
     fn now(&self) -> Moment {
         Moment(u64::try_from(self.0.elapsed().as_micros()).unwrap_or(u64::MAX))

@@ -4,15 +4,16 @@
 //! a get or put. It is complete when every part has ended; parts end by an answer, by the loss of
 //! the link, or by the call's deadline, whichever comes first, and never twice.
 
+use crate::answer::{is_unsettled, small_answer};
 use crate::config::ClientError;
-use crate::items::{
-    Answer, Filled, GetItem, GetOutcome, GetResult, Lease, Leased, Lookup, PreparedPut, Request,
-};
+use crate::items::{Answer, Filled, GetItem, GetOutcome, GetResult, Leased, PreparedPut, Request};
 use crate::session::{Completion, Ticket};
 use crate::stats::{Counters, add};
-use kvar_base::{BlockId, LeaseToken, MissReason, Moment, PutOutcome, Refusal, SECTIONS_MAX};
-use kvar_wire::{Finished, IDS_MAX, LookupAnswer, Message};
-use std::collections::HashMap;
+use kvar_base::{
+    BlockId, LeaseToken, MissReason, Moment, PutOutcome, Refusal, SECTIONS_MAX, SystemClock,
+};
+use kvar_wire::{IDS_MAX, LookupAnswer, Message};
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -38,7 +39,7 @@ impl Lost {
         }
     }
 
-    fn error(self, why: &str) -> ClientError {
+    pub(crate) fn error(self, why: &str) -> ClientError {
         match self {
             Self::Unreachable => ClientError::Unreachable(why.to_owned()),
             Self::Deadline => ClientError::Deadline,
@@ -109,7 +110,24 @@ pub(crate) enum Ask {
 pub(crate) enum Reply {
     Message(Message),
     Lost(Lost),
+    /// It was of no use any more: an earlier part of the chain is not there whole.
+    NotAsked,
 }
+
+/// A lease that the node may hold although nobody was told of it: to be ended, unless it has ended
+/// by itself.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Owed {
+    pub(crate) token: LeaseToken,
+    pub(crate) until: Moment,
+}
+
+/// The longest that a node lets a lease last.
+const LEASE_MAX: Duration = Duration::from_secs(30);
+
+/// Most leases owed at a time: those of a client that loses every answer at some hundred lookups a
+/// second, for as long as two seconds. What is beyond ends by itself.
+const OWED_MAX: usize = 1024;
 
 pub(crate) struct GetSlot {
     pub(crate) item: GetItem,
@@ -144,6 +162,26 @@ impl Ask {
         matches!(self, Self::Renew { .. } | Self::Release { .. })
     }
 
+    /// Whether a part is sent only when the one before was there whole: blocks behind a gap would
+    /// be held for nobody.
+    pub(crate) fn is_one_by_one(&self) -> bool {
+        matches!(self, Self::Lease { .. })
+    }
+
+    /// Whether a reply says that all of its part is there (and, of a lease, promised).
+    fn is_whole(&self, part: usize, reply: &Reply) -> bool {
+        let Self::Lease { ids, .. } = self else {
+            return true;
+        };
+        let asked = ids.chunks(IDS_MAX).nth(part).map_or(0, <[_]>::len);
+        let leading = match reply {
+            Reply::Message(Message::LeaseAnswer(answer)) => answer.leading,
+            Reply::Message(Message::LookupAnswer(LookupAnswer::Leading(count, _))) => *count,
+            _ => return false,
+        };
+        leading as usize >= asked
+    }
+
     /// Whether the node may take long over it without being ill: it waits for a device.
     pub(crate) fn may_be_slow(&self) -> bool {
         matches!(self, Self::Remove { .. } | Self::Flush | Self::Purge)
@@ -154,17 +192,24 @@ impl Ask {
 pub(crate) struct Board {
     pub(crate) calls: HashMap<u64, Call>,
     pub(crate) done: Vec<Completion>,
+    /// Parts (call, part) whose turn has come.
+    pub(crate) next_parts: Vec<(u64, usize)>,
+    pub(crate) owed: VecDeque<Owed>,
     pub(crate) counters: Arc<Counters>,
+    clock: SystemClock,
     /// What last kept the node from being reached, for answers that carry an error.
     pub(crate) last_error: Option<ClientError>,
 }
 
 impl Board {
-    pub(crate) fn new(counters: Arc<Counters>) -> Self {
+    pub(crate) fn new(counters: Arc<Counters>, clock: SystemClock) -> Self {
         Self {
             calls: HashMap::new(),
             done: Vec::new(),
+            next_parts: Vec::new(),
+            owed: VecDeque::new(),
             counters,
+            clock,
             last_error: None,
         }
     }
@@ -292,14 +337,25 @@ impl Board {
         let Some(call) = self.calls.get_mut(&ticket) else {
             return;
         };
-        let Work::Small { replies, .. } = &mut call.work else {
+        let Work::Small { ask, replies } = &mut call.work else {
             return;
         };
         if replies[part].is_some() {
             return;
         }
+        let goes_on = ask.is_whole(part, &reply);
         replies[part] = Some(reply);
         call.left -= 1;
+        if ask.is_one_by_one() && call.left > 0 {
+            if goes_on {
+                self.next_parts.push((ticket, part + 1));
+            } else {
+                for reply in replies.iter_mut().filter(|reply| reply.is_none()) {
+                    *reply = Some(Reply::NotAsked);
+                }
+                call.left = 0;
+            }
+        }
         if call.left == 0 {
             self.complete(ticket);
         }
@@ -391,7 +447,29 @@ impl Board {
             None => "the link to the node broke before it answered".to_owned(),
         };
         let answer = match call.work {
-            Work::Small { ask, replies } => small_answer(&ask, replies, &why),
+            Work::Small { ask, replies } => {
+                let ended_by_itself = |ttl: Duration| call.deadline.after(ttl.min(LEASE_MAX));
+                let owed = match &ask {
+                    Ask::Lease { token, ttl, .. } if replies.iter().any(is_unsettled) => {
+                        Some(Owed {
+                            token: *token,
+                            until: ended_by_itself(*ttl),
+                        })
+                    }
+                    _ => None,
+                };
+                let sent = call.sent.unwrap_or(call.begun);
+                let answer = small_answer(&ask, replies, &why, self.clock.instant(sent));
+                let nobody_knows = !matches!(answer, Answer::Leased(Leased { lease: Some(_), .. }));
+                // What was never sent is owed to nobody.
+                if let Some(owed) = owed.filter(|_| call.sent.is_some() && nobody_knows) {
+                    if self.owed.len() >= OWED_MAX {
+                        self.owed.pop_front();
+                    }
+                    self.owed.push_back(owed);
+                }
+                answer
+            }
             Work::Get { slots, .. } => {
                 let result = |slot: GetSlot| {
                     let lost = GetOutcome::Miss(MissReason::Unreachable);
@@ -424,124 +502,3 @@ impl Board {
 
 /// An empty destination, in the place of one that a link owns for the moment.
 pub(crate) const NOWHERE: Filled = Filled::Bytes(Vec::new());
-
-fn small_answer(ask: &Ask, replies: Vec<Option<Reply>>, why: &str) -> Answer {
-    let replies = replies
-        .into_iter()
-        .map(|reply| reply.unwrap_or(Reply::Lost(Lost::Unreachable)));
-    match ask {
-        Ask::Lookup { ids, .. } => Answer::Lookup(leading(ids, replies)),
-        Ask::Lease { ids, token, .. } => Answer::Leased(leased(ids, *token, replies.collect())),
-        Ask::Renew { .. } => Answer::Renewed(match { replies }.next() {
-            Some(Reply::Message(Message::RenewAnswer(answer))) => Ok(lasting(answer.lasts_ms)),
-            Some(Reply::Lost(lost)) => Err(lost.error(why)),
-            _ => Err(Lost::Unreachable.error(why)),
-        }),
-        Ask::Release { .. } => Answer::Released(match { replies }.next() {
-            Some(Reply::Message(Message::ReleaseAnswer(answer))) => Ok(answer.released),
-            Some(Reply::Lost(lost)) => Err(lost.error(why)),
-            _ => Err(Lost::Unreachable.error(why)),
-        }),
-        Ask::Present { ids } => {
-            let mut present = Vec::with_capacity(ids.len());
-            for (part, reply) in ids.chunks(IDS_MAX).zip(replies) {
-                match reply {
-                    Reply::Message(Message::LookupAnswer(LookupAnswer::Each(bitmap))) => {
-                        present.extend(bitmap.bits(part.len()));
-                    }
-                    _ => present.resize(present.len() + part.len(), false),
-                }
-            }
-            Answer::Present(present)
-        }
-        Ask::Remove { .. } | Ask::Flush | Ask::Purge => {
-            let each = replies.map(|reply| match reply {
-                Reply::Message(
-                    Message::RemoveAnswer(kvar_wire::RemoveAnswer { finished })
-                    | Message::FlushAnswer(kvar_wire::FlushAnswer { finished })
-                    | Message::PurgeAnswer(kvar_wire::PurgeAnswer { finished }),
-                ) => finished_result(finished),
-                Reply::Message(_) => Err(Lost::Unreachable.error(why)),
-                Reply::Lost(lost) => Err(lost.error(why)),
-            });
-            Answer::Finished(each.sum())
-        }
-        Ask::Stat { .. } => Answer::Stat(match { replies }.next() {
-            Some(Reply::Message(Message::StatAnswer(answer))) => answer.stat,
-            Some(Reply::Lost(lost)) => Err(lost.miss()),
-            _ => Err(MissReason::Unreachable),
-        }),
-        Ask::Status => Answer::Status(match { replies }.next() {
-            Some(Reply::Message(Message::StatusAnswer(answer))) => Ok(answer.json),
-            Some(Reply::Lost(lost)) => Err(lost.error(why)),
-            _ => Err(Lost::Unreachable.error(why)),
-        }),
-    }
-}
-
-fn finished_result(finished: Finished) -> Result<u64, ClientError> {
-    match finished {
-        Finished::Done(count) => Ok(count),
-        Finished::Deadline => Err(ClientError::Deadline),
-        Finished::Overloaded => Err(ClientError::Busy(
-            "the node has too much to do; try again later".to_owned(),
-        )),
-        Finished::Failed(why) => Err(ClientError::Failed(why)),
-    }
-}
-
-fn lasting(lasts_ms: u32) -> Option<Duration> {
-    (lasts_ms > 0).then(|| Duration::from_millis(lasts_ms.into()))
-}
-
-/// A chain is promised as far as each part is there whole, and for as long as the shortest promise.
-fn leased(ids: &[BlockId], token: LeaseToken, replies: Vec<Reply>) -> Leased {
-    let mut lasts: Option<Duration> = None;
-    let mut as_lookups = Vec::with_capacity(replies.len());
-    for reply in replies {
-        as_lookups.push(match reply {
-            Reply::Message(Message::LeaseAnswer(answer)) => {
-                if let Some(this) = lasting(answer.lasts_ms) {
-                    lasts = Some(lasts.map_or(this, |other| other.min(this)));
-                }
-                let leading = LookupAnswer::Leading(answer.leading, answer.reason);
-                Reply::Message(Message::LookupAnswer(leading))
-            }
-            other => other,
-        });
-    }
-    let Lookup { leading, reason } = leading(ids, as_lookups.into_iter());
-    Leased {
-        leading,
-        reason,
-        lease: lasts.map(|lasts| Lease { token, lasts }),
-    }
-}
-
-/// The chain is there as far as each part is there whole.
-fn leading(ids: &[BlockId], replies: impl Iterator<Item = Reply>) -> Lookup {
-    let mut leading = 0;
-    for (part, reply) in ids.chunks(IDS_MAX).zip(replies) {
-        let reason = match reply {
-            Reply::Message(Message::LookupAnswer(LookupAnswer::Leading(count, reason))) => {
-                let count = (count as usize).min(part.len());
-                leading += count;
-                if count == part.len() {
-                    continue;
-                }
-                reason.unwrap_or(MissReason::Absent)
-            }
-            Reply::Message(Message::LookupAnswer(LookupAnswer::Miss(reason))) => reason,
-            Reply::Lost(lost) => lost.miss(),
-            Reply::Message(_) => MissReason::Unreachable,
-        };
-        return Lookup {
-            leading,
-            reason: Some(reason),
-        };
-    }
-    Lookup {
-        leading,
-        reason: None,
-    }
-}

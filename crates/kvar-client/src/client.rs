@@ -19,7 +19,7 @@ use std::collections::HashMap;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The thread looks up at least this often; deadlines and answers wake it anyway.
 const SLEEP_MAX: Duration = Duration::from_secs(60);
@@ -120,12 +120,7 @@ impl Client {
             .name("kvar-client".to_owned())
             .spawn(move || worker.run())
             .map_err(|error| ClientError::Config(format!("cannot start a thread: {error}")))?;
-        let random = LeaseToken::random();
-        let number = random
-            .as_bytes()
-            .iter()
-            .take(8)
-            .fold(0, |number, byte| number << 8 | u64::from(*byte));
+        let number = client_number();
         let commands = Some(commands);
         let thread = Some(thread);
         Ok(Self(Arc::new(Handle {
@@ -210,8 +205,8 @@ impl Client {
         })
     }
 
-    /// Lets a lease last `ttl` from now (at most 30 s, and never shorter than it did); `None`: it
-    /// has ended.
+    /// Lets a lease last `ttl` from now (at most 30 s, and never shorter than it did); until when
+    /// it does, or `None`: it has ended.
     ///
     /// # Errors
     /// Why the node did not say.
@@ -220,13 +215,22 @@ impl Client {
         token: LeaseToken,
         ttl: Duration,
         options: CallOptions,
-    ) -> Result<Option<Duration>, ClientError> {
+    ) -> Result<Option<Instant>, ClientError> {
+        self.submit_renew(token, ttl, options).wait()
+    }
+
+    /// As [`renew`](Self::renew), without waiting.
+    pub fn submit_renew(
+        &self,
+        token: LeaseToken,
+        ttl: Duration,
+        options: CallOptions,
+    ) -> Pending<Result<Option<Instant>, ClientError>> {
         let request = Request::Renew { token, ttl };
-        let pending = self.submit(request, options, 1, |answer, _| match answer {
+        self.submit(request, options, 1, |answer, _| match answer {
             Some(Answer::Renewed(renewed)) => renewed,
             _ => Err(thread_died()),
-        });
-        pending.wait()
+        })
     }
 
     /// Ends a lease; whether there was one.
@@ -491,7 +495,7 @@ impl Handle {
 
     /// Ends a call that cannot succeed, with a word for each of its items.
     fn end_here(&self, request: Request, lost: Lost, completer: Completer) {
-        let mut board = Board::new(Arc::clone(&self.counters));
+        let mut board = Board::new(Arc::clone(&self.counters), self.clock);
         board.last_error = self
             .published
             .lock()
@@ -568,6 +572,13 @@ impl Worker {
             }
         }
     }
+}
+
+/// A number that no other client has: budgets of leases are kept by it. Drawn as tokens are, of
+/// which half the bytes are enough to tell clients apart.
+fn client_number() -> u64 {
+    let [a, b, c, d, e, f, g, h, ..] = *LeaseToken::random().as_bytes();
+    u64::from_be_bytes([a, b, c, d, e, f, g, h])
 }
 
 fn publish(session: &Session, published: &Mutex<Published>) {

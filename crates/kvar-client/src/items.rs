@@ -7,7 +7,7 @@ use kvar_transport::{Sink, Source};
 use kvar_wire::{BlockStat, Lengths, PutHints, Section};
 use std::fmt;
 use std::ops::Range;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Memory that a block is read into, in any number of pieces: any [`Sink`] that may move to the
 /// client's thread. The client owns it until the call has ended.
@@ -364,8 +364,17 @@ pub struct Leased {
 pub struct Lease {
     /// Names it, towards the node, from any client of the namespace.
     pub token: LeaseToken,
-    /// How long it lasts from the answer on; ends sooner rather than later by this clock.
-    pub lasts: Duration,
+    /// Until when. The node counts from the question's arrival and this side from its leaving, so
+    /// the promise lasts at least as long as this says, however slow the answer was.
+    pub until: Instant,
+}
+
+impl Lease {
+    /// How long it lasts from now on; zero when it is over.
+    #[must_use]
+    pub fn left(&self) -> Duration {
+        self.until.saturating_duration_since(Instant::now())
+    }
 }
 
 /// What came back; the kind is the request's.
@@ -375,8 +384,8 @@ pub enum Answer {
     Lookup(Lookup),
     /// To a lease.
     Leased(Leased),
-    /// To a renewal: how long it lasts now, or `None` when it has ended.
-    Renewed(Result<Option<Duration>, ClientError>),
+    /// To a renewal: until when it lasts now, or `None` when it has ended.
+    Renewed(Result<Option<Instant>, ClientError>),
     /// To a release: whether there was such a lease.
     Released(Result<bool, ClientError>),
     /// To a presence question, a word each; blocks that could not be asked for are not there.

@@ -17,10 +17,11 @@
 //! * every call ends by its deadline with an outcome for each item, whatever the node does;
 //! * when a call has ended, its buffers are free: nothing reads or writes them any more;
 //! * no byte is called a hit that did not pass the writer's content check;
+//! * a lease that the node may hold and nobody was told of is given back;
 //! * a node that cannot be reached costs nothing after the first failure (the breaker).
 //!
 //! What is absent: which node owns a block (one node for now), retries of reads and writes (a miss
-//! is a normal answer), leases, and `unsafe`.
+//! is a normal answer), renewing of leases, and `unsafe`.
 //!
 //! ```no_run
 //! use kvar_client::{Client, ClientConfig, GetItem, PutItem};
@@ -38,6 +39,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod answer;
 mod breaker;
 mod call;
 mod check;

@@ -112,7 +112,7 @@ impl Session {
             events: Events::with_capacity(64),
             waker,
             woken: false,
-            board: Board::new(Arc::clone(&counters)),
+            board: Board::new(Arc::clone(&counters), clock),
             queues: Queues::default(),
             deadlines: BinaryHeap::new(),
             slots: (0..config.links).map(|_| Slot::empty()).collect(),
@@ -191,10 +191,11 @@ impl Session {
                 end,
             };
             match call.work {
-                Work::Small { .. } => {
+                Work::Small { ref ask, .. } => {
+                    let at_once = if ask.is_one_by_one() { 1 } else { parts };
                     self.queues
                         .small
-                        .extend((0..parts).map(|part| unit(part, part + 1)));
+                        .extend((0..at_once).map(|part| unit(part, part + 1)));
                 }
                 Work::Get { .. } => self.queues.gets.push_back(unit(0, parts)),
                 Work::Put { .. } => self.queues.puts.push_back(unit(0, parts)),

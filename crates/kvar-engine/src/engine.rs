@@ -155,6 +155,12 @@ impl Engine {
         self.shard.release(token)
     }
 
+    /// Takes blocks out of a lease, each as often as it is named. (Whoever leases a chain that lies
+    /// in several engines gives back what lies behind a gap.) A lease without blocks ends.
+    pub fn release_some(&mut self, token: LeaseToken, ids: &[BlockId]) {
+        self.shard.release_some(token, ids);
+    }
+
     /// The machine's clock was set: it is so many seconds since 1970 now. Times to live become
     /// longer or shorter by that.
     pub fn set_wall_clock(&mut self, now: Moment, unix_s: u64) {

@@ -27,6 +27,7 @@
 //! | `shard/shutdown`, `shard/status` | how does it end; what does it say of itself? |
 //! | `shard/journal`, `mutation` | for tests: where did every block go? Is every check needed? |
 //! | `recovery` | what was here when the process died? |
+//! | `survey` | which blocks does a device in service name? |
 //! | `format`, `check`, `engine` | making a device, verifying a stopped one, driving a live one |
 //!
 //! What must always be true: no byte is served that does not pass the check its writer made; what
@@ -48,6 +49,7 @@ mod recovery;
 mod segments;
 mod shard;
 mod snapshot;
+mod survey;
 mod table;
 
 pub use check::{CheckReport, Damage, InspectReport, SegmentReport, check, inspect};
@@ -62,4 +64,7 @@ pub use shard::{
     BlockStat, Change, Copy, Counters, Displaced, EngineConfig, Event, GetRequest, LeaseGrant,
     LeaseRequest, PutHints, PutRequest, PutTicket, SectionRef, ShardStatus, ShutdownReport, Tier,
     Touch,
+};
+pub use survey::{
+    SurveyedBlock, SurveyedSegment, survey_arena_bytes, survey_blocks, survey_segments,
 };

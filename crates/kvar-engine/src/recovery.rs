@@ -16,13 +16,13 @@ use crate::format::{OpenError, read};
 use crate::index::{BUCKET_BYTES, Entry, Inserted};
 use crate::layout::{
     CHUNK_BYTES, CHUNK_PAYLOAD_BYTES, CheckpointHead, NUMBERS_END, PAGE, PageKind, RECORD_BLOCK,
-    RECORD_PURGE, RECORD_TOMBSTONE, Record, SegmentState, decode_chunk, decode_page,
+    RECORD_PURGE, RECORD_TOMBSTONE, Record, SegmentState, Superblock, decode_chunk, decode_page,
 };
 use crate::mutation::{Check, is_disabled};
 use crate::segments::SegmentPhase;
 use crate::shard::{Shard, checkpoint_prefix_bytes, directory_records, footer_records};
 use kvar_base::page_round_up;
-use kvar_io::{Device, Op};
+use kvar_io::{Arena, Device, Op};
 use serde::Serialize;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
@@ -501,15 +501,23 @@ pub(crate) fn segment_records(
     shard: &Shard,
     number: u32,
 ) -> Result<(Vec<Record>, bool), OpenError> {
-    let superblock = &shard.superblock;
-    let wanted = (
-        superblock.device_segment(shard.number, number),
-        shard.segments.all[number as usize].generation,
-    );
-    let offset = superblock.offset(shard.number, number, superblock.footer_page());
+    let generation = shard.segments.all[number as usize].generation;
+    let place = (shard.number, number, generation);
+    records_of(device, &shard.arena, &shard.superblock, place)
+}
+
+/// The records of a segment, (shard, number, generation), and whether it is sealed.
+pub(crate) fn records_of(
+    device: &mut dyn Device,
+    arena: &Arena,
+    superblock: &Superblock,
+    (shard, number, generation): (u32, u32, u32),
+) -> Result<(Vec<Record>, bool), OpenError> {
+    let wanted = (superblock.device_segment(shard, number), generation);
+    let offset = superblock.offset(shard, number, superblock.footer_page());
     if let Ok(pages) = read(
         device,
-        &shard.arena,
+        arena,
         offset,
         superblock.footer_pages as usize * PAGE,
     ) && let Some(records) = footer_records(pages.as_slice(), superblock, offset, wanted)
@@ -518,14 +526,9 @@ pub(crate) fn segment_records(
     }
     let mut records = Vec::new();
     for first in superblock.areas() {
-        let offset = superblock.offset(shard.number, number, first);
+        let offset = superblock.offset(shard, number, first);
         // An area that cannot be read costs its own records.
-        if let Ok(pages) = read(
-            device,
-            &shard.arena,
-            offset,
-            superblock.area_pages as usize * PAGE,
-        ) {
+        if let Ok(pages) = read(device, arena, offset, superblock.area_pages as usize * PAGE) {
             records.extend(directory_records(
                 pages.as_slice(),
                 superblock,

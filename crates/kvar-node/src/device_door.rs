@@ -5,7 +5,7 @@
 //!   x-kvar-time:  seconds since 1970
 //!   x-kvar-proof: 64 hex digits, of the namespace key over time and body
 //!   { "action": "add",     "path": "/dev/nvme2n1", "size": null, "erase": false }
-//!   { "action": "retire",  "device": "2" }                        slot, uuid or path
+//!   { "action": "retire",  "device": "2", "now": false, "rate": null }   slot, uuid or path
 //!   { "action": "replace", "device": "2", "path": "/dev/nvme3n1", "size": null, "erase": false }
 //!
 //!   200 the device as the list shows it    403 no proof    409 refused, and why    503 stopping
@@ -16,7 +16,7 @@
 //! anything else or later. A page in somebody's browser has no proof to send.
 //!
 //! What must always be true: only from this machine, even where the admin HTTP listens beyond it;
-//! an answer comes when the change is over, and a caller that goes away does not undo it.
+//! an answer comes when the change is over (of a device that leaves: when that has begun), and a caller that goes away does not undo it.
 
 use crate::admin::Door;
 use crate::devices::{Command, Event, NewDevice};
@@ -65,6 +65,10 @@ enum Change {
     },
     Retire {
         device: String,
+        #[serde(default)]
+        now: bool,
+        #[serde(default)]
+        rate: Option<u64>,
     },
     Replace {
         device: String,
@@ -80,7 +84,7 @@ impl From<Change> for Command {
     fn from(change: Change) -> Self {
         match change {
             Change::Add { path, size, erase } => Self::Add(NewDevice { path, size, erase }),
-            Change::Retire { device } => Self::Retire { device },
+            Change::Retire { device, now, rate } => Self::Retire { device, now, rate },
             Change::Replace {
                 device,
                 path,

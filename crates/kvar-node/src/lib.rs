@@ -53,12 +53,12 @@ pub use admin::AdminError;
 pub use config::{Config, ConfigError, DataPath, MissingDevice};
 pub use config_file::{reference_page, sample};
 pub use device_door::{PROOF_HEADER, TIME_HEADER, proof as device_proof};
-pub use devices::{DeviceReport, DeviceView, Phase, TableError};
+pub use devices::{DeviceReport, DeviceView, Moved, Phase, TableError};
 pub use key_file::{KeyFile, KeyFileError};
 pub use loading::LoadingHook;
 pub use node::{
-    Hooks, LINK_BYTES, MEMORY_BASE_BYTES, Node, NodeHandle, Readiness, StartError, StopReport,
-    Stopper,
+    Hooks, LINK_BYTES, MEMORY_BASE_BYTES, MovingHook, Node, NodeHandle, Readiness, StartError,
+    StopReport, Stopper, WallClock,
 };
 pub use report::{NodeFacts, NodeReport, ShardReport};
 pub use storage::StorageError;

@@ -61,6 +61,8 @@ pub(crate) enum Ask {
     Lease(Box<LeaseAsk>),
     Renew(LeaseToken, Duration),
     Release(LeaseToken),
+    /// Some blocks of a lease are of no use to anybody.
+    ReleaseSome(LeaseToken, Vec<BlockId>),
     Get(GetRequest),
     PutBegin(PutRequest),
     PutCommit(PutTicket),
@@ -84,7 +86,7 @@ pub(crate) struct LeaseAsk {
 impl Ask {
     /// Whether an answer comes.
     pub(crate) fn wants_answer(&self) -> bool {
-        !matches!(self, Self::PutAbort(_))
+        !matches!(self, Self::PutAbort(_) | Self::ReleaseSome(..))
     }
 }
 
@@ -117,14 +119,17 @@ pub(crate) enum Mail {
     Link(TcpStream, SocketAddr),
     /// Tell how you are.
     Report(ReportTaker),
+    /// The machine's clock was set: so many seconds since 1970 at the node clock's zero.
+    ClockSet { unix_at_start_s: u64 },
     /// From now on blocks belong to these engines.
     Routes(Arc<Routes>),
     /// Take this shard of a device and load it.
     Open(Box<OpenShard>),
     /// It is loaded, or cannot be.
     Loaded(EngineKey, Result<Box<Loaded>, LoadFailed>),
-    /// This engine's device is out: answer everything that waits, and let the engine go.
-    Close(EngineKey),
+    /// This engine's device is out: answer everything that waits, and let the engine go. Whether its
+    /// blocks are elsewhere: then none are lost with it.
+    Close(EngineKey, bool),
     /// Stop: close links, then write what is in memory only.
     Stop,
     /// The thread of this number has closed its links and commits nothing more.

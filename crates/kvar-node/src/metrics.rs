@@ -428,6 +428,18 @@ fn collect(report: &NodeReport<'_>) -> Page {
                 sum(|c| c.device_read_errors),
             ),
             (
+                "kvar_device_reads_again",
+                "Reads of blocks tried once more: refused, or not what was written",
+                None,
+                sum(|c| c.reads_again_error + c.reads_again_check),
+            ),
+            (
+                "kvar_device_reads_mended",
+                "Of these, well the second time",
+                None,
+                sum(|c| c.reads_mended),
+            ),
+            (
                 "kvar_device_write_errors",
                 "Device writes or flushes that failed",
                 None,

@@ -23,7 +23,7 @@ use crate::report::{NodeFacts, NodeReport, ThreadReport};
 use crate::storage::{Storage, StorageError};
 use crate::thread::{self, ThreadParts, WAKER};
 use crossbeam_channel::{Receiver, Sender};
-use kvar_base::SystemClock;
+use kvar_base::{BlockId, Clock as _, SystemClock};
 use kvar_engine::ShutdownReport;
 use kvar_transport::{BindError, Listener};
 use kvar_wire::Limits;
@@ -107,11 +107,22 @@ pub struct StopReport {
 #[derive(Debug)]
 pub struct Node;
 
+/// Tells the seconds since 1970; called about once a second, on a thread of the node's.
+pub type WallClock = Arc<dyn Fn() -> u64 + Send + Sync>;
+
+/// Hears which block moves, and whether it is about to be committed.
+pub type MovingHook = Arc<dyn Fn(BlockId, bool) + Send + Sync>;
+
 /// What a caller may watch or slow down; for tests and tools.
 #[derive(Clone, Default)]
 pub struct Hooks {
     /// Called by loaders before every read: shard and bytes read so far.
     pub loading: Option<LoadingHook>,
+    /// Called on the keeper's thread before a block that moves from a device that leaves is put where
+    /// it goes, and before what was put is committed.
+    pub moving: Option<MovingHook>,
+    /// Seconds since 1970, asked instead of the machine's clock for times to live.
+    pub wall_clock: Option<WallClock>,
 }
 
 /// How the loading of what was stored ended.
@@ -265,6 +276,10 @@ impl Node {
             views,
             clock,
             hook: hooks.loading,
+            moving: hooks.moving,
+            wall_clock: hooks
+                .wall_clock
+                .unwrap_or_else(|| Arc::new(move || clock.unix_seconds())),
             block_bytes_max: facts.block_bytes_max,
             started: started_sender,
         };

@@ -127,6 +127,13 @@ impl Owner {
         readiness
     }
 
+    /// The machine's clock was set.
+    pub(crate) fn set_clock(&mut self, now: Moment, unix_at_start_s: u64) {
+        if let State::Serving(engine) | State::Closing(engine) = &mut self.state {
+            engine.set_wall_clock(now, unix_at_start_s + now.0 / 1_000_000);
+        }
+    }
+
     /// The shard cannot be loaded.
     pub(crate) fn fail(&mut self, why: String) {
         self.state = State::Failed(why);
@@ -180,7 +187,12 @@ impl Owner {
     }
 
     /// The device is out: whoever waits is answered, and the engine ends by itself.
-    pub(crate) fn close(&mut self, now: Moment, answers: &mut Vec<(Origin, Answer)>) {
+    pub(crate) fn close(
+        &mut self,
+        now: Moment,
+        has_moved: bool,
+        answers: &mut Vec<(Origin, Answer)>,
+    ) {
         self.is_out = true;
         for (origin, asked) in self.waiting.drain() {
             let answer = match asked {
@@ -192,7 +204,9 @@ impl Owner {
         }
         self.state = match std::mem::replace(&mut self.state, State::Failed(OUT.to_owned())) {
             State::Serving(mut engine) => {
-                self.lost_blocks = engine.status(now).flash_blocks;
+                if !has_moved {
+                    self.lost_blocks = engine.status(now).flash_blocks;
+                }
                 engine.begin_shutdown(now);
                 self.has_work = true;
                 State::Closing(engine)
@@ -291,6 +305,7 @@ impl Owner {
                 let until = engine.release(token).then_some(now);
                 answers.push((origin, Answer::AboutLease(until)));
             }
+            Ask::ReleaseSome(token, ids) => engine.release_some(token, &ids),
             Ask::Get(request) => engine.get(now, wait(Asked::Get), request),
             Ask::PutBegin(request) => {
                 let begun = engine.put_begin(now, &request);
@@ -390,7 +405,7 @@ pub(crate) fn away(ask: &Ask, reason: MissReason, text: &str) -> Option<Answer> 
         Ask::Get(_) => Answer::Get(Err(reason)),
         Ask::PutBegin(_) => Answer::PutBegun(Err(PutOutcome::Refused(Refusal::Busy))),
         Ask::PutCommit(_) => Answer::Put(PutOutcome::Refused(Refusal::Busy)),
-        Ask::PutAbort(_) => return None,
+        Ask::PutAbort(_) | Ask::ReleaseSome(..) => return None,
         Ask::Remove(_) | Ask::Flush | Ask::Purge => Answer::Done(Err(text.to_owned())),
         Ask::Stat(_) => Answer::Stat(Err(reason)),
     })

@@ -399,7 +399,8 @@ pub(crate) fn is_alive(target: &Target, uuid: DeviceUuid) -> bool {
     })
 }
 
-fn device_over(
+/// A device over storage that is open already.
+pub(crate) fn device_over(
     target: &Target,
     arena: &Arena,
     engine: IoEngine,

@@ -107,6 +107,8 @@ struct Thread {
     threads_closed: u32,
     answers: Vec<(Origin, Answer)>,
     now: Moment,
+    /// What an engine that is being loaded must hear, if the clock was set since it began.
+    unix_at_start_s: Option<u64>,
 }
 
 /// Runs a thread until it is told to stop; says what became of memory.
@@ -144,6 +146,7 @@ pub(crate) fn run(mut parts: ThreadParts) -> std::io::Result<ShutdownReport> {
         threads_closed: 0,
         answers: Vec::new(),
         now: parts.clock.now(),
+        unix_at_start_s: None,
     };
     let mut poll = parts.poll;
     let mut events = Events::with_capacity(EVENTS_A_TURN);
@@ -253,10 +256,15 @@ impl Thread {
                 }
                 Mail::Link(stream, peer) => self.add_link(stream, peer, None),
                 Mail::Report(taker) => taker(self.report()),
+                Mail::ClockSet { unix_at_start_s } => {
+                    self.unix_at_start_s = Some(unix_at_start_s);
+                    let owners = self.owners.iter_mut();
+                    owners.for_each(|owner| owner.set_clock(self.now, unix_at_start_s));
+                }
                 Mail::Routes(routes) => self.links.set_routes(routes),
                 Mail::Open(shard) => self.open(*shard),
                 Mail::Loaded(key, result) => self.loaded(key, result),
-                Mail::Close(key) => self.close(key),
+                Mail::Close(key, has_moved) => self.close(key, has_moved),
                 Mail::Stop => self.stop(),
                 Mail::LinksClosed => self.threads_closed += 1,
             }
@@ -377,6 +385,9 @@ impl Thread {
         let told = match result {
             Ok(loaded) => {
                 let fd = owner.start(self.now, *loaded);
+                if let Some(unix_at_start_s) = self.unix_at_start_s {
+                    owner.set_clock(self.now, unix_at_start_s);
+                }
                 let token = Token(FIRST_DEVICE + key.serial as usize);
                 let watched = fd.map_or(Ok(()), |fd| {
                     self.registry
@@ -397,9 +408,9 @@ impl Thread {
         let _ = self.keeper.send(devices::Event::Loaded(key, result));
     }
 
-    fn close(&mut self, key: EngineKey) {
+    fn close(&mut self, key: EngineKey, has_moved: bool) {
         if let Some(owner) = self.owners.iter_mut().find(|owner| owner.key == key) {
-            owner.close(self.now, &mut self.answers);
+            owner.close(self.now, has_moved, &mut self.answers);
         }
         self.drop_gone();
     }

@@ -26,6 +26,7 @@ impl Gate {
                     drop(gate.opened.wait_while(guard, |is_open| !*is_open).unwrap());
                 }
             })),
+            ..Hooks::default()
         }
     }
 
@@ -222,6 +223,7 @@ fn data_that_is_cut_off_while_it_loads_is_lost_and_nothing_hangs() {
             let file = std::fs::File::options().write(true).open(&path).unwrap();
             file.set_len(64 << 10).unwrap();
         })),
+        ..Hooks::default()
     };
     let node = Node::listen(&config, hooks).unwrap();
     // Recovery takes what cannot be read for lost.

@@ -3,7 +3,10 @@
 mod support;
 
 use kvar_base::{BlockId, LeaseToken, MissReason, PutOutcome};
+use kvar_node::{Hooks, Node, Readiness};
 use kvar_wire::*;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use support::{Peer, bytes_of, config, start};
 
@@ -114,6 +117,51 @@ fn a_lease_spans_shards_and_outlives_the_link_that_took_it() {
     }
 }
 
+fn leased_blocks(node: &kvar_node::NodeHandle) -> u64 {
+    let (_, text) = support::http(node, "/metrics");
+    let lines = text.lines().filter_map(|line| {
+        let value = line.strip_prefix("kvar_leased_blocks")?;
+        value.rsplit(' ').next()?.parse::<f64>().ok()
+    });
+    lines.sum::<f64>() as u64
+}
+
+/// Every shard grants what it has of the chain without knowing of the others' gaps: what lies behind
+/// the first one is given back at once, not when the lease ends.
+#[test]
+fn blocks_behind_a_gap_are_not_held() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = start(&config(dir.path(), 3));
+    let mut peer = Peer::greet(&node);
+    let ids = ids(40);
+    for id in ids.iter().filter(|id| **id != ids[0] && **id != ids[5]) {
+        let put = peer.put(*id, &[&bytes_of(id, 5000)], false);
+        assert_eq!(put, PutOutcome::Stored);
+    }
+    let token = LeaseToken::new([7; 16]);
+    let answer = ask_lease(&mut peer, &lease(&ids[1..], token, 1, 30_000));
+    assert_eq!(
+        (answer.leading, answer.reason),
+        (4, Some(MissReason::Absent))
+    );
+    let begun = Instant::now();
+    while leased_blocks(&node) != 4 {
+        assert!(
+            begun.elapsed() < Duration::from_secs(10),
+            "{} blocks are held",
+            leased_blocks(&node)
+        );
+    }
+    assert!(release(&mut peer, token));
+    // Nothing is promised: there is no lease.
+    let answer = ask_lease(&mut peer, &lease(&ids, token, 1, 30_000));
+    assert_eq!((answer.leading, answer.lasts_ms), (0, 0));
+    while leased_blocks(&node) != 0 {
+        assert!(begun.elapsed() < Duration::from_secs(10));
+    }
+    assert!(!release(&mut peer, token));
+}
+
 #[test]
 fn one_client_holds_a_share_and_another_still_gets_some() {
     let dir = tempfile::tempdir().unwrap();
@@ -169,10 +217,7 @@ fn a_block_with_a_time_to_live_ends_by_itself() {
     let Message::StatAnswer(StatAnswer { stat: Ok(stat) }) = peer.ask(&stat) else {
         panic!("it is there")
     };
-    let now = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .unwrap()
-        .as_secs();
+    let now = unix_s();
     let expires = stat.expires_unix_s.unwrap();
     assert!(
         (now + 3500..now + 3605).contains(&expires),
@@ -200,4 +245,64 @@ fn a_block_with_a_time_to_live_ends_by_itself() {
         }
     }
     assert_eq!(peer.get(ids[0]), Err(MissReason::Expired));
+}
+
+/// A machine that learned the time late, or whose clock was set: what was to live for an hour does,
+/// by the clock as it is now.
+#[test]
+fn times_to_live_follow_a_clock_that_is_set() {
+    let dir = tempfile::tempdir().unwrap();
+    let ahead_s = Arc::new(AtomicU64::new(0));
+    let told = ahead_s.clone();
+    let hooks = Hooks {
+        wall_clock: Some(Arc::new(move || unix_s() + told.load(Ordering::SeqCst))),
+        ..Hooks::default()
+    };
+    let node = Node::listen(&config(dir.path(), 2), hooks).unwrap();
+    assert_eq!(node.loaded().unwrap(), Readiness::Ready);
+    let mut peer = Peer::greet(&node);
+    // Blocks of both shards: every engine must hear of it.
+    let ids = ids(16);
+    let put = |peer: &mut Peer, id: BlockId| {
+        let bytes = bytes_of(&id, 3000);
+        let mut put = Peer::put_message(id, &[&bytes], false);
+        put.hints.ttl_s = Some(3600);
+        let request = peer.number();
+        peer.send_with(request, &put, &bytes);
+        let stored = PutAnswer {
+            outcome: PutOutcome::Stored,
+        };
+        assert_eq!(peer.receive().1, stored.into());
+    };
+    for id in &ids {
+        put(&mut peer, *id);
+    }
+    assert!(ids.iter().all(|id| peer.get(*id).is_ok()));
+    ahead_s.store(2 * 3600, Ordering::SeqCst);
+    let begun = Instant::now();
+    for id in &ids {
+        while peer.get(*id).is_ok() {
+            assert!(begun.elapsed() < Duration::from_secs(20), "it lives on");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert_eq!(peer.get(*id), Err(MissReason::Expired));
+    }
+    // What is put now lives for an hour of the new time; an engine that comes later knows it, too.
+    put(&mut peer, ids[0]);
+    let stat = Stat {
+        id: ids[0],
+        deadline_us: 10_000_000,
+    };
+    let Message::StatAnswer(StatAnswer { stat: Ok(stat) }) = peer.ask(&stat) else {
+        panic!("it is there")
+    };
+    let expires = stat.expires_unix_s.unwrap();
+    assert!(expires > unix_s() + 3 * 3600 - 60, "{expires} {}", unix_s());
+}
+
+fn unix_s() -> u64 {
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_secs()
 }

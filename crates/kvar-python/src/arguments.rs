@@ -1,8 +1,9 @@
 //! From Python's arguments to the client's items; everything that can be wrong is said here.
 
 use crate::buffers::{Exported, Exporter, Pieces, Region, pages, refuse_overlap};
+use crate::hints::PyPutHints;
 use crate::ids::block_id;
-use kvar_base::BlockId;
+use kvar_base::{BlockId, LeaseToken};
 use kvar_client::{GetItem, PutHints, PutItem};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -126,7 +127,9 @@ impl Blocks {
         depth: u32,
         durable: bool,
         ttl_s: Option<u32>,
+        hints: Option<PyPutHints>,
     ) -> (Vec<PutItem>, Arc<Exported>) {
+        let hints = hints.map_or_else(PutHints::default, |hints| hints.0);
         let items = self
             .blocks
             .into_iter()
@@ -136,7 +139,7 @@ impl Blocks {
                 hints: PutHints {
                     depth,
                     ttl_s,
-                    ..PutHints::default()
+                    ..hints
                 },
                 ..PutItem::of_pieces(id, pieces)
             })
@@ -153,6 +156,17 @@ fn depths(first: u32) -> impl Iterator<Item = u32> {
 /// Ids of a call.
 pub(crate) fn block_ids(ids: &[PyBackedBytes]) -> PyResult<Vec<BlockId>> {
     ids.iter().map(|id| block_id(id)).collect()
+}
+
+/// A lease's token.
+pub(crate) fn lease_token(bytes: &[u8]) -> PyResult<LeaseToken> {
+    let bytes = bytes.try_into().map_err(|_| {
+        PyValueError::new_err(format!(
+            "a lease's token is 16 bytes (Lease.token), not {}",
+            bytes.len()
+        ))
+    })?;
+    Ok(LeaseToken::new(bytes))
 }
 
 /// A deadline of a call; `None` is the client's own.

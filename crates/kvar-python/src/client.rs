@@ -1,9 +1,11 @@
 //! `kvar.Client`: each method turns arguments into a call of `kvar-client`, waits for it without
 //! the interpreter's lock, and turns what came back into Python. No decisions are made here.
 
-use crate::arguments::{Blocks, block_ids, deadline};
+use crate::arguments::{Blocks, block_ids, deadline, lease_token};
 use crate::errors::{ConfigError, ConnectError, RequestError, VersionError, WrongKeyError};
+use crate::hints::PyPutHints;
 use crate::ids::{PyNamespaceKey, block_id};
+use crate::lease::{PyLease, lease_time};
 use crate::pending::{Preparer, PyPending};
 use kvar_base::{MissReason, NamespaceKey};
 use kvar_client::{CallOptions, Client, ClientConfig, ClientError, GetItem};
@@ -12,11 +14,11 @@ use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyBytes, PyDict, PyList};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// What a client has while it is open.
-struct Open {
-    client: Client,
+pub(crate) struct Open {
+    pub(crate) client: Client,
     preparer: Preparer,
 }
 
@@ -28,7 +30,7 @@ pub(crate) struct PyClient {
     deadline: Duration,
 }
 
-fn raise(error: &ClientError) -> PyErr {
+pub(crate) fn raise(error: &ClientError) -> PyErr {
     let text = error.to_string();
     match error {
         ClientError::Config(_) | ClientError::Namespace(_) => ConfigError::new_err(text),
@@ -66,16 +68,34 @@ impl PyClient {
         CallOptions::within(deadline(deadline_ms).unwrap_or(self.deadline))
     }
 
+    /// "Nobody could be asked" is not "nothing is there".
+    fn was_asked(&self, open: &Open, leading: usize, reason: Option<MissReason>) -> PyResult<()> {
+        match reason {
+            Some(MissReason::Unreachable) if leading == 0 => {
+                Err(raise(&open.client.last_error().unwrap_or_else(|| {
+                    ClientError::Unreachable(format!("{} does not answer", self.endpoint))
+                })))
+            }
+            Some(MissReason::Deadline) if leading == 0 => Err(raise(&ClientError::Deadline)),
+            _ => Ok(()),
+        }
+    }
+
     fn submit_gets(
         &self,
         blocks: Blocks,
         deadline_ms: Option<u64>,
         depth: u32,
+        request: u64,
     ) -> PyResult<PyPending> {
         let open = self.open()?;
         let (items, exported) = blocks.into_gets(depth);
         let count = items.len();
-        let pending = open.client.submit_get(items, self.options(deadline_ms));
+        let options = CallOptions {
+            touch_request: request,
+            ..self.options(deadline_ms)
+        };
+        let pending = open.client.submit_get(items, options);
         Ok(PyPending::of_get(pending, count, exported))
     }
 
@@ -86,6 +106,7 @@ impl PyClient {
         durable: bool,
         depth: u32,
         ttl_s: Option<u32>,
+        hints: Option<PyPutHints>,
     ) -> PyResult<PyPending> {
         if ttl_s == Some(0) {
             return Err(RequestError::new_err(
@@ -93,7 +114,7 @@ impl PyClient {
             ));
         }
         let open = self.open()?;
-        let (items, exported) = blocks.into_puts(depth, durable, ttl_s);
+        let (items, exported) = blocks.into_puts(depth, durable, ttl_s, hints);
         let options = self.options(deadline_ms);
         Ok(PyPending::of_put(
             &open.preparer,
@@ -152,27 +173,75 @@ impl PyClient {
 
     /// How many leading blocks of a chain are there; refreshes their recency.
     ///
-    /// Raises ConnectError or RequestError when nobody could be asked: that is not "none".
-    #[pyo3(signature = (ids, *, deadline_ms = None))]
+    /// `request` is the prompt's number as in PutHints. Raises ConnectError or RequestError when
+    /// nobody could be asked: that is not "none".
+    #[pyo3(signature = (ids, *, deadline_ms = None, request = 0))]
     fn lookup(
         &self,
         py: Python<'_>,
         ids: Vec<PyBackedBytes>,
         deadline_ms: Option<u64>,
+        request: u64,
     ) -> PyResult<usize> {
         let (open, ids) = (self.open()?, block_ids(&ids)?);
-        let options = self.options(deadline_ms);
+        let options = CallOptions {
+            touch_request: request,
+            ..self.options(deadline_ms)
+        };
         let lookup = py.detach(|| open.client.submit_lookup(ids, options).wait());
-        // "Nobody could be asked" is not "nothing is there".
-        match lookup.reason {
-            Some(MissReason::Unreachable) if lookup.leading == 0 => {
-                Err(raise(&open.client.last_error().unwrap_or_else(|| {
-                    ClientError::Unreachable(format!("{} does not answer", self.endpoint))
-                })))
-            }
-            Some(MissReason::Deadline) if lookup.leading == 0 => Err(raise(&ClientError::Deadline)),
-            _ => Ok(lookup.leading),
-        }
+        self.was_asked(&open, lookup.leading, lookup.reason)?;
+        Ok(lookup.leading)
+    }
+
+    /// As lookup, and what is there stays for `ttl_s` seconds (30 at most), unless it is removed.
+    ///
+    /// A node promises a share of its memory and flash; beyond that `reason` is "overloaded" and
+    /// `leading` counts what is promised. Raises as lookup does.
+    #[pyo3(signature = (ids, *, ttl_s = 2.0, deadline_ms = None, request = 0))]
+    fn lookup_leased(
+        &self,
+        py: Python<'_>,
+        ids: Vec<PyBackedBytes>,
+        ttl_s: f64,
+        deadline_ms: Option<u64>,
+        request: u64,
+    ) -> PyResult<PyLease> {
+        let (open, ids, ttl) = (self.open()?, block_ids(&ids)?, lease_time(ttl_s)?);
+        let options = CallOptions {
+            touch_request: request,
+            ..self.options(deadline_ms)
+        };
+        let leased = py.detach(|| open.client.submit_lookup_leased(ids, ttl, options).wait());
+        self.was_asked(&open, leased.leading, leased.reason)?;
+        Ok(PyLease::of(&leased, &open, self.options(None)))
+    }
+
+    /// Lets the lease of this token last `ttl_s` seconds from now (30 at most): how many seconds it
+    /// lasts, or None if it has ended.
+    #[pyo3(signature = (token, ttl_s = 2.0, *, deadline_ms = None))]
+    fn renew(
+        &self,
+        py: Python<'_>,
+        token: &[u8],
+        ttl_s: f64,
+        deadline_ms: Option<u64>,
+    ) -> PyResult<Option<f64>> {
+        let (open, token, ttl) = (self.open()?, lease_token(token)?, lease_time(ttl_s)?);
+        let options = self.options(deadline_ms);
+        let until = py
+            .detach(|| open.client.renew(token, ttl, options))
+            .map_err(|error| raise(&error))?;
+        let now = Instant::now();
+        Ok(until.map(|until| until.saturating_duration_since(now).as_secs_f64()))
+    }
+
+    /// Ends the lease of this token; whether there was one.
+    #[pyo3(signature = (token, *, deadline_ms = None))]
+    fn release(&self, py: Python<'_>, token: &[u8], deadline_ms: Option<u64>) -> PyResult<bool> {
+        let (open, token) = (self.open()?, lease_token(token)?);
+        let options = self.options(deadline_ms);
+        py.detach(|| open.client.release(token, options))
+            .map_err(|error| raise(&error))
     }
 
     /// For each block whether it is there; one that could not be asked for is not.
@@ -191,16 +260,19 @@ impl PyClient {
     /// Reads blocks: items are (id, buffer) or (id, [buffer of each section]).
     ///
     /// A buffer has exactly the length of what it takes. A GetResult for each item, in order;
-    /// bytes in a buffer count only after "hit".
-    #[pyo3(signature = (items, *, deadline_ms = None, depth = 0))]
+    /// bytes in a buffer count only after "hit". `depth` is the place of the first item in its
+    /// chain, `request` the prompt's number as in PutHints.
+    #[pyo3(signature = (items, *, deadline_ms = None, depth = 0, request = 0))]
     fn get<'py>(
         &self,
         py: Python<'py>,
         items: &Bound<'py, PyAny>,
         deadline_ms: Option<u64>,
         depth: u32,
+        request: u64,
     ) -> PyResult<Bound<'py, PyList>> {
-        self.submit_get(items, deadline_ms, depth)?.wait(py, None)
+        self.submit_get(items, deadline_ms, depth, request)?
+            .wait(py, None)
     }
 
     /// One block's bytes, or None if they are not to be had.
@@ -221,7 +293,9 @@ impl PyClient {
     }
 
     /// Reads block i into bytes indices[i] * page_bytes onwards of every layer, a section each.
-    #[pyo3(signature = (ids, layers, indices, page_bytes, *, deadline_ms = None, depth = 0))]
+    #[pyo3(signature = (
+        ids, layers, indices, page_bytes, *, deadline_ms = None, depth = 0, request = 0,
+    ))]
     #[allow(clippy::too_many_arguments)]
     fn get_pages<'py>(
         &self,
@@ -232,17 +306,30 @@ impl PyClient {
         page_bytes: usize,
         deadline_ms: Option<u64>,
         depth: u32,
+        request: u64,
     ) -> PyResult<Bound<'py, PyList>> {
-        self.submit_get_pages(ids, layers, indices, page_bytes, deadline_ms, depth)?
-            .wait(py, None)
+        self.submit_get_pages(
+            ids,
+            layers,
+            indices,
+            page_bytes,
+            deadline_ms,
+            depth,
+            request,
+        )?
+        .wait(py, None)
     }
 
     /// Stores blocks: items are (id, buffer) or (id, [buffer of each section]).
     ///
     /// An outcome word for each, in order. `durable` waits until it is safe against power loss;
     /// `depth` is the place of the first item in its chain, the others stand behind it; `ttl_s` is
-    /// how many seconds the blocks live (None: until they make room for others).
-    #[pyo3(signature = (items, *, deadline_ms = None, durable = false, depth = 0, ttl_s = None))]
+    /// how many seconds the blocks live (None: until they make room for others); `hints` is what the
+    /// writer knows about their worth.
+    #[pyo3(signature = (
+        items, *, deadline_ms = None, durable = false, depth = 0, ttl_s = None, hints = None,
+    ))]
+    #[allow(clippy::too_many_arguments)]
     fn put<'py>(
         &self,
         py: Python<'py>,
@@ -251,15 +338,16 @@ impl PyClient {
         durable: bool,
         depth: u32,
         ttl_s: Option<u32>,
+        hints: Option<PyPutHints>,
     ) -> PyResult<Bound<'py, PyList>> {
-        self.submit_put(items, deadline_ms, durable, depth, ttl_s)?
+        self.submit_put(items, deadline_ms, durable, depth, ttl_s, hints)?
             .wait(py, None)
     }
 
     /// Stores bytes indices[i] * page_bytes onwards of every layer as block i, a section each.
     #[pyo3(signature = (
         ids, layers, indices, page_bytes, *, deadline_ms = None, durable = false, depth = 0,
-        ttl_s = None,
+        ttl_s = None, hints = None,
     ))]
     #[allow(clippy::too_many_arguments)]
     fn put_pages<'py>(
@@ -273,6 +361,7 @@ impl PyClient {
         durable: bool,
         depth: u32,
         ttl_s: Option<u32>,
+        hints: Option<PyPutHints>,
     ) -> PyResult<Bound<'py, PyList>> {
         self.submit_put_pages(
             ids,
@@ -283,6 +372,7 @@ impl PyClient {
             durable,
             depth,
             ttl_s,
+            hints,
         )?
         .wait(py, None)
     }
@@ -325,18 +415,21 @@ impl PyClient {
     }
 
     /// As get, without waiting.
-    #[pyo3(signature = (items, *, deadline_ms = None, depth = 0))]
+    #[pyo3(signature = (items, *, deadline_ms = None, depth = 0, request = 0))]
     fn submit_get(
         &self,
         items: &Bound<'_, PyAny>,
         deadline_ms: Option<u64>,
         depth: u32,
+        request: u64,
     ) -> PyResult<PyPending> {
-        self.submit_gets(Blocks::of_items(items, true)?, deadline_ms, depth)
+        self.submit_gets(Blocks::of_items(items, true)?, deadline_ms, depth, request)
     }
 
     /// As put, without waiting, not even for the content checks.
-    #[pyo3(signature = (items, *, deadline_ms = None, durable = false, depth = 0, ttl_s = None))]
+    #[pyo3(signature = (
+        items, *, deadline_ms = None, durable = false, depth = 0, ttl_s = None, hints = None,
+    ))]
     fn submit_put(
         &self,
         items: &Bound<'_, PyAny>,
@@ -344,13 +437,17 @@ impl PyClient {
         durable: bool,
         depth: u32,
         ttl_s: Option<u32>,
+        hints: Option<PyPutHints>,
     ) -> PyResult<PyPending> {
         let blocks = Blocks::of_items(items, false)?;
-        self.submit_puts(blocks, deadline_ms, durable, depth, ttl_s)
+        self.submit_puts(blocks, deadline_ms, durable, depth, ttl_s, hints)
     }
 
     /// As get_pages, without waiting.
-    #[pyo3(signature = (ids, layers, indices, page_bytes, *, deadline_ms = None, depth = 0))]
+    #[pyo3(signature = (
+        ids, layers, indices, page_bytes, *, deadline_ms = None, depth = 0, request = 0,
+    ))]
+    #[allow(clippy::too_many_arguments)]
     fn submit_get_pages(
         &self,
         ids: Vec<PyBackedBytes>,
@@ -359,15 +456,16 @@ impl PyClient {
         page_bytes: usize,
         deadline_ms: Option<u64>,
         depth: u32,
+        request: u64,
     ) -> PyResult<PyPending> {
         let blocks = Blocks::of_pages(&ids, &layers, &indices, page_bytes, true)?;
-        self.submit_gets(blocks, deadline_ms, depth)
+        self.submit_gets(blocks, deadline_ms, depth, request)
     }
 
     /// As put_pages, without waiting, not even for the content checks.
     #[pyo3(signature = (
         ids, layers, indices, page_bytes, *, deadline_ms = None, durable = false, depth = 0,
-        ttl_s = None,
+        ttl_s = None, hints = None,
     ))]
     #[allow(clippy::too_many_arguments)]
     fn submit_put_pages(
@@ -380,9 +478,10 @@ impl PyClient {
         durable: bool,
         depth: u32,
         ttl_s: Option<u32>,
+        hints: Option<PyPutHints>,
     ) -> PyResult<PyPending> {
         let blocks = Blocks::of_pages(&ids, &layers, &indices, page_bytes, false)?;
-        self.submit_puts(blocks, deadline_ms, durable, depth, ttl_s)
+        self.submit_puts(blocks, deadline_ms, durable, depth, ttl_s, hints)
     }
 
     /// Ends the connection; calls under way end without an outcome. Closing twice is fine.

@@ -19,7 +19,9 @@ mod arguments;
 mod buffers;
 mod client;
 mod errors;
+mod hints;
 mod ids;
+mod lease;
 mod pending;
 mod returner;
 
@@ -34,7 +36,11 @@ mod _kvar {
         ConfigError, ConnectError, KvarError, RequestError, VersionError, WrongKeyError,
     };
     #[pymodule_export]
+    use crate::hints::PyPutHints;
+    #[pymodule_export]
     use crate::ids::{PyContentFingerprint, PyNamespaceKey, derive_ids, id_from_name};
+    #[pymodule_export]
+    use crate::lease::PyLease;
     #[pymodule_export]
     use crate::pending::{PyGetResult, PyPending};
     use pyo3::prelude::*;

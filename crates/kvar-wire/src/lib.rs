@@ -20,21 +20,29 @@
 mod bounded;
 mod frame;
 mod handshake;
+mod lease;
 mod message;
+mod put;
 
 pub use frame::{HEADER_BYTES, Header, MESSAGE_BYTES_MAX, PAYLOAD_BYTES_MAX, WireError};
 pub use frame::{decode, encode, frame_lengths};
 pub use handshake::{ClientHandshake, ClientStep, HandshakeError, NodeHandshake, NodeStep, Peer};
+pub use lease::{Lease, LeaseAnswer, Release, ReleaseAnswer, Renew, RenewAnswer};
 pub use message::*;
+pub use put::{Payload, Pull, Put, PutAnswer, PutHints};
 
-/// Versions of the protocol that this build speaks. Version 2 added leases (kinds 31 to 36).
+/// Versions of the protocol that this build speaks. Version 2 added leases (kinds 31 to 36),
+/// version 3 the hints of a put that stand behind its deadline.
 pub const VERSIONS: VersionRange = VersionRange {
     oldest: 1,
-    newest: 2,
+    newest: 3,
 };
 
 /// The version from which on leases are understood; to an older peer they are not sent.
 pub const VERSION_WITH_LEASES: u16 = 2;
+
+/// The version from which on a put has all hints; an older peer gets those it knows.
+pub const VERSION_WITH_HINTS: u16 = 3;
 
 /// The request number of frames that belong to no request: handshake, failures, pings.
 pub const LINK_REQUEST: u64 = 0;

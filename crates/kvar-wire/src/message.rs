@@ -15,13 +15,17 @@
 //!   Failure                         (either side; the link closes after it)
 //! ```
 //!
+//! Those of a put are in `put`, those about leases in `lease`.
+//!
 //! Deadlines are the time left in microseconds; zero has passed already. `request` in a hint is
 //! not the frame's request number: it is a number that grows with time and is shared by the blocks
 //! that one prompt touches (0: the node takes its own clock), so that among blocks of one prompt
 //! the tail is dropped first.
 
 use crate::bounded::{Bytes, Ids, List, Text};
-use kvar_base::{BlockId, ContentCheck, LeaseToken, MissReason, PutOutcome, SECTIONS_MAX};
+use crate::lease::{Lease, LeaseAnswer, Release, ReleaseAnswer, Renew, RenewAnswer};
+use crate::put::{Payload, Pull, Put, PutAnswer, take_put};
+use kvar_base::{BlockId, ContentCheck, MissReason, SECTIONS_MAX};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
@@ -92,6 +96,9 @@ macro_rules! messages {
             }
 
             pub(crate) fn parse(kind: Kind, bytes: &[u8]) -> Result<Self, String> {
+                if kind == Kind::Put {
+                    return take_put(bytes).map(Self::Put);
+                }
                 match kind { $(Kind::$name => take::<$name>(bytes).map(Self::$name),)* }
             }
         }
@@ -382,74 +389,6 @@ impl Bitmap {
     }
 }
 
-/// Are these blocks there, and will they stay? A lookup of leading blocks, of which as many are
-/// promised as there are and as the budgets allow.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Lease {
-    /// The blocks, in the order of the chain.
-    #[serde(with = "Ids::<IDS_MAX>")]
-    pub ids: Vec<BlockId>,
-    /// Depth in the chain of the first id.
-    pub first_depth: u32,
-    /// Recency: the prompt this lease belongs to.
-    pub touch_request: u64,
-    /// Names the lease; drawn at random by the client, so that it can end a lease of which the
-    /// answer never came. A lease of this name that stands takes these blocks in.
-    pub token: LeaseToken,
-    /// Whose it is, for the share of the budgets that one client may hold: a number of the
-    /// client's choice, the same for all its links.
-    pub client: u64,
-    /// How long it is to last, in milliseconds; the node may make it shorter.
-    pub ttl_ms: u32,
-    /// Time left, in microseconds.
-    pub deadline_us: u64,
-}
-
-/// The answer to a lease.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LeaseAnswer {
-    /// How many leading blocks are there and promised.
-    pub leading: u32,
-    /// Why the next is not: not there, or (overloaded) not promised. `None`: all are.
-    pub reason: Option<MissReason>,
-    /// How long the promise lasts from now, in milliseconds; 0: there is no lease.
-    pub lasts_ms: u32,
-}
-
-/// Let a lease last longer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Renew {
-    /// Which.
-    pub token: LeaseToken,
-    /// How long from now, in milliseconds; the node may make it shorter.
-    pub ttl_ms: u32,
-    /// Time left, in microseconds.
-    pub deadline_us: u64,
-}
-
-/// The answer to a renewal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RenewAnswer {
-    /// How long it lasts from now, in milliseconds; 0: there is no such lease (any more).
-    pub lasts_ms: u32,
-}
-
-/// A lease is not needed any more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Release {
-    /// Which.
-    pub token: LeaseToken,
-    /// Time left, in microseconds.
-    pub deadline_us: u64,
-}
-
-/// The answer to a release.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ReleaseAnswer {
-    /// Whether there was such a lease.
-    pub released: bool,
-}
-
 /// Send these blocks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Get {
@@ -548,61 +487,6 @@ pub enum GetOutcome {
     /// Not, and why.
     Miss(MissReason),
 }
-
-/// Take this block. With a payload it is eager, without one announced.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Put {
-    /// Its id.
-    pub id: BlockId,
-    /// Its sections, in order.
-    #[serde(with = "List::<SECTIONS_MAX>")]
-    pub sections: Vec<Section>,
-    /// What the writer knows about its use.
-    pub hints: PutHints,
-    /// Whether the answer waits until it is flushed.
-    pub durable: bool,
-    /// Time left, in microseconds.
-    pub deadline_us: u64,
-}
-
-impl Put {
-    /// Bytes of payload; more than `u32` can hold when the sections are nonsense.
-    #[must_use]
-    pub fn payload_bytes(&self) -> u64 {
-        self.sections
-            .iter()
-            .map(|section| u64::from(section.len))
-            .sum()
-    }
-}
-
-/// What a writer knows about a block's use.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PutHints {
-    /// Depth in its chain.
-    pub depth: u32,
-    /// The prompt it belongs to.
-    pub request: u64,
-    /// Time to live in seconds; `None` is without end.
-    pub ttl_s: Option<u32>,
-    /// Not worth a write to flash.
-    pub ephemeral: bool,
-}
-
-/// How a put ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PutAnswer {
-    /// The outcome.
-    pub outcome: PutOutcome,
-}
-
-/// Send the bytes of the put with this request number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Pull {}
-
-/// The bytes of an announced put; its request number says which.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Payload {}
 
 /// Remove these blocks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

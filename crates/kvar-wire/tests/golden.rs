@@ -6,7 +6,8 @@
 mod samples;
 
 use kvar_base::MapEpoch;
-use kvar_wire::{HEADER_BYTES, Header, Kind, Message, decode};
+use kvar_wire::{HEADER_BYTES, Header, Kind, Message, Put, VERSIONS, decode};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 /// A folder a version: in it what that version added.
@@ -14,17 +15,31 @@ fn folder(version: u16) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!("../../golden/wire/v{version}"))
 }
 
-#[test]
-fn frames_of_version_1_are_written_and_read_as_ever() {
-    frames_are_as_ever(1, samples::samples());
+/// Versions that have a folder.
+fn folders() -> BTreeSet<u16> {
+    let root = folder(0);
+    let entries = std::fs::read_dir(root.parent().unwrap()).unwrap();
+    let number = |entry: std::io::Result<std::fs::DirEntry>| {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        let number = name.strip_prefix('v').and_then(|text| text.parse().ok());
+        number.unwrap_or_else(|| panic!("golden/wire/{name} is no version: v1, v2, ..."))
+    };
+    entries.map(number).collect()
+}
+
+fn versions() -> impl Iterator<Item = u16> {
+    VERSIONS.oldest..=VERSIONS.newest
 }
 
 #[test]
-fn frames_of_version_2_are_written_and_read_as_ever() {
-    frames_are_as_ever(2, samples::samples_of_version_2());
+fn frames_of_every_version_are_written_and_read_as_ever() {
+    for version in versions() {
+        frames_are_as_ever(version, samples::added_by(version));
+    }
+    assert_eq!(folders(), versions().collect(), "folders of golden/wire");
 }
 
-fn frames_are_as_ever(version: u16, samples: Vec<(&'static str, Message, usize)>) {
+fn frames_are_as_ever(version: u16, samples: Vec<samples::Sample>) {
     for (number, (name, message, payload)) in samples.into_iter().enumerate() {
         let mut bytes = Vec::new();
         let request = 0x0102_0304_0506_0700 + number as u64;
@@ -73,13 +88,43 @@ fn every_kind_has_a_golden_frame_and_every_file_a_sample() {
             "{kind:?}"
         );
     }
-    let entries = [1, 2].map(|version| std::fs::read_dir(folder(version)).unwrap());
-    for entry in entries.into_iter().flatten() {
+    let entries = folders()
+        .into_iter()
+        .map(|version| std::fs::read_dir(folder(version)).unwrap());
+    for entry in entries.flatten() {
         let path = entry.unwrap().path();
         let name = path.file_stem().unwrap().to_string_lossy().into_owned();
         assert!(
             samples.iter().any(|(sample, ..)| *sample == name),
             "{name} has no sample"
         );
+    }
+}
+
+/// A put without the hints of version 3 is the same bytes in every version, so that an old node takes
+/// it; and what an old node cannot take is not said to it.
+#[test]
+fn hints_that_an_older_version_does_not_know_are_left_out() {
+    let samples = samples::added_by(3);
+    let put = |name: &str| {
+        let found = samples.iter().find(|(sample, ..)| *sample == name);
+        match &found.expect("a sample").1 {
+            Message::Put(put) => put.clone(),
+            other => panic!("{other:?}"),
+        }
+    };
+    let length = |put: &Put| {
+        let mut bytes = Vec::new();
+        kvar_wire::encode(&mut bytes, 1, MapEpoch(1), put, 0).unwrap();
+        bytes.len()
+    };
+    for name in ["put_hints", "put_handover"] {
+        let full = put(name);
+        let mut old = full.clone();
+        old.hints = full.hints.for_version(2);
+        assert_eq!(full.hints.for_version(3), full.hints);
+        assert_eq!(old.hints.depth, full.hints.depth);
+        assert!(!old.hints.handover);
+        assert!(length(&old) < length(&full), "{name}");
     }
 }

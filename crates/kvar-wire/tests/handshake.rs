@@ -67,7 +67,7 @@ fn who_holds_the_key_gets_in() {
         Peer {
             namespace,
             client,
-            version: 2
+            version: VERSIONS.newest
         }
     );
 }
@@ -105,18 +105,18 @@ fn versions_without_overlap_are_both_named() {
         }
         .into()
     };
-    let NodeStep::Fail(failure) = node_says(&mut NodeHandshake::new([2; 32]), hello(3, 5)) else {
-        panic!("a client of versions 3 to 5 was taken");
+    let NodeStep::Fail(failure) = node_says(&mut NodeHandshake::new([2; 32]), hello(4, 6)) else {
+        panic!("a client of versions 4 to 6 was taken");
     };
     assert_eq!(failure.code, FailureCode::Version);
     assert!(
-        failure.text.contains("node speaks 1 to 2") && failure.text.contains("3 to 5"),
+        failure.text.contains("node speaks 1 to 3") && failure.text.contains("4 to 6"),
         "{failure:?}"
     );
     // A newer client that still speaks ours is fine; one with the range upside down is not.
     let step = node_says(&mut NodeHandshake::new([2; 32]), hello(1, 5));
     assert!(
-        matches!(step, NodeStep::Send(Challenge { version: 2, .. })),
+        matches!(step, NodeStep::Send(Challenge { version: 3, .. })),
         "{step:?}"
     );
     // An old client is spoken to as it can.
@@ -130,7 +130,7 @@ fn versions_without_overlap_are_both_named() {
     // A node that chooses what was not offered.
     let mut client = ClientHandshake::new("default", key(1), "c", [1; 32]);
     let challenge = Challenge {
-        version: 3,
+        version: VERSIONS.newest + 1,
         nonce: [0; 32],
         key_name: "x".into(),
     };

@@ -116,16 +116,20 @@ fn message() -> impl Strategy<Value = Message> {
         (
             any::<[u8; 32]>(),
             sections(),
-            any::<(u32, u64, Option<u32>, bool)>(),
+            any::<(u32, u64, Option<u32>, bool, u8, u32, bool)>(),
             any::<(bool, u64)>()
         )
             .prop_map(|(id, sections, hints, (durable, deadline_us))| {
-                let (depth, request, ttl_s, ephemeral) = hints;
+                let (depth, request, ttl_s, ephemeral, traffic_class, recompute_us, handover) =
+                    hints;
                 let hints = PutHints {
                     depth,
                     request,
                     ttl_s,
                     ephemeral,
+                    traffic_class,
+                    recompute_us,
+                    handover,
                 };
                 Put {
                     id: BlockId::new(id),

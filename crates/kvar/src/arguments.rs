@@ -1,6 +1,8 @@
 //! The command line, as `--help` teaches it.
 
 use crate::bench::{PAIRS, SECONDS};
+use crate::block_arguments::{LeaseCommand, LookupArguments, PutArguments};
+use crate::device_arguments::DeviceCommand;
 use crate::settings_arguments::SettingsArguments;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kvar_base::{BlockId, ByteSize};
@@ -61,7 +63,7 @@ Examples:
   kvar device list
   kvar device add /dev/nvme3n1
   kvar device add /mnt/d/kvar --size 2TiB
-  kvar device retire 2
+  kvar device retire 2 --rate 500MiB
   kvar device replace 1 /dev/nvme4n1 --json")]
     Device {
         #[command(subcommand)]
@@ -85,22 +87,13 @@ again says `exists`.
 Examples:
   kvar put greeting hello.txt
   head -c 1M /dev/urandom | kvar put noise - --durable
-  kvar put greeting hello.txt --ttl 1h")]
+  kvar put greeting hello.txt --ttl 1h
+  kvar put prefill-7 kv.bin --handover --recompute 800ms --traffic-class 3")]
     Put {
         #[command(flatten)]
         node: NodeArguments,
-        /// Name of the block (left out with --id), then the file, or - for standard input.
-        #[arg(value_names = ["NAME", "FILE"], num_args = 1..=2, required = true)]
-        words: Vec<String>,
-        /// Id of the block (64 hex digits) instead of a name.
-        #[arg(long, value_name = "HEX")]
-        id: Option<BlockId>,
-        /// Answer only when it survives a power cut.
-        #[arg(long)]
-        durable: bool,
-        /// How long it lives, in whole seconds or more; without it, until it makes room for others.
-        #[arg(long, value_name = "DURATION", value_parser = time_to_live)]
-        ttl: Option<u32>,
+        #[command(flatten)]
+        put: PutArguments,
         /// Print the outcome as JSON.
         #[arg(long)]
         json: bool,
@@ -112,6 +105,34 @@ Examples:
         node: NodeArguments,
         #[command(flatten)]
         block: BlockArguments,
+    },
+
+    /// How many leading blocks of a chain are there; with --lease they stay. Exit code 3 if not even the
+    /// first is there.
+    #[command(after_help = "\
+A lease promises that what was found stays readable, unless it is removed: eviction, reclaim and time \
+to live wait for its end. It ends by itself, at most 30 s later, and lives on when this command has \
+ended: its token, which is printed, renews or releases it from anywhere.
+
+Examples:
+  kvar lookup part-0 part-1 part-2
+  kvar lookup part-0 part-1 part-2 --lease 5s --json
+  kvar lease renew 0123456789abcdef0123456789abcdef --ttl 5s
+  kvar lease release 0123456789abcdef0123456789abcdef")]
+    Lookup {
+        #[command(flatten)]
+        node: NodeArguments,
+        #[command(flatten)]
+        lookup: LookupArguments,
+        /// Print the outcome as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+
+    /// Renew or release a lease that `kvar lookup --lease` or a client took.
+    Lease {
+        #[command(subcommand)]
+        command: LeaseCommand,
     },
 
     /// Remove blocks; returns when the removal survives a power cut.
@@ -219,82 +240,6 @@ Examples:
     },
 }
 
-/// What to do with devices.
-#[derive(Debug, Subcommand)]
-pub(crate) enum DeviceCommand {
-    /// Every device of the store: where it is, how it is, what lies on it.
-    List {
-        #[command(flatten)]
-        admin: AdminArguments,
-    },
-    /// Take a device in: a new one, or one of this store that was away.
-    Add {
-        #[command(flatten)]
-        new: NewDeviceArguments,
-        #[command(flatten)]
-        admin: AdminArguments,
-    },
-    /// Take a device out of service for good. Its blocks are misses from then on.
-    Retire {
-        /// Its slot, uuid or path.
-        #[arg(value_name = "DEVICE")]
-        device: String,
-        #[command(flatten)]
-        admin: AdminArguments,
-    },
-    /// Put a new device in the place of another, which may be gone already.
-    Replace {
-        /// The old one's slot, uuid or path.
-        #[arg(value_name = "DEVICE")]
-        device: String,
-        #[command(flatten)]
-        new: NewDeviceArguments,
-        #[command(flatten)]
-        admin: AdminArguments,
-    },
-}
-
-/// A device that comes in.
-#[derive(Clone, Debug, Args)]
-pub(crate) struct NewDeviceArguments {
-    /// A raw block device, or a file (made if it is not there). As the node sees it.
-    #[arg(value_name = "PATH")]
-    pub(crate) path: PathBuf,
-    /// Size of a new file.
-    #[arg(long, value_name = "SIZE")]
-    pub(crate) size: Option<ByteSize>,
-    /// Take it even if it holds the data of another store, which is lost then.
-    #[arg(long)]
-    pub(crate) erase: bool,
-}
-
-/// The admin door of a node on this machine.
-#[derive(Clone, Debug, Args)]
-pub(crate) struct AdminArguments {
-    /// Where the node's admin HTTP answers.
-    #[arg(
-        long,
-        value_name = "ADDRESS:PORT",
-        env = "KVAR_ADMIN",
-        default_value = "127.0.0.1:7412"
-    )]
-    pub(crate) admin: String,
-    /// The node's key file; changes need it.
-    #[arg(
-        long,
-        value_name = "FILE",
-        env = "KVAR_KEY_FILE",
-        default_value = "./kvar-data.key"
-    )]
-    pub(crate) key_file: PathBuf,
-    /// How long to wait for the answer. A change goes on if nobody waits any more.
-    #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = duration)]
-    pub(crate) deadline: Duration,
-    /// Print the outcome as JSON.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
 /// What to measure.
 #[derive(Debug, Subcommand)]
 pub(crate) enum BenchCommand {
@@ -400,6 +345,19 @@ pub(crate) enum ConfigCommand {
     },
 }
 
+/// The key to a node.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct KeyArguments {
+    /// The node's key file: DATA.key beside its data.
+    #[arg(
+        long,
+        value_name = "FILE",
+        env = "KVAR_KEY_FILE",
+        default_value = "./kvar-data.key"
+    )]
+    pub(crate) key_file: PathBuf,
+}
+
 /// Which node, and the key to it.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct NodeArguments {
@@ -411,14 +369,8 @@ pub(crate) struct NodeArguments {
         default_value = "127.0.0.1:7411"
     )]
     pub(crate) endpoint: String,
-    /// The node's key file: DATA.key beside its data.
-    #[arg(
-        long,
-        value_name = "FILE",
-        env = "KVAR_KEY_FILE",
-        default_value = "./kvar-data.key"
-    )]
-    pub(crate) key_file: PathBuf,
+    #[command(flatten)]
+    pub(crate) key: KeyArguments,
     /// How long a call may take.
     #[arg(
         long,
@@ -540,13 +492,13 @@ pub(crate) struct ReplayArguments {
     #[arg(long, value_name = "BLOCKS|SHARE%", requires = "offline")]
     pub(crate) capacity: Vec<Capacity>,
     /// Offline: which store.
-    #[arg(long, value_enum, default_value_t = OfflineModel::Blocks)]
+    #[arg(long, value_enum, default_value_t = OfflineModel::Blocks, requires = "offline")]
     pub(crate) model: OfflineModel,
     /// Offline: who decides what stays.
-    #[arg(long, value_enum, default_value_t = OfflinePolicy::Production)]
+    #[arg(long, value_enum, default_value_t = OfflinePolicy::Production, requires = "offline")]
     pub(crate) policy: OfflinePolicy,
     /// Offline, --model engine: when a block is written to flash.
-    #[arg(long, value_enum, default_value_t = OfflineAdmission::Worth)]
+    #[arg(long, value_enum, default_value_t = OfflineAdmission::Worth, requires = "offline")]
     pub(crate) admission: OfflineAdmission,
     /// Offline: the share of the requests that warm the store up and are not counted.
     #[arg(
@@ -557,25 +509,19 @@ pub(crate) struct ReplayArguments {
     )]
     pub(crate) warmup_share: f64,
     /// Offline, --model engine: DRAM as a share of the distinct blocks.
-    #[arg(long, value_name = "SHARE", default_value_t = 0.02)]
+    #[arg(
+        long,
+        value_name = "SHARE",
+        default_value_t = 0.02,
+        requires = "offline"
+    )]
     pub(crate) dram_share: f64,
     /// Print the report as JSON.
     #[arg(long)]
     pub(crate) json: bool,
 }
 
-/// A time to live in seconds; parts of one count as one.
-fn time_to_live(text: &str) -> Result<u32, String> {
-    let time = duration(text)?;
-    let seconds = time.as_secs() + u64::from(time.subsec_nanos() > 0);
-    match u32::try_from(seconds) {
-        Ok(0) => Err("a block lives for a second at least; leave --ttl out to keep it".to_owned()),
-        Ok(seconds) => Ok(seconds),
-        Err(_) => Err("that is more than 136 years; leave --ttl out to keep it".to_owned()),
-    }
-}
-
-fn duration(text: &str) -> Result<Duration, String> {
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text)
         .map_err(|_| format!("{text:?} is not a duration: write 250ms, 1s, 30s or 2m"))
 }

@@ -1,11 +1,12 @@
 //! `kvar put | get | remove | purge | flush | stat | status`: one call each.
 
 use crate::arguments::{BlockArguments, NodeArguments};
+use crate::block_arguments::PutArguments;
 use crate::connect::{Connected, connect, failure};
 use crate::failure::{Failure, Outcome};
 use crate::print;
 use kvar_base::{BLOCK_BYTES_MAX, BlockId, ByteSize, MissReason, PutOutcome, Refusal};
-use kvar_client::{GetItem, GetOutcome, PutHints, PutItem};
+use kvar_client::{GetItem, GetOutcome, PutItem};
 use serde_json::json;
 use std::io::Read;
 use std::path::Path;
@@ -18,24 +19,9 @@ fn id_of(connected: &Connected, block: &BlockArguments) -> Result<BlockId, Failu
     }
 }
 
-/// How a block is to be kept.
-#[derive(Clone, Copy)]
-pub(crate) struct Kept {
-    /// The answer waits until it is flushed.
-    pub(crate) durable: bool,
-    /// For how long; `None` is without end.
-    pub(crate) ttl_s: Option<u32>,
-}
-
-/// Stores a file as one block. `words` are NAME FILE, or FILE alone with an id.
-pub(crate) fn put(
-    node: &NodeArguments,
-    words: &[String],
-    id: Option<BlockId>,
-    kept: Kept,
-    as_json: bool,
-) -> Outcome {
-    let (block, file) = match (words, id) {
+/// Stores a file as one block. Its words are NAME FILE, or FILE alone with an id.
+pub(crate) fn put(node: &NodeArguments, put: &PutArguments, as_json: bool) -> Outcome {
+    let (block, file) = match (put.words.as_slice(), put.id) {
         ([name, file], None) => (
             BlockArguments {
                 name: Some(name.clone()),
@@ -43,7 +29,7 @@ pub(crate) fn put(
             },
             file,
         ),
-        ([file], Some(_)) => (BlockArguments { name: None, id }, file),
+        ([file], id @ Some(_)) => (BlockArguments { name: None, id }, file),
         _ => {
             let text = "give NAME FILE, or --id HEX FILE (FILE may be - for standard input)";
             return Err(Failure::usage(text));
@@ -61,11 +47,8 @@ pub(crate) fn put(
     }
     let len = bytes.len();
     let item = PutItem {
-        durable: kept.durable,
-        hints: PutHints {
-            ttl_s: kept.ttl_s,
-            ..PutHints::default()
-        },
+        durable: put.durable,
+        hints: put.hints.hints(),
         ..PutItem::of_bytes(id, bytes)
     };
     let outcomes = connected

@@ -19,7 +19,9 @@ pub(crate) struct Connected {
 
 /// Reads the key and connects.
 pub(crate) fn connect(node: &NodeArguments) -> Result<Connected, Failure> {
-    let key = KeyFile::read(&node.key_file).map_err(Failure::usage)?.key;
+    let key = KeyFile::read(&node.key.key_file)
+        .map_err(Failure::usage)?
+        .key;
     let config = ClientConfig {
         deadline: node.deadline,
         connect_timeout: CONNECT_TIMEOUT,

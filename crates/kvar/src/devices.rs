@@ -2,7 +2,7 @@
 //!
 //! Listing needs nothing; changes carry a proof of the namespace key, which itself stays here.
 
-use crate::arguments::{AdminArguments, DeviceCommand, NewDeviceArguments};
+use crate::device_arguments::{AdminArguments, DeviceCommand, NewDeviceArguments};
 use crate::failure::{Failure, Outcome};
 use crate::print;
 use kvar_base::ByteSize;
@@ -21,9 +21,21 @@ pub(crate) fn run(command: &DeviceCommand) -> Outcome {
             let device = change(admin, &with_new(json!({ "action": "add" }), new)?)?;
             say(admin, &device, "in service")
         }
-        DeviceCommand::Retire { device, admin } => {
-            let device = change(admin, &json!({ "action": "retire", "device": device }))?;
-            say(admin, &device, "out of service; it can be taken away")
+        DeviceCommand::Retire {
+            device,
+            now,
+            rate,
+            admin,
+        } => {
+            let rate = rate.map(|rate| rate.0);
+            let action = json!({ "action": "retire", "device": device, "now": now, "rate": rate });
+            let device = change(admin, &action)?;
+            let what = if device["state"] == "leaving" {
+                "is leaving: its blocks move to the others (kvar device list says how far it is)"
+            } else {
+                "out of service; it can be taken away"
+            };
+            say(admin, &device, what)
         }
         DeviceCommand::Replace { device, new, admin } => {
             let action = json!({ "action": "replace", "device": device });
@@ -68,10 +80,25 @@ fn list(admin: &AdminArguments) -> Outcome {
             format!("{:.1} %", share * 100.0),
             word("path"),
             word("uuid"),
-            word("reason"),
+            moved(&device["moved"]).unwrap_or_else(|| word("reason")),
         ]);
     }
     print::table(&rows)
+}
+
+/// How far a device that leaves is.
+fn moved(moved: &Value) -> Option<String> {
+    let number = |key: &str| moved[key].as_u64();
+    let (all, done) = (number("segments")?, number("segments_done")?);
+    let mut text = format!(
+        "{done} of {all} segments: {} blocks, {} moved",
+        number("blocks")?,
+        ByteSize(number("bytes")?)
+    );
+    if let Some(lost) = number("lost_blocks").filter(|lost| *lost > 0) {
+        text.push_str(&format!(", {lost} lost"));
+    }
+    Some(text)
 }
 
 /// A device on one line.
@@ -117,7 +144,9 @@ fn agent(deadline: Duration) -> ureq::Agent {
 }
 
 fn change(admin: &AdminArguments, action: &Value) -> Result<Value, Failure> {
-    let key = KeyFile::read(&admin.key_file).map_err(Failure::usage)?.key;
+    let key = KeyFile::read(&admin.key.key_file)
+        .map_err(Failure::usage)?
+        .key;
     let body = action.to_string();
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let now = now.map_or(0, |elapsed| elapsed.as_secs());

@@ -5,12 +5,15 @@
 mod arguments;
 mod bench;
 mod bench_command;
+mod block_arguments;
 mod blocks;
 mod config_command;
 mod connect;
+mod device_arguments;
 mod device_command;
 mod devices;
 mod failure;
+mod lease_command;
 mod print;
 mod replay;
 mod serve;
@@ -25,20 +28,9 @@ fn main() -> ExitCode {
     let outcome = match &arguments.command {
         Command::Serve(settings) => serve::run(settings),
         Command::Status { node, json } => blocks::status(node, *json),
-        Command::Put {
-            node,
-            words,
-            id,
-            durable,
-            ttl,
-            json,
-        } => {
-            let kept = blocks::Kept {
-                durable: *durable,
-                ttl_s: *ttl,
-            };
-            blocks::put(node, words, *id, kept, *json)
-        }
+        Command::Put { node, put, json } => blocks::put(node, put, *json),
+        Command::Lookup { node, lookup, json } => lease_command::lookup(node, lookup, *json),
+        Command::Lease { command } => lease_command::run(command),
         Command::Get { node, block } => blocks::get(node, block),
         Command::Remove {
             node,

@@ -57,6 +57,84 @@ fn a_block_goes_in_and_comes_out() {
 }
 
 #[test]
+fn what_is_leased_stays_until_it_is_released() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Place::new(dir.path()).serve();
+    let file = dir.path().join("kv.bin");
+    std::fs::write(&file, b"kv").unwrap();
+    let file = file.to_str().unwrap();
+    // Every hint has its word; a node of this build understands all of them.
+    let hints = ["--handover", "--recompute", "800ms", "--traffic-class", "3"];
+    for (depth, name) in ["0", "1"].iter().zip(["a", "b"]) {
+        let mut words = vec![
+            name,
+            file,
+            "--ttl",
+            "5s",
+            "--depth",
+            depth,
+            "--request",
+            "7",
+        ];
+        words.extend(hints);
+        assert_eq!(server.json("put", &words)["outcome"], "stored");
+    }
+    let begun = std::time::Instant::now();
+    let chain = ["a", "b", "c"];
+    let found = server.json("lookup", &chain);
+    assert_eq!(
+        (&found["leading"], &found["reason"]),
+        (&2.into(), &"absent".into())
+    );
+    assert!(found["lease"].is_null());
+    let leased = server.json("lookup", &["a", "b", "--lease", "20s"]);
+    assert_eq!(
+        (&leased["leading"], &leased["reason"]),
+        (&2.into(), &().into())
+    );
+    assert!((1..=20_000).contains(&leased["lasts_ms"].as_u64().unwrap()));
+    let token = leased["lease"].as_str().unwrap();
+    let renewed = server.json("lease renew", &[token, "--ttl", "30s"]);
+    assert!(renewed["lasts_ms"].as_u64().unwrap() > 20_000);
+    // Their time to live is over, the promise is not.
+    while begun.elapsed() < std::time::Duration::from_secs(7) {
+        assert_eq!(server.json("lookup", &chain)["leading"], 2);
+    }
+    assert_eq!(server.json("lease release", &[token])["released"], true);
+    let gone = |command: &str, words: &[&str]| {
+        let mut command = server.command(command);
+        command.args(words);
+        fails(command, 3, &["there"]);
+    };
+    gone("lookup", &chain);
+    gone("lease renew", &[token]);
+    gone("lease release", &[token]);
+    for wrong in [["--lease", "31s"], ["--lease", "0s"]] {
+        fails(with(&["lookup", "a", wrong[0], wrong[1]]), 2, &["lease"]);
+    }
+    fails(
+        with(&["put", "a", file, "--recompute", "2h"]),
+        2,
+        &["4294s"],
+    );
+    assert_eq!(server.stop(), 0);
+}
+
+#[test]
+fn what_is_for_offline_replay_says_so() {
+    for words in [
+        ["--model", "engine"],
+        ["--policy", "lru"],
+        ["--admission", "all"],
+        ["--dram-share", "0.1"],
+    ] {
+        let mut command = with(&["replay", "trace.jsonl", "--block-bytes", "4KiB"]);
+        command.args(words);
+        fails(command, 2, &["--offline"]);
+    }
+}
+
+#[test]
 fn a_block_with_a_time_to_live_ends() {
     let dir = tempfile::tempdir().unwrap();
     let server = Place::new(dir.path()).serve();

@@ -294,3 +294,38 @@ fn a_drive_that_failed_and_was_mended_comes_back_with_its_blocks() {
     assert!(place.log().contains("it begins empty"), "{}", place.log());
     assert_eq!(server.stop(), 0);
 }
+
+#[test]
+fn a_drive_is_retired_in_daylight() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Place::new(dir.path()).serve();
+    let path = dir.path().join("b").to_str().unwrap().to_owned();
+    let added = finish(device(&server, &["add", &path, "--size", "512MiB"]));
+    let why = String::from_utf8_lossy(&added.stderr).into_owned();
+    assert!(added.status.success(), "{why}");
+    const COUNT: u8 = 40;
+    fill(&server, dir.path(), COUNT);
+    assert_eq!(present(&server, COUNT), COUNT);
+    // So slow that it is seen.
+    let begun = finish(device(&server, &["retire", "1", "--rate", "200KiB"]));
+    let text = String::from_utf8(begun.stdout).unwrap();
+    assert!(text.contains("is leaving"), "{text}");
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let table = String::from_utf8(finish(device(&server, &["list"])).stdout).unwrap();
+        if table.contains(" segments: ") && table.contains(" moved") {
+            assert!(table.contains("leaving"), "{table}");
+            break;
+        }
+        assert!(Instant::now() < until, "{table}");
+    }
+    assert_eq!(present(&server, COUNT), COUNT);
+    while state(&server, &path) == "leaving" {
+        assert!(Instant::now() < until, "{}", server.place.log());
+    }
+    assert_eq!(state(&server, &path), "retired");
+    assert_eq!(present(&server, COUNT), COUNT);
+    let both = device(&server, &["retire", "0", "--now", "--rate", "1MiB"]);
+    fails(both, 2, &["--rate"]);
+    assert_eq!(server.stop(), 0);
+}

@@ -302,6 +302,7 @@ fn the_command_line_says_that_a_node_loads() {
                 drop(opened.wait_while(guard, |is_open| !*is_open).unwrap());
             }
         })),
+        ..Hooks::default()
     };
     let node = Node::listen(&config, hooks).unwrap();
     let command = |words: &[&str]| {

@@ -21,6 +21,14 @@ Rules that hold for every call:
   that missed may have written part of them;
 * other Python threads run while a call waits.
 
+A lookup can make what it found stay, and a put can say what its blocks are worth:
+
+```python
+with client.lookup_leased(ids) as lease:          # for two seconds, or until the end of the block
+    client.get(zip(ids[: lease.leading], buffers))
+client.put([(id, data)], hints=kvar.PutHints(traffic_class=3, recompute_us=800_000))
+```
+
 :class:`AsyncClient` is the same for asyncio. ``kvar.vllm`` is the connector for vLLM.
 """
 
@@ -33,8 +41,10 @@ from kvar._kvar import (
     ContentFingerprint,
     GetResult,
     KvarError,
+    Lease,
     NamespaceKey,
     Pending,
+    PutHints,
     RequestError,
     VersionError,
     WrongKeyError,
@@ -56,8 +66,10 @@ __all__ = [
     "ContentFingerprint",
     "GetResult",
     "KvarError",
+    "Lease",
     "NamespaceKey",
     "Pending",
+    "PutHints",
     "RequestError",
     "VersionError",
     "WrongKeyError",

@@ -16,8 +16,10 @@ __all__ = [
     "ContentFingerprint",
     "GetResult",
     "KvarError",
+    "Lease",
     "NamespaceKey",
     "Pending",
+    "PutHints",
     "RequestError",
     "VersionError",
     "WrongKeyError",
@@ -71,6 +73,52 @@ class GetResult:
     def bytes(self) -> int: ...
 
 @final
+class PutHints:
+    def __new__(
+        cls,
+        *,
+        request: int = 0,
+        ephemeral: bool = False,
+        traffic_class: int = 0,
+        recompute_us: int = 0,
+        handover: bool = False,
+    ) -> Self: ...
+    @property
+    def request(self) -> int: ...
+    @property
+    def ephemeral(self) -> bool: ...
+    @property
+    def traffic_class(self) -> int: ...
+    @property
+    def recompute_us(self) -> int: ...
+    @property
+    def handover(self) -> bool: ...
+    def __eq__(self, other: object, /) -> bool: ...
+
+@final
+class Lease:
+    @property
+    def leading(self) -> int: ...
+    @property
+    def reason(self) -> str | None: ...
+    @property
+    def token(self) -> bytes | None: ...
+    @property
+    def held(self) -> bool: ...
+    @property
+    def left_s(self) -> float: ...
+    def renew(self, ttl_s: float = 2.0, *, wait: bool = True) -> bool: ...
+    def release(self, *, wait: bool = True) -> bool: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None: ...
+
+@final
 class Pending(Generic[_T_co]):
     def done(self) -> bool: ...
     def result(self, timeout: float | None = None) -> _T_co: ...
@@ -93,7 +141,21 @@ class Client:
     ) -> Self: ...
     @property
     def endpoint(self) -> str: ...
-    def lookup(self, ids: Sequence[bytes], *, deadline_ms: int | None = None) -> int: ...
+    def lookup(
+        self, ids: Sequence[bytes], *, deadline_ms: int | None = None, request: int = 0
+    ) -> int: ...
+    def lookup_leased(
+        self,
+        ids: Sequence[bytes],
+        *,
+        ttl_s: float = 2.0,
+        deadline_ms: int | None = None,
+        request: int = 0,
+    ) -> Lease: ...
+    def renew(
+        self, token: bytes, ttl_s: float = 2.0, *, deadline_ms: int | None = None
+    ) -> float | None: ...
+    def release(self, token: bytes, *, deadline_ms: int | None = None) -> bool: ...
     def present(self, ids: Sequence[bytes], *, deadline_ms: int | None = None) -> list[bool]: ...
     def get(
         self,
@@ -101,6 +163,7 @@ class Client:
         *,
         deadline_ms: int | None = None,
         depth: int = 0,
+        request: int = 0,
     ) -> list[GetResult]: ...
     def get_bytes(self, id: bytes, *, deadline_ms: int | None = None) -> bytes | None: ...
     def get_pages(
@@ -112,6 +175,7 @@ class Client:
         *,
         deadline_ms: int | None = None,
         depth: int = 0,
+        request: int = 0,
     ) -> list[GetResult]: ...
     def put(
         self,
@@ -121,6 +185,7 @@ class Client:
         durable: bool = False,
         depth: int = 0,
         ttl_s: int | None = None,
+        hints: PutHints | None = None,
     ) -> list[str]: ...
     def put_pages(
         self,
@@ -133,6 +198,7 @@ class Client:
         durable: bool = False,
         depth: int = 0,
         ttl_s: int | None = None,
+        hints: PutHints | None = None,
     ) -> list[str]: ...
     def remove(self, ids: Sequence[bytes], *, deadline_ms: int | None = None) -> int: ...
     def flush(self, *, deadline_ms: int | None = None) -> None: ...
@@ -143,6 +209,7 @@ class Client:
         *,
         deadline_ms: int | None = None,
         depth: int = 0,
+        request: int = 0,
     ) -> Pending[list[GetResult]]: ...
     def submit_put(
         self,
@@ -152,6 +219,7 @@ class Client:
         durable: bool = False,
         depth: int = 0,
         ttl_s: int | None = None,
+        hints: PutHints | None = None,
     ) -> Pending[list[str]]: ...
     def submit_get_pages(
         self,
@@ -162,6 +230,7 @@ class Client:
         *,
         deadline_ms: int | None = None,
         depth: int = 0,
+        request: int = 0,
     ) -> Pending[list[GetResult]]: ...
     def submit_put_pages(
         self,
@@ -174,6 +243,7 @@ class Client:
         durable: bool = False,
         depth: int = 0,
         ttl_s: int | None = None,
+        hints: PutHints | None = None,
     ) -> Pending[list[str]]: ...
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...

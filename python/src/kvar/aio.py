@@ -1,8 +1,8 @@
 """``AsyncClient``: the client for asyncio. Same names, same meanings, awaited.
 
 Nothing here waits in a thread: data calls are submitted and wake the event loop when they have
-ended. Only connecting, and the rare calls about the node as a whole (``remove``, ``flush``,
-``status``, ``lookup``), run on a thread of the loop's executor while they wait.
+ended. Only connecting, and the calls without blocks' bytes (``remove``, ``flush``, ``status``,
+lookups and leases), run on a thread of the loop's executor while they wait.
 
 A call that is cancelled goes on in the background until its deadline, and its buffers with it:
 they may be written until then. Give them up, or wait for them.
@@ -17,7 +17,7 @@ from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from kvar._kvar import Client, GetResult, NamespaceKey, Pending
+from kvar._kvar import Client, GetResult, Lease, NamespaceKey, Pending, PutHints
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -68,9 +68,44 @@ class AsyncClient:
         """The node this client talks to."""
         return self._client.endpoint
 
-    async def lookup(self, ids: Sequence[bytes], *, deadline_ms: int | None = None) -> int:
+    async def lookup(
+        self, ids: Sequence[bytes], *, deadline_ms: int | None = None, request: int = 0
+    ) -> int:
         """How many leading blocks are there."""
-        return await asyncio.to_thread(self._client.lookup, ids, deadline_ms=deadline_ms)
+        return await asyncio.to_thread(
+            self._client.lookup, ids, deadline_ms=deadline_ms, request=request
+        )
+
+    async def lookup_leased(
+        self,
+        ids: Sequence[bytes],
+        *,
+        ttl_s: float = 2.0,
+        deadline_ms: int | None = None,
+        request: int = 0,
+    ) -> Lease:
+        """How many leading blocks are there, and that they stay.
+
+        The lease's own methods wait: call them with ``wait=False`` in a coroutine, or use
+        :meth:`renew` and :meth:`release` with its token. The end of its ``with`` waits for nothing.
+        """
+        return await asyncio.to_thread(
+            self._client.lookup_leased,
+            ids,
+            ttl_s=ttl_s,
+            deadline_ms=deadline_ms,
+            request=request,
+        )
+
+    async def renew(
+        self, token: bytes, ttl_s: float = 2.0, *, deadline_ms: int | None = None
+    ) -> float | None:
+        """Lets a lease last longer: how many seconds from now, or None if it has ended."""
+        return await asyncio.to_thread(self._client.renew, token, ttl_s, deadline_ms=deadline_ms)
+
+    async def release(self, token: bytes, *, deadline_ms: int | None = None) -> bool:
+        """Ends a lease; whether there was one."""
+        return await asyncio.to_thread(self._client.release, token, deadline_ms=deadline_ms)
 
     async def present(self, ids: Sequence[bytes], *, deadline_ms: int | None = None) -> list[bool]:
         """For each block whether it is there."""
@@ -82,9 +117,12 @@ class AsyncClient:
         *,
         deadline_ms: int | None = None,
         depth: int = 0,
+        request: int = 0,
     ) -> list[GetResult]:
         """Reads blocks into buffers."""
-        return await _ended(self._client.submit_get(items, deadline_ms=deadline_ms, depth=depth))
+        return await _ended(
+            self._client.submit_get(items, deadline_ms=deadline_ms, depth=depth, request=request)
+        )
 
     async def get_bytes(self, id: bytes, *, deadline_ms: int | None = None) -> bytes | None:
         """One block's bytes, or None."""
@@ -99,11 +137,18 @@ class AsyncClient:
         *,
         deadline_ms: int | None = None,
         depth: int = 0,
+        request: int = 0,
     ) -> list[GetResult]:
         """Reads blocks into pages of an engine's layers."""
         return await _ended(
             self._client.submit_get_pages(
-                ids, layers, indices, page_bytes, deadline_ms=deadline_ms, depth=depth
+                ids,
+                layers,
+                indices,
+                page_bytes,
+                deadline_ms=deadline_ms,
+                depth=depth,
+                request=request,
             )
         )
 
@@ -115,6 +160,7 @@ class AsyncClient:
         durable: bool = False,
         depth: int = 0,
         ttl_s: int | None = None,
+        hints: PutHints | None = None,
     ) -> list[str]:
         """Stores blocks."""
         return await _ended(
@@ -124,6 +170,7 @@ class AsyncClient:
                 durable=durable,
                 depth=depth,
                 ttl_s=ttl_s,
+                hints=hints,
             )
         )
 
@@ -138,6 +185,7 @@ class AsyncClient:
         durable: bool = False,
         depth: int = 0,
         ttl_s: int | None = None,
+        hints: PutHints | None = None,
     ) -> list[str]:
         """Stores pages of an engine's layers as blocks."""
         return await _ended(
@@ -150,6 +198,7 @@ class AsyncClient:
                 durable=durable,
                 depth=depth,
                 ttl_s=ttl_s,
+                hints=hints,
             )
         )
 

@@ -1,7 +1,7 @@
 //! Sending what waits, as far as the node's window allows.
 
 use super::{Session, Unit};
-use crate::call::{Ask, Board, Call, Reply, Work};
+use crate::call::{Ask, Board, Call, Owed, Reply, Work};
 use crate::connection::{Connection, Open, Phase};
 use crate::session::links::Slot;
 use kvar_base::{Moment, PutOutcome, Refusal};
@@ -17,6 +17,9 @@ use std::time::Duration;
 const ITEM_BYTES_MAX: usize = 80;
 const LENGTH_BYTES_MAX: usize = 5;
 
+/// The call of requests whose answer nobody waits for; calls are numbered from 1.
+const NOBODY: u64 = 0;
+
 /// What became of an attempt to send.
 enum Sent {
     /// All of the unit.
@@ -28,7 +31,14 @@ enum Sent {
 impl Session {
     /// Sends what waits; whether anything left.
     pub(super) fn dispatch(&mut self, now: Moment) -> bool {
+        self.pay(now);
         let mut small = std::mem::take(&mut self.queues.small);
+        let next = std::mem::take(&mut self.board.next_parts);
+        small.extend(next.into_iter().map(|(call, next)| Unit {
+            call,
+            next,
+            end: next + 1,
+        }));
         let mut gets = std::mem::take(&mut self.queues.gets);
         let mut puts = std::mem::take(&mut self.queues.puts);
         let mut any = false;
@@ -37,6 +47,34 @@ impl Session {
         }
         self.queues = super::Queues { small, gets, puts };
         any
+    }
+
+    /// Ends leases of which the answer never came; who asked for them has been told that there is
+    /// none. They wait for a link as long as the node would hold them.
+    fn pay(&mut self, now: Moment) {
+        while let Some(Owed { token, until }) = self.board.owed.front().copied() {
+            let left = until.since(now);
+            if left.is_zero() {
+                self.board.owed.pop_front();
+                continue;
+            }
+            let Some(connection) = widest(&mut self.slots) else {
+                return;
+            };
+            let deadline_us = u64::try_from(left.as_micros()).unwrap_or(u64::MAX);
+            let request = self.next_number;
+            let release = Release { token, deadline_us };
+            if connection.leases() {
+                if connection.send(request, &release).is_err() {
+                    return;
+                }
+                self.next_number += 1;
+                connection.requests_open += 1;
+                let (call, part) = (NOBODY, 0);
+                connection.open.insert(request, Open::Small { call, part });
+            }
+            self.board.owed.pop_front();
+        }
     }
 
     fn send_queue(&mut self, queue: &mut VecDeque<Unit>, now: Moment) -> bool {
@@ -102,8 +140,9 @@ fn widest(slots: &mut [Slot]) -> Option<&mut Connection> {
         .min_by_key(|connection| (connection.bytes_open, connection.requests_open))
 }
 
+/// A time to live as the wire has it: at least 1, since 0 leaves it to the node.
 fn milliseconds(time: Duration) -> u32 {
-    u32::try_from(time.as_millis()).unwrap_or(u32::MAX)
+    u32::try_from(time.as_millis()).unwrap_or(u32::MAX).max(1)
 }
 
 /// What a node that knows no leases would say of one.
@@ -336,6 +375,7 @@ fn send_puts(
     deadline_us: u64,
     number: &mut dyn FnMut() -> u64,
 ) -> Sent {
+    let version = connection.version;
     while unit.next < unit.end {
         let item = unit.next;
         // The last item to end takes the call off the board.
@@ -361,7 +401,7 @@ fn send_puts(
         let body = Put {
             id: put.id,
             sections: std::mem::take(&mut put.sections),
-            hints: put.hints,
+            hints: put.hints.for_version(version),
             durable: put.durable,
             deadline_us,
         };

@@ -127,7 +127,8 @@ impl Session {
         }
         let waiting = !self.queues.small.is_empty()
             || !self.queues.gets.is_empty()
-            || !self.queues.puts.is_empty();
+            || !self.queues.puts.is_empty()
+            || !self.board.owed.is_empty();
         let open = self.limits().is_some();
         let under_way = self.slots.iter().any(|slot| slot.begun().is_some());
         if open {

@@ -7,7 +7,7 @@ use kvar_wire::*;
 use std::collections::{HashMap, HashSet};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -50,8 +50,12 @@ struct Shared {
     changed: Condvar,
     blocks: Mutex<HashMap<BlockId, Stored>>,
     leases: Mutex<HashSet<LeaseToken>>,
-    /// Speaks version 1 alone.
-    old: AtomicBool,
+    /// Every lease that was asked for: how many ids, and for how long.
+    leases_asked: Mutex<Vec<(usize, u32)>>,
+    /// The newest version it speaks.
+    newest: AtomicU16,
+    /// Hints of the puts that were stored.
+    hints: Mutex<Vec<PutHints>>,
     closing: AtomicBool,
     /// Get items and puts that were asked for.
     pub asked: AtomicUsize,
@@ -89,7 +93,9 @@ impl Peer {
             changed: Condvar::new(),
             blocks: Mutex::default(),
             leases: Mutex::default(),
-            old: AtomicBool::new(false),
+            leases_asked: Mutex::default(),
+            newest: AtomicU16::new(VERSIONS.newest),
+            hints: Mutex::default(),
             closing: AtomicBool::new(false),
             asked: AtomicUsize::new(0),
             sockets: Mutex::default(),
@@ -120,13 +126,33 @@ impl Peer {
         self.shared.changed.notify_all();
     }
 
-    /// From the next connection on it is a node of the first version.
-    pub(crate) fn grow_old(&self) {
-        self.shared.old.store(true, Ordering::SeqCst);
+    /// From the next connection on it is a node of this version.
+    pub(crate) fn grow_old(&self, version: u16) {
+        self.shared.newest.store(version, Ordering::SeqCst);
+    }
+
+    /// Hints of the puts that were stored, in order.
+    pub(crate) fn hints(&self) -> Vec<PutHints> {
+        self.shared.hints.lock().unwrap().clone()
     }
 
     pub(crate) fn leases(&self) -> usize {
         self.shared.leases.lock().unwrap().len()
+    }
+
+    /// Every lease that was asked for so far: how many ids, and for how many milliseconds.
+    pub(crate) fn leases_asked(&self) -> Vec<(usize, u32)> {
+        self.shared.leases_asked.lock().unwrap().clone()
+    }
+
+    /// Has these blocks, without bytes.
+    pub(crate) fn fill(&self, ids: &[BlockId]) {
+        let stored = Stored {
+            sections: Vec::new(),
+            bytes: Vec::new(),
+        };
+        let blocks = ids.iter().map(|id| (*id, stored.clone()));
+        self.shared.blocks.lock().unwrap().extend(blocks);
     }
 
     pub(crate) fn asked(&self) -> usize {
@@ -161,11 +187,8 @@ struct Serving {
 
 impl Serving {
     fn serve(mut self) -> Option<()> {
-        let mut handshake = NodeHandshake::new([9; 32]);
-        if self.shared.old.load(Ordering::SeqCst) {
-            let (oldest, newest) = (1, 1);
-            handshake = NodeHandshake::speaking(VersionRange { oldest, newest }, [9; 32]);
-        }
+        let (oldest, newest) = (1, self.shared.newest.load(Ordering::SeqCst));
+        let mut handshake = NodeHandshake::speaking(VersionRange { oldest, newest }, [9; 32]);
         loop {
             let (_, message, _) = self.read()?;
             let key = self.shared.key.clone();
@@ -241,11 +264,13 @@ impl Serving {
                 }
             }
             Message::Lease(_) | Message::Renew(_) | Message::Release(_)
-                if self.shared.old.load(Ordering::SeqCst) =>
+                if self.shared.newest.load(Ordering::SeqCst) < VERSION_WITH_LEASES =>
             {
                 panic!("an old node is asked for leases")
             }
             Message::Lease(lease) => {
+                let asked = (lease.ids.len(), lease.ttl_ms);
+                self.shared.leases_asked.lock().unwrap().push(asked);
                 let there = lease.ids.iter().map(|id| blocks.contains_key(id));
                 let leading = there.take_while(|there| *there).count();
                 if leading > 0 {
@@ -370,6 +395,7 @@ impl Serving {
             at += bytes.len();
         }
         assert_eq!(at, payload.len());
+        self.shared.hints.lock().unwrap().push(put.hints);
         let stored = Stored {
             sections: put.sections,
             bytes: payload,

@@ -124,6 +124,13 @@ impl Shard {
         ended
     }
 
+    /// Takes blocks out of a lease that nobody can use: they lie behind one that is not promised.
+    pub(crate) fn release_some(&mut self, token: LeaseToken, ids: &[BlockId]) {
+        for id in self.leases.end_some(&self.segments, token, ids) {
+            self.dram.set_leased(&id, false);
+        }
+    }
+
     fn end_lease(&mut self, token: LeaseToken) -> bool {
         let Some(free) = self.leases.end(&self.segments, token) else {
             return false;

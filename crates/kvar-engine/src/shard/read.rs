@@ -3,6 +3,15 @@
 //! A read that began before a remove ends as Miss(removed); one whose entry moved meanwhile (the
 //! block was rewritten elsewhere) still ends well, since the bytes it read carry the old place in
 //! their check and the segment is not reused while it has readers.
+//!
+//! ```text
+//!   read ── holds ──────────────────────────────────────> answer
+//!     └─ refused, or fails its check ── read again ── holds ──> answer, counted as mended
+//!                                            └─ not ──> the entry goes, Miss(corrupt)
+//! ```
+//!
+//! A device may refuse one read and take the next, and bytes may be wrong on their way and right
+//! where they lie; what fails twice is gone.
 
 use super::{
     Change, Copy, Displaced, Event, GetRequest, Pending, READS_IN_FLIGHT_MAX, SectionRef, Shard,
@@ -39,6 +48,16 @@ pub(super) struct FlashRead {
     entry: Entry,
     place: Place,
     segment: u32,
+    is_again: bool,
+}
+
+/// What a read of a block brought.
+pub(super) enum Brought {
+    Block(ImagePlan),
+    /// Not what it should have; it was the first try.
+    Again,
+    /// Not for the second time: nothing leads there any more.
+    Nothing,
 }
 
 /// A device read of a block that reclaim keeps.
@@ -49,6 +68,7 @@ pub(super) struct MoveRead {
     pub(super) place: Place,
     pub(super) segment: u32,
     pub(super) hints: RecordHints,
+    pub(super) is_again: bool,
 }
 
 impl Shard {
@@ -125,6 +145,7 @@ impl Shard {
             entry,
             place,
             segment,
+            is_again: false,
         };
         self.submit(
             Pending::Read(read),
@@ -136,7 +157,7 @@ impl Shard {
     }
 
     pub(super) fn read_done(&mut self, read: FlashRead, op: Op, result: &Result<(), DeviceError>) {
-        let Op::Read { buffer, .. } = op else {
+        let Op::Read { buffer, offset } = op else {
             unreachable!("a read ends as a read")
         };
         let FlashRead {
@@ -145,24 +166,31 @@ impl Shard {
             entry,
             place,
             segment,
+            is_again,
         } = read;
+        let brought = self.brought(&id, &entry, &place, &buffer, result, is_again);
+        // No waiters: a remove or purge ended them. The block must not come back through here.
+        let reading = self.reading.get(&id);
+        let is_wanted = reading.is_some_and(|reading| reading.number == number);
+        if is_wanted && matches!(brought, Brought::Again) {
+            self.counters.device_read_bytes += buffer.padded_len() as u64;
+            let read = FlashRead {
+                is_again: true,
+                ..read
+            };
+            return self.submit(Pending::Read(read), Op::Read { offset, buffer });
+        }
         self.reads_in_flight -= 1;
         self.segments.get(segment).readers -= 1;
         let padded = page_round_up(u64::from(entry.len));
-        let plan = self.verified(&id, &entry, &place, &buffer, result);
-        // No waiters: a remove or purge ended them. The block must not come back through here.
-        if self
-            .reading
-            .get(&id)
-            .is_none_or(|reading| reading.number != number)
-        {
+        if !is_wanted {
             return self.dram.release(padded);
         }
         let waiters = self
             .reading
             .remove(&id)
             .map_or_else(SmallVec::new, |reading| reading.waiters);
-        let Some(plan) = plan else {
+        let Brought::Block(plan) = brought else {
             self.dram.release(padded);
             for waiter in waiters {
                 self.miss(waiter.token, MissReason::Corrupt);
@@ -214,26 +242,37 @@ impl Shard {
         );
     }
 
-    /// Verifies what a device gave; counts and forgets what does not hold.
-    pub(super) fn verified(
+    /// Verifies what a device gave; counts, and the second time forgets, what does not hold.
+    pub(super) fn brought(
         &mut self,
         id: &BlockId,
         entry: &Entry,
         place: &Place,
         buffer: &Buffer,
         result: &Result<(), DeviceError>,
-    ) -> Option<ImagePlan> {
-        let plan = match result {
-            Ok(()) => verify_image(id, buffer.as_slice(), entry.sectioned, entry.check64, place),
-            Err(_) => {
-                self.counters.device_read_errors += 1;
-                None
-            }
-        };
-        if plan.is_none() {
-            self.drop_corrupt(id, entry.position);
+        is_again: bool,
+    ) -> Brought {
+        let plan = result.as_ref().ok().and_then(|()| {
+            verify_image(id, buffer.as_slice(), entry.sectioned, entry.check64, place)
+        });
+        if let Some(plan) = plan {
+            self.counters.reads_mended += u64::from(is_again);
+            return Brought::Block(plan);
         }
-        plan
+        self.counters.device_read_errors += u64::from(result.is_err());
+        if is_again {
+            self.drop_corrupt(id, entry.position);
+            return Brought::Nothing;
+        }
+        self.count_again(result);
+        Brought::Again
+    }
+
+    pub(super) fn count_again(&mut self, result: &Result<(), DeviceError>) {
+        match result {
+            Ok(()) => self.counters.reads_again_check += 1,
+            Err(_) => self.counters.reads_again_error += 1,
+        }
     }
 
     /// The copy at a position did not pass its check: nothing leads there any more.

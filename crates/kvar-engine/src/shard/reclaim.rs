@@ -15,7 +15,7 @@
 //! again: it is decided about when it leaves memory. Until the footer is read, the largest share that may be kept is held free in the
 //! open segment and the prepared one, so that keeping never waits for the segment it is to free.
 
-use super::read::MoveRead;
+use super::read::{Brought, MoveRead};
 use super::write::{Source, WriteItem, stored_bytes};
 use super::{Change, Displaced, Pending, Shard};
 use crate::dram::State;
@@ -484,6 +484,7 @@ impl Shard {
                         place,
                         segment,
                         hints,
+                        is_again: false,
                     };
                     self.submit(
                         Pending::MoveRead(read),
@@ -545,7 +546,7 @@ impl Shard {
         op: Op,
         result: &Result<(), DeviceError>,
     ) {
-        let Op::Read { buffer, .. } = op else {
+        let Op::Read { buffer, offset } = op else {
             unreachable!("a read ends as a read")
         };
         let MoveRead {
@@ -554,11 +555,21 @@ impl Shard {
             place,
             segment,
             hints,
+            is_again,
         } = read;
-        self.segments.get(segment).readers -= 1;
-        let Some(plan) = self.verified(&id, &entry, &place, &buffer, result) else {
-            return self.give_up_move(&id, &entry);
+        let plan = match self.brought(&id, &entry, &place, &buffer, result, is_again) {
+            Brought::Block(plan) => plan,
+            Brought::Again => {
+                let is_again = true;
+                let read = MoveRead { is_again, ..read };
+                return self.submit(Pending::MoveRead(read), Op::Read { offset, buffer });
+            }
+            Brought::Nothing => {
+                self.segments.get(segment).readers -= 1;
+                return self.give_up_move(&id, &entry);
+            }
         };
+        self.segments.get(segment).readers -= 1;
         let crc = super::head_crc(&id, &plan, buffer.as_slice());
         let version = kvar_base::check::version(plan.sections.iter().map(|section| section.check));
         self.moved.push_back(WriteItem {

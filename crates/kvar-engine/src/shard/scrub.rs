@@ -14,6 +14,7 @@
 //! What must always be true: it never makes a caller wait, nor takes memory that a block could
 //! have; one read of it at most is under way.
 
+use super::read::Brought;
 use super::reclaim::{directory_records, footer_records};
 use super::{Pending, Shard};
 use crate::index::Entry;
@@ -81,6 +82,7 @@ pub(super) enum ScrubRead {
         id: BlockId,
         entry: Entry,
         place: Place,
+        is_again: bool,
     },
 }
 
@@ -255,7 +257,12 @@ impl Shard {
         self.pace_scrub(now, page_round_up(u64::from(entry.len)));
         self.scrub.in_flight = true;
         self.submit(
-            Pending::Scrub(ScrubRead::Block { id, entry, place }),
+            Pending::Scrub(ScrubRead::Block {
+                id,
+                entry,
+                place,
+                is_again: false,
+            }),
             Op::Read {
                 offset: place.offset,
                 buffer,
@@ -270,7 +277,7 @@ impl Shard {
         op: Op,
         result: &Result<(), DeviceError>,
     ) {
-        let Op::Read { buffer, .. } = op else {
+        let Op::Read { buffer, offset } = op else {
             unreachable!("a read ends as a read")
         };
         self.scrub.in_flight = false;
@@ -279,14 +286,28 @@ impl Shard {
             self.scrub.not_before = self.scrub.not_before.max(now.after(ERROR_PAUSE));
         }
         match read {
-            ScrubRead::Block { id, entry, place } => {
+            ScrubRead::Block {
+                id,
+                entry,
+                place,
+                is_again,
+            } => {
+                let brought = (!is_disabled(Check::Scrub))
+                    .then(|| self.brought(&id, &entry, &place, &buffer, result, is_again));
+                if matches!(brought, Some(Brought::Again)) {
+                    self.scrub.in_flight = true;
+                    let read = ScrubRead::Block {
+                        id,
+                        entry,
+                        place,
+                        is_again: true,
+                    };
+                    return self.submit(Pending::Scrub(read), Op::Read { offset, buffer });
+                }
+                let holds = !matches!(brought, Some(Brought::Nothing));
                 let (segment, _) = self.segments.locate(entry.position);
                 self.segments.get(segment).readers -= 1;
                 self.counters.scrub_blocks += 1;
-                let holds = is_disabled(Check::Scrub)
-                    || self
-                        .verified(&id, &entry, &place, &buffer, result)
-                        .is_some();
                 self.counters.scrub_corrupt += u64::from(!holds);
             }
             ScrubRead::Records { offset } => {

@@ -53,6 +53,7 @@ pub(super) struct PartRead {
     known: Option<Arc<Known>>,
     /// Bytes from the start of the image to the start of the read.
     from: u64,
+    is_again: bool,
 }
 
 /// A section directory that was verified.
@@ -176,6 +177,7 @@ impl Shard {
             wanted: wanted.clone(),
             known,
             from: span.start,
+            is_again: false,
         };
         self.parts.insert((*id, number), token);
         self.reads_in_flight += 1;
@@ -211,8 +213,9 @@ impl Shard {
             return self.end_part(&read, Err(MissReason::Removed));
         }
         if result.is_err() {
+            drop(buffer);
             self.counters.device_read_errors += 1;
-            return self.part_is_corrupt(&read);
+            return self.part_failed(read, padded, result);
         }
         let known = match &read.known {
             Some(known) => known.clone(),
@@ -222,7 +225,10 @@ impl Shard {
                     drop(buffer);
                     return self.read_part(read, 0..bytes);
                 }
-                Directory::Longer(_) | Directory::Wrong => return self.part_is_corrupt(&read),
+                Directory::Longer(_) | Directory::Wrong => {
+                    drop(buffer);
+                    return self.part_failed(read, padded, result);
+                }
             },
         };
         if !known.has(&read.wanted) {
@@ -255,8 +261,10 @@ impl Shard {
             ContentCheck::of(bytes, &read.id, section.index) == section.check
         });
         if !holds {
-            return self.part_is_corrupt(&read);
+            drop(buffer);
+            return self.part_failed(read, padded, result);
         }
+        self.counters.reads_mended += u64::from(read.is_again);
         self.counters.flash_hits += 1;
         let copy = Copy {
             version: known.version,
@@ -290,9 +298,15 @@ impl Shard {
         }
     }
 
-    fn part_is_corrupt(&mut self, read: &PartRead) {
-        self.drop_corrupt(&read.id, read.entry.position);
-        self.end_part(read, Err(MissReason::Corrupt));
+    /// The same again, once; then nothing leads there any more.
+    fn part_failed(&mut self, read: PartRead, bytes: u64, result: &Result<(), DeviceError>) {
+        if read.is_again {
+            self.drop_corrupt(&read.id, read.entry.position);
+            return self.end_part(&read, Err(MissReason::Corrupt));
+        }
+        self.count_again(result);
+        let (is_again, span) = (true, read.from..read.from + bytes);
+        self.read_part(PartRead { is_again, ..read }, span);
     }
 
     fn end_part(&mut self, read: &PartRead, outcome: Result<Copy, MissReason>) {

@@ -114,6 +114,12 @@ pub struct Counters {
     pub corrupt_rewritten: u64,
     /// Device reads that failed.
     pub device_read_errors: u64,
+    /// Reads of blocks tried once more because the device refused the first.
+    pub reads_again_error: u64,
+    /// Reads of blocks tried once more because the first did not pass its check.
+    pub reads_again_check: u64,
+    /// Of these two, well the second time.
+    pub reads_mended: u64,
     /// Device writes or flushes that failed.
     pub device_write_errors: u64,
     /// Bytes read from the device for blocks.

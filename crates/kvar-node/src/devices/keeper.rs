@@ -19,6 +19,7 @@
 //! |---|---|
 //! | `going` | when and how does a device go? |
 //! | `asked` | what if an operator wants something? |
+//! | `leaving`, `moves` | how do the blocks of a device that is retired get to the others? |
 //! | `told` | what do threads and people hear? |
 //!
 //! What is absent: when a device counts as lost (`watch`), who owns which block (`routes`), how an
@@ -26,17 +27,22 @@
 
 mod asked;
 mod going;
+mod leaving;
+mod moves;
 mod told;
 
+use super::routes::Routes;
+use super::surveyor::Said;
 use super::table::DeviceTable;
 use super::view::{DeviceView, Phase, Views};
 use super::watch::{Kind, Run, Watch};
 use crate::config::{Config, DRAM_BYTES_MIN, WriteRate};
 use crate::loading::{LoadFailed, LoadingHook, OpenShard, Progress};
 use crate::mail::{Answer, Ask, EngineKey, KEEPER, Mail, Origin, Post};
+use crate::node::{MovingHook, WallClock};
 use crate::storage::{OpenDevice, Storage};
-use crossbeam_channel::{Receiver, Sender};
-use kvar_base::{Clock as _, DeviceUuid, SystemClock};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+use kvar_base::{Clock as _, DeviceUuid, Moment, SystemClock};
 use kvar_engine::{EngineConfig, Superblock, WriteRates, memory_bytes};
 use kvar_io::Target;
 use std::collections::BTreeMap;
@@ -45,12 +51,26 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
+use leaving::{Leaving, MOVES_FROM};
+
 /// Bytes of a write limit that each shard may save up at least: a few of the largest blocks.
 const LIMIT_BURST_BYTES_MIN: u64 = 64 << 20;
 
 /// Between the two probes that find a device dead: a controller that is reset takes some hundred
 /// milliseconds.
 const PROBE_AGAIN: Duration = Duration::from_millis(500);
+
+/// How often the keeper looks whether the machine's clock was set. Nobody else wakes up for it.
+const WALL_CLOCK_EVERY: Duration = Duration::from_secs(1);
+
+/// A difference of so many seconds is a clock that was set; one less may be two roundings.
+const CLOCK_SET_S: u64 = 2;
+
+/// Rounded to the past: a clock that ran ahead, and did not after a restart, would serve again what
+/// had expired.
+fn unix_at_start(wall_clock: &WallClock, now: Moment) -> u64 {
+    wall_clock().saturating_sub(now.0.div_ceil(1_000_000))
+}
 
 /// What an operator asks for. A device is named by slot, uuid or path.
 #[derive(Clone, Debug, serde::Deserialize)]
@@ -68,8 +88,16 @@ pub(crate) struct NewDevice {
 #[derive(Clone, Debug)]
 pub(crate) enum Command {
     Add(NewDevice),
-    Retire { device: String },
-    Replace { device: String, new: NewDevice },
+    /// Its blocks move to the others first, at so many bytes a second; or it goes now.
+    Retire {
+        device: String,
+        now: bool,
+        rate: Option<u64>,
+    },
+    Replace {
+        device: String,
+        new: NewDevice,
+    },
 }
 
 /// What is to be remembered of a request.
@@ -101,6 +129,8 @@ pub(crate) enum Event {
     Closed(EngineKey),
     /// The answer to an ask of the keeper's own.
     Answered(u64, Answer),
+    /// What a device that leaves names.
+    Surveyed { device: u32, said: Said },
     /// A request waits until this is remembered.
     Note(Origin, Note),
     /// An operator asks.
@@ -124,6 +154,8 @@ pub(crate) struct KeeperParts {
     pub(crate) views: Arc<Views>,
     pub(crate) clock: SystemClock,
     pub(crate) hook: Option<LoadingHook>,
+    pub(crate) moving: Option<MovingHook>,
+    pub(crate) wall_clock: WallClock,
     pub(crate) block_bytes_max: u64,
     /// Told once: all is loaded, or the node cannot go on.
     pub(crate) started: Sender<Result<(), Fatal>>,
@@ -164,6 +196,8 @@ struct Live {
     reply: Option<Reply>,
     /// The device whose place it takes once it is loaded.
     replaces: Option<DeviceUuid>,
+    /// Its blocks move to the others.
+    leaving: Option<Box<Leaving>>,
 }
 
 /// See the module.
@@ -176,6 +210,10 @@ pub(crate) struct Keeper {
     views: Arc<Views>,
     clock: SystemClock,
     hook: Option<LoadingHook>,
+    moving: Option<MovingHook>,
+    wall_clock: WallClock,
+    /// When the wall clock is looked at next.
+    clock_due: Moment,
     block_bytes_max: u64,
     started: Option<Sender<Result<(), Fatal>>>,
     sender: Sender<Event>,
@@ -184,6 +222,9 @@ pub(crate) struct Keeper {
     /// Why devices of the store are not online: state and words.
     away: BTreeMap<String, (&'static str, String)>,
     latest: Arc<AtomicU64>,
+    /// Who owns what once the devices that leave are gone; only while some are.
+    afterwards: Option<Arc<Routes>>,
+    next_move: u64,
     next_serial: u32,
     next_device: u32,
     /// DRAM for each byte of device, from the first start on.
@@ -210,10 +251,9 @@ impl Keeper {
         let away = away.into_iter();
         let mut keeper = Self {
             dram_per_byte: parts.config.dram.0 as f64 / bytes as f64,
-            // Rounded to the past: a clock that ran ahead, and did not after a restart, would serve
-            // again what had expired.
-            unix_at_start_s: (parts.clock.unix_seconds())
-                .saturating_sub(parts.clock.now().0.div_ceil(1_000_000)),
+            unix_at_start_s: unix_at_start(&parts.wall_clock, parts.clock.now()),
+            clock_due: parts.clock.now().after(WALL_CLOCK_EVERY),
+            wall_clock: parts.wall_clock,
             config: parts.config,
             table,
             is_unsaved: false,
@@ -221,6 +261,7 @@ impl Keeper {
             views: parts.views,
             clock: parts.clock,
             hook: parts.hook,
+            moving: parts.moving,
             block_bytes_max: parts.block_bytes_max,
             started: Some(parts.started),
             sender,
@@ -230,6 +271,8 @@ impl Keeper {
                 .map(|device| (device.uuid.to_string(), ("missing", device.reason)))
                 .collect(),
             latest: Arc::default(),
+            afterwards: None,
+            next_move: MOVES_FROM,
             next_serial: 0,
             next_device: 0,
         };
@@ -246,7 +289,21 @@ impl Keeper {
 
     /// Runs until the node stops.
     pub(crate) fn run(mut self) {
-        while let Ok(event) = self.receiver.recv() {
+        loop {
+            let now = self.clock.now();
+            if now >= self.clock_due {
+                self.clock_due = now.after(WALL_CLOCK_EVERY);
+                self.mind_the_clock(now);
+                if self.lives.iter().any(|it| it.leaving.is_some()) {
+                    self.publish_view();
+                }
+            }
+            let due = self.move_blocks(now).min(self.clock_due);
+            let event = match self.receiver.recv_timeout(due.since(self.clock.now())) {
+                Ok(event) => event,
+                Err(RecvTimeoutError::Timeout) => continue,
+                Err(RecvTimeoutError::Disconnected) => return,
+            };
             match event {
                 Event::Loaded(key, result) => self.on_loaded(key, result),
                 Event::Failed {
@@ -258,7 +315,11 @@ impl Keeper {
                 Event::WritesAgain { device } => self.on_writes_again(device),
                 Event::Probed { device, alive } => self.on_probed(device, alive),
                 Event::Closed(key) => self.on_closed(key),
+                Event::Answered(number, answer) if number >= MOVES_FROM => {
+                    self.on_moved(number, answer);
+                }
                 Event::Answered(number, answer) => self.on_answered(number, &answer),
+                Event::Surveyed { device, said } => self.on_surveyed(device, said),
                 Event::Note(origin, Note::Removal) => self.note_removal(origin),
                 Event::Command(command, reply) => self.on_command(command, reply),
                 Event::Stop => {
@@ -267,6 +328,22 @@ impl Keeper {
                 }
             }
         }
+    }
+
+    /// Somebody sets the machine's clock, or a machine starts without one and learns the time later:
+    /// times to live are kept in wall time, so every engine must hear of it.
+    fn mind_the_clock(&mut self, now: Moment) {
+        let unix_at_start_s = unix_at_start(&self.wall_clock, now);
+        if unix_at_start_s.abs_diff(self.unix_at_start_s) < CLOCK_SET_S {
+            return;
+        }
+        tracing::warn!(
+            before = self.unix_at_start_s,
+            after = unix_at_start_s,
+            "the machine's clock was set; times to live follow it"
+        );
+        self.unix_at_start_s = unix_at_start_s;
+        self.post.send_all(|| Mail::ClockSet { unix_at_start_s });
     }
 
     // ---- coming in --------------------------------------------------------------------------
@@ -351,6 +428,7 @@ impl Keeper {
             trouble: None,
             reply: None,
             replaces: None,
+            leaving: None,
         });
         let last = self.lives.len() - 1;
         &mut self.lives[last]
@@ -395,7 +473,7 @@ impl Keeper {
             .position(|it| u64::from(it.number) == number);
         let Some(at) = found else { return };
         let Stage::Emptying(left) = self.lives[at].stage else {
-            return;
+            return self.on_flushed(at);
         };
         match answer {
             Answer::Done(Ok(_)) => {}
@@ -448,6 +526,7 @@ impl Keeper {
                 .ok_or_else(|| "it is gone again".to_owned());
             let _ = reply.send(view);
         }
+        self.resume_leaving();
         self.say_started();
     }
 
@@ -520,6 +599,9 @@ impl Keeper {
                 format!("a device is away and it cannot be noted that blocks went: {text}")
             });
             self.is_unsaved = noted.is_err();
+        }
+        if noted.is_ok() && self.must_wait_for_moves(origin) {
+            return;
         }
         self.post.send(
             origin.thread,

@@ -3,10 +3,12 @@
 //! ```text
 //!              add                 load, drop what was removed meanwhile
 //!   (blank) ────────> joining ──────────────────────────────────> online
-//!                        ▲                                       │  │  │
-//!              add       │          refuses for good, is gone    │  │  │ retire, replace
-//!        ┌───────────────┴─── failed <───────────────────────────┘  │  ▼
-//!   missing (at start)                                  node stops  │ retired ── add ──> joining, empty
+//!                        ▲                                       │  │  │ retire
+//!              add       │          refuses for good, is gone    │  │  ▼
+//!        ┌───────────────┴─── failed <───────────────────────────┘  │ leaving: its blocks move
+//!   missing (at start)                                  node stops  │  │ moved, or retire --now
+//!                                                                   │  ▼ (replace: at once)
+//!                                                                   │ retired ── add ──> joining, empty
 //! ```
 //!
 //! | file | question |
@@ -16,6 +18,7 @@
 //! | `watch` | is a device still one? |
 //! | `admit` | may this device come in? |
 //! | `keeper` | the thread that decides: opens, fences, adds, retires, replaces |
+//! | `surveyor` | what is on a device that leaves? |
 //! | `view` | what status, metrics and `kvar device list` say of them |
 //!
 //! `docs/internals/devices.md` has the tables, the rule and its reasons.
@@ -26,6 +29,7 @@
 mod admit;
 mod keeper;
 mod routes;
+mod surveyor;
 mod table;
 mod view;
 mod watch;
@@ -34,6 +38,6 @@ pub(crate) use keeper::{Command, Event, Fatal, Keeper, KeeperParts, NewDevice, N
 pub(crate) use routes::{RoutedDevice, Routes};
 pub use table::TableError;
 pub(crate) use table::{DeviceState, DeviceTable, Entry};
-pub use view::{DeviceReport, DeviceView, Phase};
+pub use view::{DeviceReport, DeviceView, Moved, Phase};
 pub(crate) use view::{View, Views};
 pub(crate) use watch::{Sign, Watch, WatchedDevice, is_hard};

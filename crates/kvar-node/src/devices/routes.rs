@@ -29,7 +29,7 @@ const PARTITIONS: usize = 16_384;
 #[derive(Clone, Debug)]
 pub(crate) struct RoutedDevice {
     pub(crate) slot: u32,
-    /// Its weight.
+    /// Its weight; 0: it has no blocks any more that are asked for, and hears of removes all the same.
     pub(crate) bytes: u64,
     /// Its engines by shard number.
     pub(crate) engines: Vec<EngineKey>,
@@ -220,6 +220,19 @@ mod tests {
             }
             assert_eq!(before.owner(&id), after.owner(&id));
         }
+    }
+
+    #[test]
+    fn a_device_without_weight_owns_nothing_and_hears_of_removes() {
+        let mut all = [device(0, 100, 2), device(1, 200, 2), device(2, 100, 3)];
+        let others = routes(vec![all[1].clone(), all[2].clone()]);
+        all[0].bytes = 0;
+        let leaving = routes(all.to_vec());
+        for id in ids() {
+            assert_eq!(leaving.owner(&id), others.owner(&id));
+            assert_eq!(leaving.holder_parts(&id).count(), 3);
+        }
+        assert_eq!(leaving.share(0), 0.0);
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! ```text
 //!   <key file with .devices for .key>, JSON, written whole and renamed into place:
 //!     { "format": 1,
-//!       "devices": [ { "uuid", "slot", "path", "bytes", "state": "in" | "retired", "stale" } ] }
+//!       "devices": [ { "uuid", "slot", "path", "bytes", "state": "in" | "retired", "stale",
+//!                     "leaving" } ] }
 //! ```
 //!
 //! | field | meaning |
@@ -13,6 +14,7 @@
 //! | path | where it was last seen |
 //! | bytes | its weight in the routes, also while it is away |
 //! | stale | blocks were removed while it was away: it is emptied before it serves again |
+//! | leaving | its blocks move to the others, then it is retired; goes on after a restart |
 //!
 //! What must always be true: the table is on disk before what it allows happens: before a device is
 //! formatted, and `stale` before the remove is acknowledged. A store of one device needs no table:
@@ -52,6 +54,14 @@ pub(crate) struct Entry {
     pub(crate) bytes: u64,
     pub(crate) state: DeviceState,
     pub(crate) stale: bool,
+    #[serde(default, skip_serializing_if = "is_not")]
+    pub(crate) leaving: bool,
+}
+
+/// Written only where it is so: a table without it can be read by older programs.
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde asks for this signature.
+fn is_not(flag: &bool) -> bool {
+    !*flag
 }
 
 /// A uuid that is written as people read it.
@@ -221,6 +231,7 @@ impl DeviceTable {
             bytes,
             state: DeviceState::In,
             stale: false,
+            leaving: false,
         });
         slot
     }
@@ -230,6 +241,7 @@ impl DeviceTable {
         let entry = self.find_mut(uuid)?;
         entry.state = DeviceState::Retired;
         entry.stale = true;
+        entry.leaving = false;
         entry.slot.take()
     }
 }

@@ -22,7 +22,7 @@ pub struct DeviceView {
     pub path: PathBuf,
     /// Size in bytes.
     pub bytes: u64,
-    /// `loading`, `online`, `failed`, `missing` or `retired`.
+    /// `loading`, `online`, `leaving`, `failed`, `missing` or `retired`.
     pub state: &'static str,
     /// Why it is not online.
     pub reason: Option<String>,
@@ -30,6 +30,23 @@ pub struct DeviceView {
     pub share: f64,
     /// Whether it will be emptied before it serves again.
     pub stale: bool,
+    /// How far its blocks are, while it is leaving.
+    pub moved: Option<Moved>,
+}
+
+/// How much of a device that leaves is on the others.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Moved {
+    /// Segments to go through; 0 until they are counted.
+    pub segments: u64,
+    /// Of these, gone through.
+    pub segments_done: u64,
+    /// Blocks moved, or there already.
+    pub blocks: u64,
+    /// Bytes of blocks moved.
+    pub bytes: u64,
+    /// Blocks that could not be moved: damaged, or the others took none for long.
+    pub lost_blocks: u64,
 }
 
 /// A device with what its engines say.

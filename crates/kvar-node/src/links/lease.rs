@@ -5,7 +5,7 @@
 //!   chain      A B A A B C          A, B, C: engines
 //!   A grants   1   1 0              its own blocks, in their order
 //!   B grants     1     1
-//!   answer     1 1 1 - - -          three are promised; what B holds beyond them ends by itself
+//!   answer     1 1 1 - - -          three are promised; B gets back what it granted beyond them
 //! ```
 //!
 //! A lease belongs to its token, not to the link: it stands when the link is gone, and another one
@@ -15,14 +15,14 @@ use super::conversation::Conversation;
 use super::desk::{Desk, Operation, To};
 use super::request::{AboutLease, Kind, Lease, Open};
 use super::serve::{split, touch_request};
-use crate::mail::{Ask, LeaseAsk};
-use kvar_base::{MissReason, Moment};
+use crate::mail::{Ask, EngineKey, LeaseAsk};
+use kvar_base::{BlockId, MissReason, Moment};
 use kvar_engine::{LEASE_DEFAULT, LeaseGrant};
 use kvar_wire::{LeaseAnswer, ReleaseAnswer, RenewAnswer};
 use std::time::Duration;
 
 impl Conversation {
-    pub(super) fn on_lease(&mut self, desk: &mut Desk, request: u64, lease: &kvar_wire::Lease) {
+    pub(super) fn on_lease(&mut self, desk: &mut Desk, request: u64, lease: kvar_wire::Lease) {
         desk.counters.lookups += 1;
         desk.counters.lookup_ids += lease.ids.len() as u64;
         let reason = match () {
@@ -50,9 +50,13 @@ impl Conversation {
             };
             return self.send(desk, request, &answer);
         }
+        let several = parts.len() > 1;
         let kind = Kind::Lease(Lease {
+            token: lease.token,
             left: parts.len() as u32,
             granted: vec![false; lease.ids.len()],
+            ids: if several { lease.ids } else { Vec::new() },
+            routes: routes.clone(),
             refused: None,
             until: None,
             positions,
@@ -112,6 +116,7 @@ impl Conversation {
         }
         let leading = lease.granted.iter().take_while(|granted| **granted).count();
         let all = leading == lease.granted.len();
+        let (token, surplus) = (lease.token, surplus(lease, leading));
         let answer = LeaseAnswer {
             leading: leading as u32,
             reason: (!all).then(|| {
@@ -119,10 +124,16 @@ impl Conversation {
                     .refused
                     .map_or(MissReason::Absent, |(_, reason)| reason)
             }),
-            lasts_ms: lease.until.map_or(0, |until| lasting(desk.now, until)),
+            lasts_ms: match lease.until {
+                Some(until) if leading > 0 => lasting(desk.now, until),
+                _ => 0,
+            },
         };
         self.close(desk, request);
         self.send(desk, request, &answer);
+        for (engine, ids) in surplus {
+            desk.tell(engine, Ask::ReleaseSome(token, ids));
+        }
     }
 
     /// A renewal, or without a time a release.
@@ -197,6 +208,23 @@ impl Conversation {
             }
         }
     }
+}
+
+/// What engines granted behind the first gap: nobody can use it, and it would stand in the budgets
+/// until the lease ends.
+fn surplus(lease: &Lease, leading: usize) -> Vec<(EngineKey, Vec<BlockId>)> {
+    let mut by_engine: Vec<(EngineKey, Vec<BlockId>)> = Vec::new();
+    let behind = lease.ids.iter().zip(&lease.granted).skip(leading);
+    for id in behind.filter_map(|(id, granted)| granted.then_some(*id)) {
+        let Some(engine) = lease.routes.owner(&id) else {
+            continue;
+        };
+        match by_engine.iter_mut().find(|(key, _)| *key == engine) {
+            Some((_, ids)) => ids.push(id),
+            None => by_engine.push((engine, vec![id])),
+        }
+    }
+    by_engine
 }
 
 /// What a client asks for; nothing said is the default.

@@ -14,7 +14,7 @@
 use crate::devices::Routes;
 use crate::mail::Ticket;
 use crate::report::ThreadReport;
-use kvar_base::{LeaseToken, MissReason, Moment};
+use kvar_base::{BlockId, LeaseToken, MissReason, Moment};
 use kvar_wire::GetItem;
 use std::sync::Arc;
 
@@ -56,6 +56,12 @@ pub(crate) struct Lookup {
 
 /// A lease that is being gathered.
 pub(crate) struct Lease {
+    pub(crate) token: LeaseToken,
+    /// The chain, for what is to be given back; empty when one engine has it all, which stops at
+    /// the first gap by itself.
+    pub(crate) ids: Vec<BlockId>,
+    /// Whom it was asked of.
+    pub(crate) routes: Arc<Routes>,
     pub(crate) left: u32,
     pub(crate) granted: Vec<bool>,
     /// The first block that is not promised, and why.

@@ -70,7 +70,7 @@ impl Conversation {
                 desk.counters.purges += 1;
                 self.on_finish(desk, request, Which::Purge, purge.deadline_us, &[]);
             }
-            Message::Lease(lease) => self.on_lease(desk, request, &lease),
+            Message::Lease(lease) => self.on_lease(desk, request, lease),
             Message::Renew(renew) => {
                 let kvar_wire::Renew {
                     token,
@@ -260,10 +260,7 @@ impl Conversation {
         }
         let hints = PutHints {
             request: touch_request(desk, put.hints.request),
-            depth: put.hints.depth,
-            ephemeral: put.hints.ephemeral,
-            ttl_s: put.hints.ttl_s,
-            ..PutHints::default()
+            ..engine_hints(put.hints)
         };
         let sections = put
             .sections
@@ -535,6 +532,28 @@ pub(super) fn touch_request(desk: &Desk, given: u64) -> u64 {
         1 << 63 | desk.now.0
     } else {
         given
+    }
+}
+
+/// Every hint of the wire is one of the engine; each side's compiler asks about a new one.
+fn engine_hints(hints: kvar_wire::PutHints) -> PutHints {
+    let kvar_wire::PutHints {
+        depth,
+        request,
+        ttl_s,
+        ephemeral,
+        traffic_class,
+        recompute_us,
+        handover,
+    } = hints;
+    PutHints {
+        request,
+        depth,
+        ephemeral,
+        ttl_s,
+        class: traffic_class,
+        recompute_us,
+        handover,
     }
 }
 

@@ -5,7 +5,26 @@ use kvar_base::{BlockId, ContentCheck, LeaseToken, MissReason, PutOutcome, Refus
 use kvar_wire::*;
 
 /// (name of the golden file, message, length of the payload behind it)
-pub(crate) fn samples() -> Vec<(&'static str, Message, usize)> {
+pub(crate) type Sample = (&'static str, Message, usize);
+
+/// What a version added; every version that is spoken has something here.
+pub(crate) fn added_by(version: u16) -> Vec<Sample> {
+    match version {
+        1 => samples_of_version_1(),
+        2 => samples_of_version_2(),
+        3 => samples_of_version_3(),
+        version => panic!("version {version} has no samples; what did it add?"),
+    }
+}
+
+/// Those of every version.
+pub(crate) fn all() -> Vec<Sample> {
+    (VERSIONS.oldest..=VERSIONS.newest)
+        .flat_map(added_by)
+        .collect()
+}
+
+fn samples_of_version_1() -> Vec<Sample> {
     let id = |n: u8| BlockId::new([n; 32]);
     let section = |n: u32| Section {
         len: 65_536 + n,
@@ -16,6 +35,7 @@ pub(crate) fn samples() -> Vec<(&'static str, Message, usize)> {
         request: 1 << 50,
         ttl_s: Some(3600),
         ephemeral: true,
+        ..PutHints::default()
     };
     let item = |n: u8| GetItem {
         id: id(n),
@@ -267,15 +287,8 @@ pub(crate) fn samples() -> Vec<(&'static str, Message, usize)> {
     ]
 }
 
-/// Those of every version.
-pub(crate) fn all() -> Vec<(&'static str, Message, usize)> {
-    let mut all = samples();
-    all.extend(samples_of_version_2());
-    all
-}
-
 /// What version 2 added.
-pub(crate) fn samples_of_version_2() -> Vec<(&'static str, Message, usize)> {
+fn samples_of_version_2() -> Vec<Sample> {
     let token = LeaseToken::new([0x7e; 16]);
     let answer = |leading, reason, lasts_ms| LeaseAnswer {
         leading,
@@ -324,5 +337,36 @@ pub(crate) fn samples_of_version_2() -> Vec<(&'static str, Message, usize)> {
             0,
         ),
         ("release_answer", ReleaseAnswer { released: true }.into(), 0),
+    ]
+}
+
+/// What version 3 added.
+fn samples_of_version_3() -> Vec<Sample> {
+    let put = |hints| Put {
+        id: BlockId::new([4; 32]),
+        sections: vec![Section {
+            len: 65_536,
+            check: ContentCheck(7),
+        }],
+        hints,
+        durable: false,
+        deadline_us: 999,
+    };
+    let all = PutHints {
+        depth: 17,
+        request: 1 << 50,
+        ttl_s: None,
+        ephemeral: false,
+        traffic_class: 200,
+        recompute_us: 1_500_000,
+        handover: true,
+    };
+    let one = PutHints {
+        handover: true,
+        ..PutHints::default()
+    };
+    vec![
+        ("put_hints", put(all).into(), 65_536),
+        ("put_handover", put(one).into(), 0),
     ]
 }

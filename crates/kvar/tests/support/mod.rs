@@ -158,7 +158,9 @@ impl Server {
     /// A command against it.
     pub(crate) fn command(&self, subcommand: &str) -> Command {
         let mut command = kvar();
-        command.arg(subcommand).args(["--endpoint", &self.endpoint]);
+        command
+            .args(subcommand.split(' '))
+            .args(["--endpoint", &self.endpoint]);
         command.arg("--key-file").arg(&self.key_file);
         command
     }

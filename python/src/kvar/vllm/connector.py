@@ -15,6 +15,9 @@ Loads are asynchronous (the request waits outside the batch, other requests run 
 Pages being saved are held by a reference in vLLM's own block pool, so that finishing, aborting or
 preempting their request takes them from nobody's hands.
 
+What a lookup found is leased: it stays in the store until the request has it or wants it no more,
+although lookup and load happen in different processes (a lease belongs to nobody's connection).
+
 Left to vLLM: hashing of tokens (its chained block hashes, with LoRA, image and salt in them),
 what to recompute after a failed load, and the choice of what is loaded when.
 """
@@ -46,7 +49,7 @@ from kvar.vllm.fingerprint import config_digest, fingerprint_text, model_name
 from kvar.vllm.link import Link
 from kvar.vllm.orders import SaveReport, StepOrders, merge_reports
 from kvar.vllm.pages import pages_of
-from kvar.vllm.planner import Planner
+from kvar.vllm.planner import Found, Planner
 from kvar.vllm.settings import Settings, SettingsError
 from kvar.vllm.worker import Ended, Mover, chain_names
 
@@ -157,6 +160,7 @@ class KvarConnector(KVConnectorBase_V1):
             lookup=self._stored_positions,
             hold=self._hold,
             release=self._release,
+            lease_s=self._settings.lease_ms / 1000,
         )
         logger.info(
             "kvar: %s of namespace %s at %s, mode %s, key %s",
@@ -195,12 +199,18 @@ class KvarConnector(KVConnectorBase_V1):
         # The end of a chain is worth least: it goes to the front of what is reused.
         self._pool.free_blocks(self._pool.blocks[block_id] for block_id in reversed(block_ids))
 
-    def _stored_positions(self, hashes: Sequence[bytes]) -> int | None:
+    def _stored_positions(
+        self, hashes: Sequence[bytes], request: int, lease_s: float
+    ) -> Found | None:
         if self._text is None or self._link.client() is None:
             return None
         ids = chain_names(self._key, hashes, self._text, self._planner.salt, self._ranks)
-        found = self._link.lookup(ids, self._settings.lookup_deadline_ms)
-        return None if found is None else found // self._ranks
+        deadline_ms = self._settings.lookup_deadline_ms
+        if lease_s:
+            leased = self._link.lookup_leased(ids, deadline_ms, lease_s, request)
+            return None if leased is None else Found(leased[0] // self._ranks, leased[1])
+        found = self._link.lookup(ids, deadline_ms, request)
+        return None if found is None else Found(found // self._ranks)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int

@@ -16,8 +16,10 @@ raised, later (the node was replaced) it is logged and tried again like the rest
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import kvar
@@ -33,6 +35,26 @@ CONNECT_TIMEOUT_MS = 1_000
 
 # Asked about to see whether the node answers; ids are hashes, and no hash is all zeros.
 NOBODYS_ID = bytes(32)
+
+
+class QuietLease:
+    """A lease on the engine's path: nothing here waits or raises.
+
+    A node that does not hear of a release lets the lease end by itself.
+    """
+
+    def __init__(self, lease: kvar.Lease) -> None:
+        self._lease = lease
+
+    def renew(self, ttl_s: float) -> None:
+        """Lets it last so long from now."""
+        with contextlib.suppress(kvar.KvarError):
+            self._lease.renew(ttl_s, wait=False)
+
+    def release(self) -> None:
+        """Ends it."""
+        with contextlib.suppress(kvar.KvarError):
+            self._lease.release(wait=False)
 
 
 class Link:
@@ -82,16 +104,43 @@ class Link:
         """The client, or None while the store is away."""
         return self._client if self._up else None
 
-    def lookup(self, ids: Sequence[bytes], deadline_ms: int) -> int | None:
+    def lookup(self, ids: Sequence[bytes], deadline_ms: int, request: int = 0) -> int | None:
         """How many leading blocks are there; None if the store is away or does not say in time."""
         client = self.client()
         if client is None:
             return None
         try:
-            return client.lookup(ids, deadline_ms=deadline_ms)
+            return client.lookup(ids, deadline_ms=deadline_ms, request=request)
         except kvar.KvarError as error:
             self.failed(error)
             return None
+
+    def lookup_leased(
+        self, ids: Sequence[bytes], deadline_ms: int, ttl_s: float, request: int = 0
+    ) -> tuple[int, QuietLease | None] | None:
+        """As :meth:`lookup`, and with a promise that what is there stays.
+
+        A store promises a share of itself. What is there beyond that is counted all the same: it
+        will most likely be there when it is loaded, and if not it is computed.
+        """
+        client = self.client()
+        if client is None:
+            return None
+        begun = time.monotonic()
+        try:
+            lease = client.lookup_leased(ids, ttl_s=ttl_s, deadline_ms=deadline_ms, request=request)
+        except kvar.KvarError as error:
+            self.failed(error)
+            return None
+        found = lease.leading
+        if lease.reason == "overloaded":
+            left_ms = deadline_ms - int((time.monotonic() - begun) * 1000)
+            try:
+                if left_ms > 0:
+                    found = max(found, client.lookup(ids, deadline_ms=left_ms, request=request))
+            except kvar.KvarError as error:
+                self.failed(error)
+        return found, QuietLease(lease) if lease.held else None
 
     def failed(self, why: object) -> None:
         """A call found the node gone or mute: open the breaker."""

@@ -24,6 +24,8 @@ class LoadOrder:
     block_ids: list[int]
     depth: int
     """Position of the first block in its chain."""
+    request: int = 0
+    """The prompt's number towards the store; 0: none."""
 
 
 @dataclass
@@ -35,6 +37,8 @@ class SaveOrder:
     block_ids: list[int]
     depth: int
     """Position of the first block in its chain."""
+    request: int = 0
+    """The prompt's number towards the store; 0: none."""
 
 
 @dataclass

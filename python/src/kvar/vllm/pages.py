@@ -58,6 +58,7 @@ class Pages(Protocol):
         blocks: Sequence[int],
         deadline_ms: int,
         depth: int,
+        request: int,
     ) -> Transfer:
         """Starts filling pages."""
 
@@ -68,6 +69,7 @@ class Pages(Protocol):
         blocks: Sequence[int],
         deadline_ms: int,
         depth: int,
+        request: int,
     ) -> Transfer:
         """Starts storing pages."""
 
@@ -123,10 +125,17 @@ class DirectPages:
         blocks: Sequence[int],
         deadline_ms: int,
         depth: int,
+        request: int,
     ) -> Transfer:
         """Starts filling pages."""
         pending = client.submit_get_pages(
-            ids, self._layers, blocks, self._page_bytes, deadline_ms=deadline_ms, depth=depth
+            ids,
+            self._layers,
+            blocks,
+            self._page_bytes,
+            deadline_ms=deadline_ms,
+            depth=depth,
+            request=request,
         )
         return _Pending(pending)
 
@@ -137,10 +146,17 @@ class DirectPages:
         blocks: Sequence[int],
         deadline_ms: int,
         depth: int,
+        request: int,
     ) -> Transfer:
         """Starts storing pages."""
         pending = client.submit_put_pages(
-            ids, self._layers, blocks, self._page_bytes, deadline_ms=deadline_ms, depth=depth
+            ids,
+            self._layers,
+            blocks,
+            self._page_bytes,
+            deadline_ms=deadline_ms,
+            depth=depth,
+            hints=kvar.PutHints(request=request),
         )
         return _Pending(pending)
 
@@ -170,9 +186,10 @@ class StagedPages:
         blocks: Sequence[int],
         deadline_ms: int,
         depth: int,
+        request: int,
     ) -> Transfer:
         """Starts filling pages."""
-        return _StagedLoad(self, client, ids, blocks, deadline_ms, depth)
+        return _StagedLoad(self, client, ids, blocks, deadline_ms, depth, request)
 
     def save(
         self,
@@ -181,9 +198,10 @@ class StagedPages:
         blocks: Sequence[int],
         deadline_ms: int,
         depth: int,
+        request: int,
     ) -> Transfer:
         """Starts storing pages, once what the engine has launched so far is done."""
-        return _StagedSave(self, client, ids, blocks, deadline_ms, depth)
+        return _StagedSave(self, client, ids, blocks, deadline_ms, depth, request)
 
 
 class Lane:
@@ -266,6 +284,7 @@ class _Staged(ABC):
         blocks: Sequence[int],
         deadline_ms: int,
         depth: int,
+        request: int,
     ) -> None:
         self.pages = pages
         self.client = client
@@ -273,6 +292,7 @@ class _Staged(ABC):
         self.blocks = blocks
         self.deadline_ms = deadline_ms
         self.depth = depth
+        self.request = request
         self.words = [""] * len(ids)
         self._next = 0
         self._pieces: list[_Piece] = []
@@ -319,6 +339,7 @@ class _StagedLoad(_Staged):
             self.pages.page_bytes,
             deadline_ms=self.deadline_ms,
             depth=self.depth + piece.first,
+            request=self.request,
         )
 
     def push(self, piece: _Piece) -> bool:
@@ -346,8 +367,9 @@ class _StagedSave(_Staged):
         blocks: Sequence[int],
         deadline_ms: int,
         depth: int,
+        request: int,
     ) -> None:
-        super().__init__(pages, client, ids, blocks, deadline_ms, depth)
+        super().__init__(pages, client, ids, blocks, deadline_ms, depth, request)
         self.computed: Any = None
         if pages.stream is not None:
             import torch
@@ -370,6 +392,7 @@ class _StagedSave(_Staged):
                 self.pages.page_bytes,
                 deadline_ms=self.deadline_ms,
                 depth=self.depth + piece.first,
+                hints=kvar.PutHints(request=self.request),
             )
         if not piece.pending.done():
             return False

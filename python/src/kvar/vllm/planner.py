@@ -4,7 +4,9 @@ What must always be true:
 * nothing here raises on the engine's path or waits longer than one lookup;
 * a page ordered to be saved is held until every rank has reported, so that it is neither freed nor
   overwritten while it is read, whatever happens to its request (end, abort, preemption);
-* a request whose load failed is not sent to load again, so that it cannot go round for ever.
+* a request whose load failed is not sent to load again, so that it cannot go round for ever;
+* what a request was promised (its lease) is held from its lookup to the end of its load, and let go
+  when there is nothing to load, when the load has ended, and when the request ends in any way.
 
 A request's life here:
 
@@ -14,6 +16,7 @@ A request's life here:
                          |   allocated(0)                                    |
                          +-----------------------------------------------> running --> finished()
   preempted: back to new (matched() again); its ordered saves go on under their holds
+  lease:     |<-- taken by matched(), renewed by step() -->|   let go: loaded, failed, finished()
 ```
 
 ``saved_blocks`` of a request counts its leading blocks that are in the store or on their way.
@@ -32,12 +35,39 @@ from typing import Protocol
 from kvar.vllm.orders import LoadOrder, SaveOrder, SaveReport, StepOrders
 
 # A request that finds no free memory is asked about in every step. Its answer stays good for half
-# of the two seconds that a lookup's lease lasts.
+# of the two seconds that a lookup's lease lasts by default.
 LOOKUP_REUSE_S = 1.0
+
+# A lease is renewed when this share of its time is over: one lost renewal does no harm.
+RENEW_SHARE = 0.5
+
+# How long a request that only waits may hold what it was promised: the store promises a small share
+# of itself, and a queue of minutes would take all of it. It is looked up anew when its turn comes.
+WAIT_S_MAX = 30.0
 
 # Pages held for saving are taken from the engine's pool when their request ends before they are
 # stored. Half of the pool leaves room for new work; saves beyond it wait for a later step.
 HELD_SHARE_MAX = 0.5
+
+
+class StoreLease(Protocol):
+    """A promise that blocks stay; calls neither wait nor raise."""
+
+    def renew(self, ttl_s: float) -> None:
+        """Lets it last so long from now."""
+
+    def release(self) -> None:
+        """Ends it."""
+
+
+@dataclass
+class Found:
+    """What a lookup found."""
+
+    positions: int
+    """Leading positions that are stored on all ranks."""
+    lease: StoreLease | None = None
+    """The promise that they stay; None where there is none."""
 
 
 class EngineRequest(Protocol):
@@ -65,6 +95,8 @@ class Tracked:
     """What is known of one request."""
 
     request: EngineRequest
+    number: int
+    """Names its prompt towards the store."""
     saved_blocks: int = 0
     local_blocks: int = 0
     loading: list[int] | None = None
@@ -75,6 +107,9 @@ class Tracked:
     """Begun before the cache was reset: its pages may be of other weights, save none."""
     lookup: tuple[float, int, int] | None = None
     """When it was looked up, how many blocks were asked about, how many were there."""
+    lease: StoreLease | None = None
+    leased_since: float = 0.0
+    renewed: float = 0.0
 
 
 @dataclass
@@ -98,7 +133,8 @@ class Planner:
     """The scheduler-side state of a connector.
 
     ``lookup`` answers how many leading positions of a chain of engine hashes are stored, or None
-    if the store cannot say right now. ``hold`` and ``release`` keep pages from being reused.
+    if the store cannot say right now; it is given the prompt's number, and for how many seconds
+    what it finds is to stay (0: not at all). ``hold`` and ``release`` keep pages from being reused.
     """
 
     def __init__(
@@ -109,10 +145,12 @@ class Planner:
         ranks: int,
         loads: bool,
         saves: bool,
-        lookup: Callable[[Sequence[bytes]], int | None],
+        lookup: Callable[[Sequence[bytes], int, float], Found | None],
         hold: Callable[[Sequence[int]], None],
         release: Callable[[Sequence[int]], None],
+        lease_s: float = 2.0,
         now: Callable[[], float] = time.monotonic,
+        numbers: Callable[[], int] = time.time_ns,
     ) -> None:
         self._block_tokens = block_tokens
         self._held_blocks_max = int(pool_blocks * HELD_SHARE_MAX)
@@ -122,8 +160,11 @@ class Planner:
         self._lookup = lookup
         self._hold = hold
         self._release = release
+        self._lease_s = lease_s
         self._now = now
+        self._numbers = numbers
         self._tracked: dict[str, Tracked] = {}
+        self._leased: dict[str, Tracked] = {}
         self._orders = StepOrders()
         self._held: dict[int, list[int]] = {}
         self._held_blocks = 0
@@ -142,33 +183,68 @@ class Planner:
         if stored is None:
             # Not knowing is no reason to send again what was saved when it was computed.
             tracked.saved_blocks = tracked.local_blocks
+            self._let_go(tracked)
             return 0
         tracked.saved_blocks = stored
-        if not self._loads or tracked.barred:
+        if not self._loads or tracked.barred or stored <= tracked.local_blocks:
+            self._let_go(tracked)
             return 0
-        return max(0, stored - tracked.local_blocks) * self._block_tokens
+        return (stored - tracked.local_blocks) * self._block_tokens
 
     def _stored_blocks(self, tracked: Tracked, usable: int) -> int | None:
         if usable <= 0:
             return 0
         if tracked.lookup is not None:
-            when, asked, found = tracked.lookup
+            when, asked, known = tracked.lookup
             if asked == usable and self._now() - when < LOOKUP_REUSE_S:
-                return found
-        found_now = self._lookup(tracked.request.block_hashes[:usable])
-        if found_now is None:
+                return known
+        lease_s = self._lease_s if self._loads and not tracked.barred else 0.0
+        found = self._lookup(tracked.request.block_hashes[:usable], tracked.number, lease_s)
+        if found is None:
             self.counters.add("failed_lookups", 1)
             return None
+        found_now = found.positions
+        self._take(tracked, found.lease)
         tracked.lookup = (self._now(), usable, found_now)
         self.counters.add("looked_up_tokens", usable * self._block_tokens)
         self.counters.add("stored_tokens", found_now * self._block_tokens)
         return found_now
+
+    def _take(self, tracked: Tracked, lease: StoreLease | None) -> None:
+        """The request holds this promise from now on, and no other."""
+        before, tracked.lease = tracked.lease, lease
+        if lease is None:
+            self._leased.pop(tracked.request.request_id, None)
+        else:
+            tracked.leased_since = tracked.renewed = self._now()
+            self._leased[tracked.request.request_id] = tracked
+        # After the new one is taken: nothing is without a promise in between.
+        if before is not None:
+            before.release()
+
+    def _let_go(self, tracked: Tracked) -> None:
+        self._take(tracked, None)
+
+    def _renew(self) -> None:
+        """Keeps promises to requests that load, or wait for their turn."""
+        now = self._now()
+        for tracked in list(self._leased.values()):
+            if tracked.loading is None and now - tracked.leased_since > WAIT_S_MAX:
+                tracked.lookup = None
+                self._let_go(tracked)
+            elif tracked.lease is not None and now - tracked.renewed >= (
+                RENEW_SHARE * self._lease_s
+            ):
+                tracked.renewed = now
+                tracked.lease.renew(self._lease_s)
 
     def allocated(self, request: EngineRequest, block_ids: Sequence[int], tokens: int) -> None:
         """The request has its pages; ``tokens`` of them are to be loaded (0: none)."""
         tracked = self._track(request)
         tracked.lookup = None
         if tokens <= 0:
+            if tracked.loading is None:
+                self._let_go(tracked)
             return
         first = tracked.local_blocks
         last = first + tokens // self._block_tokens
@@ -176,7 +252,11 @@ class Planner:
         self.counters.add("hit_tokens", tokens)
         self._orders.loads.append(
             LoadOrder(
-                request.request_id, list(request.block_hashes[first:last]), tracked.loading, first
+                request.request_id,
+                list(request.block_hashes[first:last]),
+                tracked.loading,
+                first,
+                tracked.number,
             )
         )
 
@@ -186,6 +266,8 @@ class Planner:
         block_ids_of: Callable[[str], Sequence[int] | None],
     ) -> StepOrders:
         """The orders of this step; called once a step, after everything was scheduled."""
+        if self._leased:
+            self._renew()
         for request_id, tokens in scheduled_tokens.items():
             tracked = self._tracked.get(request_id)
             if tracked is not None:
@@ -221,7 +303,13 @@ class Planner:
         self._held_blocks += len(pages)
         tracked.saved_blocks = last
         self._orders.saves.append(
-            SaveOrder(job, list(tracked.request.block_hashes[first:last]), pages, first)
+            SaveOrder(
+                job,
+                list(tracked.request.block_hashes[first:last]),
+                pages,
+                first,
+                tracked.number,
+            )
         )
 
     def worker_said(
@@ -254,6 +342,8 @@ class Planner:
             if done is not None and done.loading is not None:
                 self.counters.add("loaded_tokens", len(done.loading) * self._block_tokens)
                 done.loading = None
+            if done is not None:
+                self._let_go(done)
 
     def _note_failed_load(self, tracked: Tracked, bad_block_ids: set[int]) -> None:
         if tracked.loading is None:
@@ -271,6 +361,8 @@ class Planner:
     def finished(self, request: EngineRequest, block_ids: Sequence[int]) -> None:
         """The request ended: orders what was not saved yet and forgets it."""
         tracked = self._tracked.pop(request.request_id, None)
+        if tracked is not None:
+            self._let_go(tracked)
         # Pages of a load that is still under way hold nothing worth keeping.
         if tracked is not None and tracked.loading is None:
             self._save(tracked, request.num_computed_tokens, lambda: block_ids)
@@ -284,6 +376,8 @@ class Planner:
         for tracked in self._tracked.values():
             tracked.lookup = None
             tracked.stale = True
+            if tracked.loading is None:
+                self._let_go(tracked)
 
     @property
     def has_work(self) -> bool:
@@ -293,5 +387,5 @@ class Planner:
     def _track(self, request: EngineRequest) -> Tracked:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            tracked = self._tracked[request.request_id] = Tracked(request)
+            tracked = self._tracked[request.request_id] = Tracked(request, self._numbers())
         return tracked

@@ -8,6 +8,7 @@
 | mode               | load    | off, observe, save or load, see :class:`Mode`                |
 | deadline_ms        | 2000    | longest time one load or save may take before it is given up |
 | lookup_deadline_ms | 20      | longest time the scheduler waits for a lookup                |
+| lease_ms           | 2000    | how long what a lookup found stays unless it is renewed      |
 
 An unknown key is an error: a misspelt one would otherwise be a silent default.
 """
@@ -28,6 +29,11 @@ DEADLINE_MS_DEFAULT = 2_000
 # The scheduler serves all requests, so it may not wait long for one. A healthy node answers in
 # well under 1 ms; 20 ms outlast a context switch storm on a small machine.
 LOOKUP_DEADLINE_MS_DEFAULT = 20
+
+# Longer than any scheduler takes between two steps, in which it is renewed; what an engine that
+# died keeps from others ends with it. The store gives no more than the half minute.
+LEASE_MS_DEFAULT = 2_000
+LEASE_MS_MAX = 30_000
 
 # No setting of a deadline makes sense beyond a minute: the request would be gone.
 DEADLINE_MS_MAX = 60_000
@@ -75,6 +81,7 @@ class Settings:
     mode: Mode
     deadline_ms: int
     lookup_deadline_ms: int
+    lease_ms: int
 
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, Any]) -> Settings:
@@ -101,6 +108,7 @@ class Settings:
             lookup_deadline_ms=_milliseconds(
                 extra, "lookup_deadline_ms", LOOKUP_DEADLINE_MS_DEFAULT
             ),
+            lease_ms=_milliseconds(extra, "lease_ms", LEASE_MS_DEFAULT, LEASE_MS_MAX),
         )
 
 
@@ -113,10 +121,10 @@ def _text(extra: Mapping[str, Any], name: str, default: str | None) -> str:
     raise SettingsError(f"{name} is {value!r}; write a text that is not empty")
 
 
-def _milliseconds(extra: Mapping[str, Any], name: str, default: int) -> int:
+def _milliseconds(
+    extra: Mapping[str, Any], name: str, default: int, most: int = DEADLINE_MS_MAX
+) -> int:
     value = extra.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= DEADLINE_MS_MAX:
-        raise SettingsError(
-            f"{name} is {value!r}; write whole milliseconds from 1 to {DEADLINE_MS_MAX}"
-        )
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise SettingsError(f"{name} is {value!r}; write whole milliseconds from 1 to {most}")
     return value

@@ -89,6 +89,7 @@ class Mover:
                     order.block_ids,
                     self._deadline_ms,
                     order.depth,
+                    order.request,
                 )
                 self._loads.append(_Load(order, transfer, time.monotonic()))
                 return
@@ -108,6 +109,7 @@ class Mover:
                     order.block_ids,
                     self._deadline_ms,
                     order.depth,
+                    order.request,
                 )
                 self._saves.append(_Save(order, transfer))
                 return

@@ -17,7 +17,7 @@ impl Keeper {
         }
         match command {
             Command::Add(new) => self.add(&new, None, reply),
-            Command::Retire { device } => self.retire(&device, reply),
+            Command::Retire { device, now, rate } => self.retire(&device, now, rate, reply),
             Command::Replace { device, new } => match self.named(&device) {
                 Ok(old) => self.add(&new, Some(old), reply),
                 Err(text) => drop(reply.send(Err(text))),
@@ -65,15 +65,21 @@ impl Keeper {
         }
     }
 
-    pub(super) fn retire(&mut self, device: &str, reply: Reply) {
+    pub(super) fn retire(&mut self, device: &str, now: bool, rate: Option<u64>, reply: Reply) {
         let uuid = match self.named(device) {
             Ok(uuid) => uuid,
             Err(text) => return drop(reply.send(Err(text))),
         };
         let live = self.lives.iter().position(|it| it.uuid == uuid);
-        if live.is_some_and(|at| self.routed_beside(at) == 0) {
-            let text = "it is the last device in service: add another first, or stop the node";
+        if live.is_some_and(|at| self.staying_beside(at) == 0) {
+            let text = "it is the last device in service that is not leaving: add another first, or \
+                        stop the node";
             return drop(reply.send(Err(text.to_owned())));
+        }
+        // One that is not there, or has nothing yet, has nothing to move.
+        if let Some(at) = live.filter(|at| !now && self.lives[*at].stage == Stage::Online) {
+            let left = self.leave(at, rate);
+            return drop(reply.send(left));
         }
         let before = self.table.clone();
         self.table.retire(uuid);

@@ -122,6 +122,14 @@ impl Keeper {
             .count()
     }
 
+    /// Devices that blocks can move to: in service, and not about to leave.
+    pub(super) fn staying_beside(&self, at: usize) -> usize {
+        let others = self.lives.iter().enumerate();
+        others
+            .filter(|(other, it)| *other != at && it.is_routed && it.leaving.is_none())
+            .count()
+    }
+
     /// Takes a device out of service without asking.
     pub(super) fn take_out(&mut self, at: usize, state: &'static str, reason: &str) {
         let live = &mut self.lives[at];
@@ -142,12 +150,19 @@ impl Keeper {
     /// Ends a device's engines. Routes around it must be published at once by the caller, before
     /// any thread takes its mail: the close is behind them in every mailbox.
     pub(super) fn close(&mut self, at: usize) {
+        self.close_as(at, false);
+    }
+
+    /// As [`close`](Self::close); `has_moved`: its blocks are elsewhere, none are lost.
+    pub(super) fn close_as(&mut self, at: usize, has_moved: bool) {
+        self.stop_leaving(at);
         self.lives[at].is_routed = false;
         self.publish();
         let live = &mut self.lives[at];
         live.stage = Stage::Closing(live.engines.len());
         for engine in &live.engines {
-            self.post.send(engine.thread, Mail::Close(*engine));
+            self.post
+                .send(engine.thread, Mail::Close(*engine, has_moved));
         }
     }
 

@@ -15,23 +15,36 @@ impl Keeper {
 
     /// New routes for everybody, and the view.
     pub(super) fn publish(&mut self) {
+        self.stay_if_alone();
         let mut devices: Vec<RoutedDevice> = self
             .lives
             .iter()
             .filter(|it| it.is_routed)
             .filter_map(|it| {
+                let has_left = it
+                    .leaving
+                    .as_ref()
+                    .is_some_and(|leaving| leaving.has_left());
                 Some(RoutedDevice {
                     slot: self.table.find(it.uuid)?.slot?,
-                    bytes: it.superblock.device_bytes,
+                    bytes: if has_left {
+                        0
+                    } else {
+                        it.superblock.device_bytes
+                    },
                     engines: it.engines.clone(),
                 })
             })
             .collect();
         devices.sort_by_key(|device| device.slot);
-        let note_removals = self
-            .table
-            .in_use()
-            .any(|entry| !self.is_routed(entry.uuid.0));
+        let leaves = self.lives.iter().any(|it| it.leaving.is_some());
+        self.afterwards = leaves.then(|| self.routes_afterwards(&devices));
+        // What is on its way from one device to another must not outlive its removal.
+        let note_removals = leaves
+            || self
+                .table
+                .in_use()
+                .any(|entry| !self.is_routed(entry.uuid.0));
         let routes = Arc::new(Routes::new(devices, note_removals, &self.latest));
         self.post.send_all(|| Mail::Routes(routes.clone()));
         let shares = |slot: Option<u32>| slot.map_or(0.0, |slot| routes.share(slot));
@@ -86,6 +99,9 @@ impl Keeper {
             (DeviceState::Retired, ..) => ("retired", None),
             (_, _, Some((state, reason))) => (*state, Some(reason.clone())),
             (_, Some(Stage::Loading(_) | Stage::Emptying(_)), _) => ("loading", None),
+            (_, Some(Stage::Online), _) if entry.leaving => {
+                ("leaving", live.and_then(|it| it.trouble.clone()))
+            }
             (_, Some(Stage::Online), _) => ("online", live.and_then(|it| it.trouble.clone())),
             (_, Some(Stage::Closing(_)) | None, _) => ("missing", None),
         };
@@ -98,6 +114,7 @@ impl Keeper {
             reason,
             share: share(entry.slot),
             stale: entry.stale,
+            moved: live.and_then(|it| Some(it.leaving.as_ref()?.moved())),
             uuid,
         }
     }

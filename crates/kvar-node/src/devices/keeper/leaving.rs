@@ -1,0 +1,382 @@
+//! A device leaves: what is on it moves to the others first, then it is retired.
+//!
+//! ```text
+//!   Copying ── every segment read ──> Flushing ──> Last ── what came meanwhile ──> retired
+//!     │ it serves as before             │ new blocks and reads go to the others; it only hears of removes
+//! ```
+//!
+//! Blocks move by the calls that links use: read at the engine that has it, put at the engine that
+//! will own it. So both verify every byte, and nothing on the data path knows of it. Until the first
+//! round is over reads hit where the blocks are; then they hit where they went.
+//!
+//! What must always be true: what was removed does not come back by a move. While a device leaves
+//! every remove asks the keeper before it is acknowledged ([`Note`](crate::devices::Note)). By then
+//! it lies in every engine's mailbox, so a move that begins later sees it; one that had begun is
+//! given up, and if its bytes were committed already they are removed where they went before the
+//! remove is acknowledged.
+//!
+//! What is absent: the steps of one block (`moves`); blocks that were never worth a place on the device (ephemeral ones) are lost with
+//! it; leases stay with the old copy.
+
+use super::moves::{Block, Move};
+use super::{Event, Keeper, Stage};
+use crate::devices::surveyor::{Said, Surveyor};
+use crate::devices::view::{DeviceView, Moved};
+use crate::devices::{RoutedDevice, Routes};
+use crate::mail::{Ask, Origin};
+use kvar_base::{Clock as _, Moment};
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Numbers of the keeper's own operations for moves; smaller ones are numbers of devices.
+pub(super) const MOVES_FROM: u64 = 1 << 32;
+
+/// Bytes a second that move when nobody says: a drive's daily work in a few hours, and a small part
+/// of what it can do beside that.
+const RATE_BYTES_PER_S: u64 = 128 << 20;
+
+/// Blocks on their way at once: two drives are kept busy, and at 16 MiB a block memory is not.
+const MOVES_MAX: usize = 8;
+
+/// How long a block that nobody took (memory is full for the moment) is left alone, and how often it
+/// is tried: a minute in all.
+const TRY_AGAIN: Duration = Duration::from_millis(100);
+const TRIES_MAX: u32 = 600;
+
+/// A round is begun again so often when the device cannot be read.
+const SURVEYS_MAX: u32 = 5;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Round {
+    Copying,
+    /// So many engines are writing what is in memory only.
+    Flushing(usize),
+    Last,
+}
+
+/// See the module.
+pub(super) struct Leaving {
+    round: Round,
+    pub(super) rate_bytes_per_s: u64,
+    surveyor: Option<Surveyor>,
+    surveys_failed: u32,
+    /// Whether the surveyor was asked for the next segment.
+    is_asked: bool,
+    /// Whether it has said that there is none.
+    is_through: bool,
+    /// Each shard's newest segment when the first round began.
+    newest: Vec<u64>,
+    queue: VecDeque<Block>,
+    pub(super) moves: HashMap<u64, Move>,
+    pub(super) not_before: Moment,
+    pub(super) moved: Moved,
+    /// Removes that wait until what they spoiled is out of the way.
+    pub(super) notes: Vec<Origin>,
+}
+
+impl Leaving {
+    fn new(rate_bytes_per_s: u64, now: Moment) -> Self {
+        Self {
+            round: Round::Copying,
+            rate_bytes_per_s: rate_bytes_per_s.max(1),
+            surveyor: None,
+            surveys_failed: 0,
+            is_asked: false,
+            is_through: false,
+            newest: Vec::new(),
+            queue: VecDeque::new(),
+            moves: HashMap::new(),
+            not_before: now,
+            moved: Moved::default(),
+            notes: Vec::new(),
+        }
+    }
+
+    /// Whether its blocks are looked for elsewhere by now.
+    pub(super) fn has_left(&self) -> bool {
+        self.round != Round::Copying
+    }
+
+    pub(super) fn moved(&self) -> Moved {
+        self.moved
+    }
+
+    pub(super) fn again(&mut self, mut block: Block, now: Moment) {
+        block.tries += 1;
+        if block.tries > TRIES_MAX {
+            self.moved.lost_blocks += 1;
+        } else {
+            self.not_before = self.not_before.max(now.after(TRY_AGAIN));
+            self.queue.push_back(block);
+        }
+    }
+}
+
+impl Keeper {
+    /// Begins to move a device's blocks to the others.
+    pub(super) fn leave(&mut self, at: usize, rate: Option<u64>) -> Result<DeviceView, String> {
+        let live = &self.lives[at];
+        let uuid = live.uuid;
+        if live.leaving.is_some() {
+            return Err(
+                "it is leaving already (kvar device list says how far it is); --now drops what \
+                 has not moved yet"
+                    .to_owned(),
+            );
+        }
+        if self.lives.iter().any(|it| it.leaving.is_some()) {
+            return Err(
+                "another device is leaving; wait until it has left (kvar device list), or drop \
+                 this one's blocks with --now"
+                    .to_owned(),
+            );
+        }
+        let before = self.table.clone();
+        if let Some(entry) = self.table.find_mut(uuid) {
+            entry.leaving = true;
+        }
+        if let Err(text) = self.save() {
+            self.table = before;
+            return Err(text);
+        }
+        let rate = rate.unwrap_or(RATE_BYTES_PER_S);
+        tracing::info!(%uuid, rate, "device leaving: its blocks move to the others");
+        let now = self.clock.now();
+        self.lives[at].leaving = Some(Box::new(Leaving::new(rate, now)));
+        self.publish();
+        self.survey(at);
+        self.view_of(uuid).ok_or_else(|| "it is gone".to_owned())
+    }
+
+    /// Goes on where the process before was stopped; one device at a time.
+    pub(super) fn resume_leaving(&mut self) {
+        for at in 0..self.lives.len() {
+            if self.lives.iter().any(|it| it.leaving.is_some()) {
+                return;
+            }
+            let live = &self.lives[at];
+            let is_marked = self
+                .table
+                .find(live.uuid)
+                .is_some_and(|entry| entry.leaving);
+            if is_marked
+                && live.stage == Stage::Online
+                && live.leaving.is_none()
+                && self.staying_beside(at) > 0
+            {
+                let now = self.clock.now();
+                self.lives[at].leaving = Some(Box::new(Leaving::new(RATE_BYTES_PER_S, now)));
+                self.publish();
+                self.survey(at);
+            }
+        }
+    }
+
+    /// A device that has nowhere to go stays: the others went while its blocks were moving.
+    pub(super) fn stay_if_alone(&mut self) {
+        let leaves = |it: &super::Live| it.leaving.is_some();
+        let Some(at) = self.lives.iter().position(leaves) else {
+            return;
+        };
+        if self.staying_beside(at) > 0 {
+            return;
+        }
+        let uuid = self.lives[at].uuid;
+        tracing::warn!(%uuid, "the device stays: no other is in service");
+        self.stop_leaving(at);
+        if let Some(entry) = self.table.find_mut(uuid) {
+            entry.leaving = false;
+        }
+        if let Err(text) = self.save() {
+            tracing::error!("{text}");
+        }
+    }
+
+    /// Who owns what without the devices that leave.
+    pub(super) fn routes_afterwards(&self, devices: &[RoutedDevice]) -> Arc<Routes> {
+        let mut devices = devices.to_vec();
+        for device in &mut devices {
+            let leaves = self
+                .lives
+                .iter()
+                .any(|it| it.leaving.is_some() && it.engines.first() == device.engines.first());
+            if leaves {
+                device.bytes = 0;
+            }
+        }
+        Arc::new(Routes::new(devices, false, &Arc::default()))
+    }
+
+    fn survey(&mut self, at: usize) {
+        let live = &mut self.lives[at];
+        let Some(leaving) = &mut live.leaving else {
+            return;
+        };
+        // A thread that is still there reads on; it is joined before the next begins.
+        leaving.surveyor = None;
+        (leaving.is_asked, leaving.is_through) = (true, false);
+        let from = match leaving.round {
+            Round::Last => leaving.newest.clone(),
+            _ => Vec::new(),
+        };
+        let begun = Surveyor::begin(
+            live.number,
+            live.target.clone(),
+            live.superblock.clone(),
+            from,
+            self.sender.clone(),
+        );
+        match begun {
+            Ok(surveyor) => leaving.surveyor = Some(surveyor),
+            Err(error) => {
+                let device = live.number;
+                let said = Said::Failed(format!("a thread: {error}"));
+                let _ = self.sender.send(Event::Surveyed { device, said });
+            }
+        }
+    }
+
+    pub(super) fn on_surveyed(&mut self, device: u32, said: Said) {
+        let found = self.lives.iter().position(|it| it.number == device);
+        let Some(at) = found else { return };
+        let Some(leaving) = &mut self.lives[at].leaving else {
+            return;
+        };
+        leaving.is_asked = false;
+        match said {
+            Said::Begun { segments, newest } => {
+                leaving.moved.segments = leaving.moved.segments_done + segments;
+                if leaving.round == Round::Copying {
+                    leaving.newest = newest;
+                }
+            }
+            Said::Blocks(blocks) => {
+                leaving.moved.segments_done += 1;
+                let blocks = blocks.into_iter().map(|block| Block { block, tries: 0 });
+                leaving.queue.extend(blocks);
+            }
+            Said::End => leaving.is_through = true,
+            Said::Failed(why) => {
+                leaving.surveys_failed += 1;
+                tracing::warn!(device, "cannot read what a leaving device holds: {why}");
+                if leaving.surveys_failed >= SURVEYS_MAX {
+                    leaving.is_through = true;
+                } else {
+                    self.survey(at);
+                }
+            }
+        }
+    }
+
+    /// Begins as many moves as may be under way; when to come back.
+    pub(super) fn move_blocks(&mut self, now: Moment) -> Moment {
+        let mut due = Moment(u64::MAX);
+        for at in 0..self.lives.len() {
+            self.move_from(at, now);
+            // It may be gone by now.
+            let live = self.lives.get(at);
+            if let Some(leaving) = live.and_then(|it| it.leaving.as_ref())
+                && leaving.moves.len() < MOVES_MAX
+                && !leaving.queue.is_empty()
+            {
+                due = due.min(leaving.not_before);
+            }
+        }
+        due
+    }
+
+    fn move_from(&mut self, at: usize, now: Moment) {
+        loop {
+            let Some(leaving) = &mut self.lives[at].leaving else {
+                return;
+            };
+            let may_begin = leaving.moves.len() < MOVES_MAX && leaving.not_before <= now;
+            if may_begin && let Some(block) = leaving.queue.pop_front() {
+                self.look(at, block);
+                continue;
+            }
+            if !leaving.queue.is_empty() || leaving.is_asked {
+                return;
+            }
+            if !leaving.is_through {
+                leaving.is_asked = true;
+                if let Some(surveyor) = &leaving.surveyor {
+                    surveyor.next();
+                }
+                return;
+            }
+            if !leaving.moves.is_empty() {
+                return;
+            }
+            return match leaving.round {
+                Round::Copying => self.let_others_serve(at),
+                Round::Flushing(_) => {}
+                Round::Last => self.has_gone(at),
+            };
+        }
+    }
+
+    /// The first round is over: from now on its blocks are looked for where they went.
+    fn let_others_serve(&mut self, at: usize) {
+        let live = &mut self.lives[at];
+        let Some(leaving) = &mut live.leaving else {
+            return;
+        };
+        leaving.round = Round::Flushing(live.engines.len());
+        let operation = u64::from(live.number);
+        let engines = live.engines.clone();
+        // In every mailbox before the flush: what is put after it goes elsewhere.
+        self.publish();
+        for engine in engines {
+            self.ask_engine(engine, operation, Ask::Flush);
+        }
+    }
+
+    pub(super) fn on_flushed(&mut self, at: usize) {
+        let Some(leaving) = &mut self.lives[at].leaving else {
+            return;
+        };
+        let Round::Flushing(left) = leaving.round else {
+            return;
+        };
+        // One that could not be flushed has lost what was in memory only; the rest moves.
+        leaving.round = Round::Flushing(left - 1);
+        if left == 1 {
+            leaving.round = Round::Last;
+            self.survey(at);
+        }
+    }
+
+    fn has_gone(&mut self, at: usize) {
+        let live = &self.lives[at];
+        let (uuid, moved) = (live.uuid, live.leaving.as_ref().map(|it| it.moved));
+        let moved = moved.unwrap_or_default();
+        tracing::info!(
+            %uuid,
+            path = %live.path.display(),
+            blocks = moved.blocks,
+            bytes = moved.bytes,
+            lost = moved.lost_blocks,
+            "device has left: its blocks are on the others, and it can be taken away"
+        );
+        self.table.retire(uuid);
+        if let Err(text) = self.save() {
+            // On disk it is leaving: the next start moves what is there, which is there already.
+            tracing::error!("{text}");
+        }
+        self.close_as(at, true);
+        self.resume_leaving();
+    }
+
+    /// Nothing moves from a device any more: it goes, or was left alone.
+    pub(super) fn stop_leaving(&mut self, at: usize) {
+        let Some(leaving) = self.lives[at].leaving.take() else {
+            return;
+        };
+        for origin in leaving.notes {
+            let text = "a device went meanwhile; try again".to_owned();
+            self.answer_note(origin, Err(text));
+        }
+    }
+}
