@@ -64,6 +64,11 @@ impl Resident {
         self.image.padded_len() as u64
     }
 
+    /// In memory alone, and nobody said that it may stay so.
+    pub(crate) fn is_alone(&self) -> bool {
+        matches!(self.state, State::Held | State::Volatile) && !self.ephemeral
+    }
+
     fn may_leave(&self) -> bool {
         match self.state {
             State::Clean => true,
@@ -90,6 +95,8 @@ pub(crate) struct Dram {
     evictable_bytes: u64,
     /// Bytes of Held residents that may leave.
     held_bytes: u64,
+    /// Residents that are Held or Volatile, but for ephemeral ones: a flush is about them.
+    alone: usize,
     limit_bytes: u64,
 }
 
@@ -111,6 +118,7 @@ impl Dram {
             used_bytes: 0,
             evictable_bytes: 0,
             held_bytes: 0,
+            alone: 0,
             limit_bytes,
         }
     }
@@ -140,6 +148,11 @@ impl Dram {
     /// Bytes that wait to be decided about.
     pub(crate) fn held_bytes(&self) -> u64 {
         self.held_bytes
+    }
+
+    /// Whether a flush would find something that is in memory alone.
+    pub(crate) fn has_alone(&self) -> bool {
+        self.alone > 0
     }
 
     /// The Held resident that is worth least.
@@ -197,9 +210,13 @@ impl Dram {
 
     /// Gives a resident its place among those that may leave, if it is one.
     fn enter(&mut self, id: &BlockId) {
-        let Some(resident) = self.residents.get(id).filter(|one| one.may_leave()) else {
+        let Some(resident) = self.residents.get(id) else {
             return;
         };
+        self.alone += usize::from(resident.is_alone());
+        if !resident.may_leave() {
+            return;
+        }
         let (state, bytes) = (resident.state, resident.bytes());
         let (arrival, depth) = (resident.arrival, resident.depth);
         let (class, used_at) = (resident.class, resident.used_at);
@@ -212,9 +229,13 @@ impl Dram {
 
     /// Takes that place away.
     fn leave(&mut self, id: &BlockId) {
-        let Some(resident) = self.residents.get(id).filter(|one| one.may_leave()) else {
+        let Some(resident) = self.residents.get(id) else {
             return;
         };
+        self.alone -= usize::from(resident.is_alone());
+        if !resident.may_leave() {
+            return;
+        }
         let (state, bytes) = (resident.state, resident.bytes());
         self.evictable_bytes -= bytes;
         self.held_bytes -= if state == State::Held { bytes } else { 0 };

@@ -70,6 +70,20 @@ fn while_the_budget_is_short_a_block_waits_in_memory() {
 }
 
 #[test]
+fn what_is_asked_for_is_written_whatever_the_budget_says() {
+    let mut shard = shard(short());
+    let asked = PutHints {
+        is_asked: true,
+        ..PutHints::default()
+    };
+    shard.put(1, &[LEN], asked);
+    shard.put(2, &[LEN], PutHints::default());
+    shard.settle();
+    assert_eq!(tier(&shard, 1), Some(Tier::DramAndFlash));
+    assert_eq!(tier(&shard, 2), Some(Tier::Dram));
+}
+
+#[test]
 fn a_flush_and_a_stop_write_what_waits_in_memory() {
     let mut shard = shard(short());
     pass_by(&mut shard, 0, 20);
@@ -151,11 +165,13 @@ fn beyond_the_limit_nothing_is_written_that_nobody_asked_for() {
         "{counters:?}"
     );
     assert!(counters.not_admitted_limit > 200, "{counters:?}");
-    // A flush is asked for.
+    // A flush is asked for, and writes also what was worth no place and is still in memory.
     shard.engine.flush(9);
     shard.settle();
     assert_eq!(shard.status().held_bytes, 0);
     assert!(shard.counters().block_write_bytes > written + (2 << 20));
+    let alone = (0..600).filter(|number| tier(&shard, *number) == Some(Tier::Dram));
+    assert_eq!(alone.count(), 0);
 }
 
 #[test]

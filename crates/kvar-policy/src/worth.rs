@@ -18,22 +18,78 @@
 //! Cost: O(log n) for a touch, O(classes) for [`least`](WorthOrder::least).
 
 use crate::reuse::{BlockClass, CLASSES, ReuseModel};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::Hash;
 
 /// A place in a request; the arrival tells apart the head slices of one position.
 type Place = (u32, u32);
 
+/// The blocks of a request by place; most requests of other kinds than prompts have one, which then
+/// takes no memory of its own. Blocks come in from the head and leave at the tail, or, used by the
+/// next request, from the head: both ends are cheap.
+#[derive(Clone, Debug)]
+enum Blocks<K> {
+    One(Place, K, BlockClass),
+    Many(VecDeque<(Place, K, BlockClass)>),
+}
+
 #[derive(Clone, Debug)]
 struct Group<K> {
     /// When the request used its blocks.
     used_at: u64,
-    blocks: BTreeMap<Place, (K, BlockClass)>,
+    blocks: Blocks<K>,
 }
 
-impl<K> Group<K> {
+impl<K: Copy> Group<K> {
+    fn last(&self) -> Option<(Place, K, BlockClass)> {
+        match &self.blocks {
+            Blocks::One(place, key, class) => Some((*place, *key, *class)),
+            Blocks::Many(blocks) => blocks.back().copied(),
+        }
+    }
+
     fn tail(&self) -> Option<BlockClass> {
-        self.blocks.last_key_value().map(|(_, block)| block.1)
+        self.last().map(|(_, _, class)| class)
+    }
+
+    fn has(&self, place: Place) -> bool {
+        match &self.blocks {
+            Blocks::One(known, _, _) => *known == place,
+            Blocks::Many(blocks) => blocks.binary_search_by_key(&place, |one| one.0).is_ok(),
+        }
+    }
+
+    fn insert(&mut self, place: Place, key: K, class: BlockClass) {
+        if let Blocks::One(known, other, its) = &self.blocks {
+            self.blocks = Blocks::Many(VecDeque::from([(*known, *other, *its)]));
+        }
+        if let Blocks::Many(blocks) = &mut self.blocks {
+            let at = blocks.partition_point(|one| one.0 < place);
+            blocks.insert(at, (place, key, class));
+        }
+    }
+
+    fn remove(&mut self, place: Place) {
+        match &mut self.blocks {
+            Blocks::One(known, _, _) if *known == place => {
+                self.blocks = Blocks::Many(VecDeque::new());
+            }
+            Blocks::One(..) => {}
+            Blocks::Many(blocks) => {
+                if let Ok(at) = blocks.binary_search_by_key(&place, |one| one.0) {
+                    blocks.remove(at);
+                }
+            }
+        }
+    }
+
+    fn keys_from_tail(&self) -> impl Iterator<Item = K> + '_ {
+        let (one, many) = match &self.blocks {
+            Blocks::One(_, key, _) => (Some(*key), None),
+            Blocks::Many(blocks) => (None, Some(blocks.iter().rev().map(|one| one.1))),
+        };
+        one.into_iter().chain(many.into_iter().flatten())
     }
 }
 
@@ -88,16 +144,24 @@ impl<K: Copy + Eq + Hash> WorthOrder<K> {
         }
         self.arrivals = self.arrivals.wrapping_add(1);
         let mut place = (depth, self.arrivals);
-        let group = self.groups.entry(request).or_insert_with(|| Group {
-            used_at: now,
-            blocks: BTreeMap::new(),
-        });
-        while group.blocks.contains_key(&place) {
-            place.1 = place.1.wrapping_add(1);
-        }
-        let before = group.tail();
-        group.blocks.insert(place, (key, class));
-        let (after, used_at) = (group.tail(), group.used_at);
+        let (before, after, used_at) = match self.groups.entry(request) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(Group {
+                    used_at: now,
+                    blocks: Blocks::One(place, key, class),
+                });
+                (None, Some(class), now)
+            }
+            Entry::Occupied(mut occupied) => {
+                let group = occupied.get_mut();
+                while group.has(place) {
+                    place.1 = place.1.wrapping_add(1);
+                }
+                let before = group.tail();
+                group.insert(place, key, class);
+                (before, group.tail(), group.used_at)
+            }
+        };
         self.places.insert(key, (request, place));
         self.move_tail((request, used_at), before, after);
     }
@@ -109,7 +173,7 @@ impl<K: Copy + Eq + Hash> WorthOrder<K> {
         };
         if let Some(group) = self.groups.get_mut(&request) {
             let before = group.tail();
-            group.blocks.remove(&place);
+            group.remove(place);
             let (after, used_at) = (group.tail(), group.used_at);
             if after.is_none() {
                 self.groups.remove(&request);
@@ -154,12 +218,12 @@ impl<K: Copy + Eq + Hash> WorthOrder<K> {
             })
             .min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)))?;
         let group = self.groups.get(&request)?;
-        let ((depth, _), (key, class)) = group.blocks.last_key_value()?;
+        let ((depth, _), key, class) = group.last()?;
         Some(Candidate {
-            key: *key,
+            key,
             request,
-            class: *class,
-            depth: *depth,
+            class,
+            depth,
             age,
             worth,
         })
@@ -175,9 +239,7 @@ impl<K: Copy + Eq + Hash> WorthOrder<K> {
     /// The blocks that `request` used last of all, deepest first.
     pub fn of_request(&self, request: u64) -> impl Iterator<Item = K> + '_ {
         let group = self.groups.get(&request);
-        group
-            .into_iter()
-            .flat_map(|group| group.blocks.values().rev().map(|block| block.0))
+        group.into_iter().flat_map(Group::keys_from_tail)
     }
 
     /// How many blocks there are.

@@ -85,7 +85,7 @@ mutations! {
         collisions: true,
         ..mutation(&[Check::IdFold], Temper::Well, 20)
     };
-    without_a_check_of_pages: mutation(&[Check::Page], Temper::Well, 200);
+    without_a_check_of_pages: focused(&[Check::Page], Focus::Reuse, 100);
     without_two_places_for_a_page: mutation(&[Check::TwoPlaces], Temper::Well, 200);
     without_tombstones: mutation(&[Check::Tombstone], Temper::Well, 20);
     without_waiting_for_readers: Mutation {
@@ -97,7 +97,7 @@ mutations! {
     without_a_check_at_commit: mutation(&[Check::ContentCheck], Temper::Well, 5);
     with_records_before_payload: mutation(&[Check::RecordAfterPayload], Temper::Well, 20);
     without_a_flush_before_reuse: mutation(&[Check::FlushBeforeReuse], Temper::Well, 400);
-    without_a_flush_of_headers: mutation(&[Check::HeaderFlush], Temper::Well, 200);
+    without_a_flush_of_headers: focused(&[Check::HeaderFlush], Focus::Reuse, 400);
     without_a_flush_of_moved_payload: mutation(&[Check::MovedPayloadFlush], Temper::Well, 200);
     without_a_flush_before_a_checkpoint: focused(&[Check::CheckpointFlush], Focus::Checkpoints, 60);
     without_records_before_a_checkpoint: focused(&[Check::CheckpointRecords], Focus::Checkpoints, 100);

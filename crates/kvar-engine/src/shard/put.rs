@@ -208,9 +208,12 @@ impl Shard {
         let arrival = self.arrival(told.request);
         // While the device takes nothing, one block at a time tries it; the others may leave.
         let given_up = self.trouble.gave_up() && !durable && !self.dirty.is_empty();
-        let admission = self
-            .budget
-            .admit(padded, told.ephemeral, durable, Self::budget_time(now));
+        let admission = self.budget.admit(
+            padded,
+            told.ephemeral,
+            durable || told.is_asked,
+            Self::budget_time(now),
+        );
         let state = match admission {
             Admission::Never => State::Volatile,
             _ if given_up => State::Volatile,

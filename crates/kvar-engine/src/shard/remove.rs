@@ -75,7 +75,7 @@ impl Shard {
     }
 
     pub(crate) fn flush(&mut self, token: u64) {
-        // What waits to be decided about is asked for now.
+        // What waits to be decided about, and what was worth no place, is asked for now.
         self.flush_waiters.push(FlushWaiter {
             token,
             up_to_put: self.next_put - 1,

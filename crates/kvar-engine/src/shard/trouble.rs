@@ -118,16 +118,14 @@ impl Shard {
         }
     }
 
-    /// What waits in memory alone to be decided about is queued.
+    /// What is in memory alone, decided about or not, is queued.
     pub(super) fn queue_memory_alone(&mut self, now: Moment) {
-        if self.dram.held_bytes() == 0 {
+        if !self.dram.has_alone() {
             return;
         }
-        let held = self
-            .dram
-            .in_order(|_, resident| resident.state == State::Held);
-        self.counters.admitted_asked += held.len() as u64;
-        for id in held {
+        let alone = self.dram.in_order(|_, resident| resident.is_alone());
+        self.counters.admitted_asked += alone.len() as u64;
+        for id in alone {
             self.queue_resident(now, &id);
         }
     }

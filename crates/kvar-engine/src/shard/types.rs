@@ -99,6 +99,9 @@ pub struct PutHints {
     pub recompute_us: u32,
     /// Written by one engine to be read once, soon, by another.
     pub handover: bool,
+    /// To be written to the device within `flush_after` whatever the write budget says: somebody
+    /// asked for that, as whoever moves blocks here.
+    pub is_asked: bool,
 }
 
 /// A lookup that wants what it finds to stay.

@@ -554,6 +554,7 @@ fn engine_hints(hints: kvar_wire::PutHints) -> PutHints {
         class: traffic_class,
         recompute_us,
         handover,
+        is_asked: false,
     }
 }
 

@@ -24,8 +24,8 @@ pub(crate) use steps::{fill, step};
 use crate::dice::Dice;
 use crate::tally::Tally;
 use crate::world::{Replacement, Restart, Violation, World};
-use kvar_engine::EngineConfig;
 use kvar_engine::layout::CHUNK_BYTES;
+use kvar_engine::{EngineConfig, WriteRates};
 use kvar_io::sim::{FaultRates, SimOptions, Survival};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
@@ -91,6 +91,8 @@ pub enum Focus {
     Leases,
     /// Times to live.
     Expiry,
+    /// Segments that are filled and reused faster than anything is flushed.
+    Reuse,
 }
 
 /// What to run.
@@ -180,6 +182,11 @@ impl Shape {
             }
             Focus::Leases => (self.promises, self.puts) = (12, 90),
             Focus::Expiry => (self.expiring, self.promises) = (2, 4),
+            Focus::Reuse => {
+                (self.puts, self.section_bytes_max, self.step_us_max) = (97, 250_000, 300);
+                (self.expiring, self.promises, self.replaces) = (0, 0, false);
+                (self.life_steps, self.numbers) = (120, 1500);
+            }
         }
     }
 }
@@ -237,6 +244,29 @@ pub(crate) fn words_of(panic: &(dyn std::any::Any + Send)) -> String {
         .unwrap_or_else(|| "without words".into())
 }
 
+/// A quarter of the runs has a write budget that is short: from the start, or after a while; a
+/// part of them a limit, too.
+fn write_rates(seed: u64) -> WriteRates {
+    let short = WriteRates {
+        budget_bytes_per_day: Some(0),
+        ..WriteRates::default()
+    };
+    match seed % 16 {
+        3 | 7 => short,
+        11 => WriteRates {
+            budget_burst_bytes: 8 << 20,
+            ..short
+        },
+        15 => WriteRates {
+            // A MiB a second of the simulation's time.
+            limit_bytes_per_day: Some(86_400 << 20),
+            limit_burst_bytes: 4 << 20,
+            ..short
+        },
+        _ => WriteRates::default(),
+    }
+}
+
 pub(crate) fn build(seed: u64, temper: Temper, dice: &mut Dice) -> (World, Shape) {
     let bytes = dice.pick(&[16, 16, 16, 18, 20, 24, 32]) << 20;
     let config = EngineConfig {
@@ -244,6 +274,7 @@ pub(crate) fn build(seed: u64, temper: Temper, dice: &mut Dice) -> (World, Shape
         flush_after: Duration::from_millis(dice.pick(&[20, 60, 100, 400])),
         shutdown_flush: Duration::from_secs(30),
         scrub_bytes_per_s: dice.pick(&[0, 4, 64, 4096]) << 20,
+        writes: write_rates(seed),
         ..EngineConfig::default()
     };
     let expected_block_bytes = dice.pick(&[4, 8, 16, 16, 32, 64]) << 10;

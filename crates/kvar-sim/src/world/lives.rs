@@ -7,7 +7,7 @@ use super::{PutEnd, Restart, Step, Violation, World, wrong};
 use crate::model::{Block, Ending};
 use crate::payload;
 use kvar_base::Moment;
-use kvar_engine::{Engine, OpenError, RecoveryReport, arena_bytes};
+use kvar_engine::{Engine, OpenError, RecoveryReport, WriteRates, arena_bytes};
 use kvar_io::Arena;
 use kvar_io::sim::FaultRates;
 use std::time::Duration;
@@ -140,8 +140,13 @@ impl World {
             _ => false,
         };
         let written_before = match how {
-            // Only of a disk that keeps pace: else puts wait for it, which is no fault of theirs.
-            Restart::Kill if self.struck_known == 0 && !self.was_busy => {
+            // Only of a disk that keeps pace: else puts wait for it, which is no fault of theirs. And
+            // only where the write budget never runs short: else they stay in memory by choice.
+            Restart::Kill
+                if self.struck_known == 0
+                    && !self.was_busy
+                    && self.config.writes == WriteRates::default() =>
+            {
                 let age = 2 * self.config.flush_after;
                 let moment = Moment(self.now.0.saturating_sub(age.as_micros() as u64));
                 let turn = self

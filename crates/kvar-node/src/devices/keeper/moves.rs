@@ -225,6 +225,7 @@ impl Keeper {
                 class: hints.class,
                 recompute_us: hints.recompute_us,
                 handover: hints.handover,
+                is_asked: true,
             },
             durable: false,
             deadline: now.after(STEP_DEADLINE),
