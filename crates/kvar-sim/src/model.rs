@@ -456,7 +456,9 @@ impl Model {
                     put.guaranteed &= candidates.contains(&put.nonce);
                     put.given_up = false;
                     put.doomed &= put.buried;
-                    put.in_doubt |= history_lost || power_cut && !put.flushed_once;
+                    // One that was flushed once, given up by reclaim and written again from memory is
+                    // as unsure as a new one.
+                    put.in_doubt |= history_lost || power_cut && !put.guaranteed;
                 }
                 if guaranteed {
                     block.guarantee();
