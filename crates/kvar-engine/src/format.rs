@@ -166,7 +166,7 @@ pub fn format(
     Ok(superblock)
 }
 
-/// As [`format`], after half a second of writing to the first segments: how many bytes of writes the
+/// As [`format()`], after half a second of writing to the first segments: how many bytes of writes the
 /// device wants under way stands in the superblock then. On a device too small to tell it does not.
 ///
 /// # Errors

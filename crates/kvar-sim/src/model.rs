@@ -43,7 +43,8 @@ pub(crate) struct Put {
     pub(crate) guaranteed: bool,
     /// Was guaranteed once: nothing older may come back.
     pub(crate) flushed_once: bool,
-    /// Its copy on the device was given up while it was in memory.
+    /// Its copy on the device was given up while it was in memory, and what was written again since
+    /// is not known to be flushed.
     pub(crate) given_up: bool,
     /// A remove was called after it.
     pub(crate) doomed: bool,
@@ -160,6 +161,7 @@ impl Block {
         }
         if let Some(put) = self.current().into_iter().next() {
             (put.guaranteed, put.flushed_once) = (true, true);
+            put.given_up = false;
         }
     }
 
@@ -320,10 +322,6 @@ impl Model {
         self.positions.insert(position, number);
         let block = self.block(number);
         (block.on_device, block.position) = (true, Some(position));
-        block
-            .current()
-            .into_iter()
-            .for_each(|put| put.given_up = false);
     }
 
     /// The copy at a position is given up; `corrupt` and `excused` say whether for its bytes, and

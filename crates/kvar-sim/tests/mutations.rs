@@ -100,7 +100,7 @@ mutations! {
     without_a_flush_of_headers: focused(&[Check::HeaderFlush], Focus::Reuse, 400);
     without_a_flush_of_moved_payload: mutation(&[Check::MovedPayloadFlush], Temper::Well, 200);
     without_a_flush_before_a_checkpoint: focused(&[Check::CheckpointFlush], Focus::Checkpoints, 60);
-    without_records_before_a_checkpoint: focused(&[Check::CheckpointRecords], Focus::Checkpoints, 100);
+    without_records_before_a_checkpoint: focused(&[Check::CheckpointRecords], Focus::Checkpoints, 200);
     without_leases: focused(&[Check::Lease], Focus::Leases, 20);
     without_expiry: focused(&[Check::Expiry], Focus::Expiry, 10);
     without_expiry_at_recovery: focused(&[Check::ExpiryAtRecovery], Focus::Expiry, 10);
