@@ -20,13 +20,16 @@ use super::write::{Source, WriteItem, stored_bytes};
 use super::{Change, Displaced, Pending, Shard};
 use crate::dram::State;
 use crate::index::Entry;
-use crate::layout::{PAGE, PageKind, RECORD_BLOCK, Record, RecordHints, decode_page};
+use crate::layout::{
+    PAGE, PageKind, RECORD_BLOCK, RECORDS_PER_PAGE, Record, RecordHints, decode_page,
+};
 use crate::mutation::{Check, is_disabled};
 use crate::segments::{SegmentPhase, Spare};
 use kvar_base::{BlockId, PAGE_BYTES};
 use kvar_io::{DeviceError, Op};
 use std::cmp::Reverse;
 use std::collections::{HashSet, VecDeque};
+use std::ops::Range;
 
 /// Bytes of kept blocks on their way from device to device at once; two of the largest fit.
 const MOVING_BYTES_MAX: u64 = 8 << 20;
@@ -101,7 +104,9 @@ impl Shard {
             whole: false,
             kept: VecDeque::new(),
             left_bytes: most,
-            left_blocks: 0,
+            // Tombstones must leave the records that what is promised will need, also such as is
+            // promised until it is decided about.
+            left_blocks: (self.leases.at(&self.positions_of(segment)).len()).max(RECORDS_PER_PAGE),
             moving_bytes: 0,
         });
         let footer = self
@@ -208,8 +213,7 @@ impl Shard {
         }
         if !reclaim.whole {
             // Of what is promised the lease knows the id, whatever became of its record.
-            let positions =
-                self.segments.position(segment, 0)..self.segments.position(segment + 1, 0);
+            let positions = self.positions_of(segment);
             for id in self.leases.at(&positions) {
                 if let Some((_, entry)) = self.find(&id)
                     && positions.contains(&entry.position)
@@ -222,6 +226,10 @@ impl Shard {
                     live.push((id, entry, hints));
                 }
             }
+        }
+        if !reclaim.whole {
+            // What the records do not name goes now, before somebody is promised it.
+            self.drop_strays(segment, &seen);
         }
         let opened_at = self.segments.get(segment).opened_at;
         self.keep.set_oldest(opened_at);
@@ -388,30 +396,35 @@ impl Shard {
             return;
         }
         if !whole {
-            // Entries that the records did not name still lead here.
-            let (first, last) = (
-                self.segments.position(segment, 0),
-                self.segments.position(segment + 1, 0),
-            );
-            let Self { index, journal, .. } = self;
-            let stray = index.retain(|entry| {
-                let stays = !(first..last).contains(&entry.position);
-                if let Some(journal) = journal.as_mut().filter(|_| !stays) {
-                    journal.push(Change::Displaced {
-                        position: entry.position,
-                        why: Displaced::Reclaim,
-                    });
-                }
-                stays
-            });
-            self.counters.reclaim_dropped += stray as u64;
-            self.lose_strayed_leases(first..last);
+            self.drop_strays(segment, &HashSet::new());
         }
         self.reclaim = None;
         let freed = self.segments.get(segment);
         freed.phase = SegmentPhase::Free;
         self.segments.free.push_back(segment);
         self.counters.segments_reclaimed += 1;
+    }
+
+    fn positions_of(&self, segment: u32) -> Range<u32> {
+        self.segments.position(segment, 0)..self.segments.position(segment + 1, 0)
+    }
+
+    /// Takes out the entries that lead to a segment, but for those at `named` positions.
+    fn drop_strays(&mut self, segment: u32, named: &HashSet<u32>) {
+        let positions = self.positions_of(segment);
+        let Self { index, journal, .. } = self;
+        let stray = index.retain(|entry| {
+            let stays = !positions.contains(&entry.position) || named.contains(&entry.position);
+            if let Some(journal) = journal.as_mut().filter(|_| !stays) {
+                journal.push(Change::Displaced {
+                    position: entry.position,
+                    why: Displaced::Reclaim,
+                });
+            }
+            stays
+        });
+        self.counters.reclaim_dropped += stray as u64;
+        self.lose_strayed_leases(positions);
     }
 
     pub(super) fn has_unflushed_records(&self) -> bool {

@@ -105,6 +105,7 @@ impl World {
                         _ => block.puts.last(),
                     };
                     let leaving = leaving.map_or(0, |put| payload::stored_bytes(&put.lengths));
+                    let is_known = matches!(block.now, Now::Known(_));
                     let wanted = reserving.map_or(0, |(_, wanted)| wanted);
                     let has_room = used_bytes + wanted <= self.config.dram_bytes;
                     // Within a turn only reads of sections want memory, a part of a block each.
@@ -115,7 +116,12 @@ impl World {
                             self.config.dram_bytes
                         ));
                     }
-                    used_bytes = used_bytes.saturating_sub(leaving);
+                    // Where it is not known which put left, neither is how much room it made.
+                    used_bytes = if is_known {
+                        used_bytes.saturating_sub(leaving)
+                    } else {
+                        u64::MAX - wanted
+                    };
                     self.tally.count(match (fragmented, on_device) {
                         (true, _) => "left/memory, fragmented",
                         (false, true) => "left/memory, on the device",
