@@ -269,8 +269,10 @@ impl Shard {
                 continue;
             }
             let bytes = stored_bytes(entry.len);
-            // While the budget is short, memory keeps for a time what it holds, too.
+            // While the budget is short, memory keeps for a time what it holds, too; not at the end
+            // of the process.
             let waits = !has_plenty
+                && self.shutdown.is_none()
                 && self
                     .dram
                     .get(&id)
