@@ -45,6 +45,8 @@ pub enum Change {
     Displaced {
         /// Pages from the shard's first segment.
         position: u32,
+        /// Whose entry it was, where that is known: after a fault two may lead to one position.
+        id: Option<BlockId>,
         /// Why.
         why: Displaced,
     },
@@ -83,7 +85,14 @@ impl Shard {
     }
 
     pub(super) fn note_displaced(&mut self, position: u32, why: Displaced) {
-        self.note(Change::Displaced { position, why });
+        let id = None;
+        self.note(Change::Displaced { position, id, why });
+    }
+
+    /// As [`note_displaced`](Self::note_displaced), of a block that is known.
+    pub(super) fn note_displaced_of(&mut self, id: &BlockId, position: u32, why: Displaced) {
+        let id = Some(*id);
+        self.note(Change::Displaced { position, id, why });
     }
 
     /// Things remembered on behalf of calls and operations under way; none at rest.

@@ -420,6 +420,7 @@ impl Shard {
             if let Some(journal) = journal.as_mut().filter(|_| !stays) {
                 journal.push(Change::Displaced {
                     position: entry.position,
+                    id: None,
                     why: Displaced::Reclaim,
                 });
             }

@@ -130,7 +130,18 @@ impl World {
                     self.model.uncached(number);
                     self.hear_left(number, None)?;
                 }
-                Change::Displaced { position, why } => self.hear_displaced(now, position, why)?,
+                Change::Displaced { position, id, why } => {
+                    // After a fault the entry of another block may have led there: it is that one's
+                    // which is gone, and of that one nothing was known to be there.
+                    let whose = id.and_then(|id| self.numbers.get(&id).copied());
+                    let known = self.model.positions.get(&position).copied();
+                    if whose.is_some() && whose != known && !self.harm.is_none() {
+                        self.tally.count("left/device, an entry that a fault left");
+                        self.displaced += 1;
+                        continue;
+                    }
+                    self.hear_displaced(now, position, why)?;
+                }
             }
         }
         Ok(())
