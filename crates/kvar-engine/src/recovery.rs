@@ -478,10 +478,10 @@ fn apply_below(
                     touched: false,
                     frequency: 0,
                     length: 0,
-                    stamp: shard.current_stamp(),
+                    stamp: shard.keep.stamp(),
                 };
                 shard.keep.demanded(page_round_up(u64::from(len)));
-                let age = shard.age_now();
+                let age = shard.age();
                 let inserted = shard.index.insert(&record.id(), &entry, age);
                 report.bucket_evicted += u64::from(matches!(inserted, Inserted::Evicted(_)));
             }

@@ -60,7 +60,6 @@ pub struct WriteBudget {
     budget: Bucket,
     limit: Bucket,
     seen: Duration,
-    written_bytes: u64,
 }
 
 /// The rates of a [`WriteBudget`]; `None` is without end.
@@ -84,7 +83,6 @@ impl WriteBudget {
             budget: Bucket::new(rates.budget_bytes_per_day, rates.budget_burst_bytes),
             limit: Bucket::new(rates.limit_bytes_per_day, rates.limit_burst_bytes),
             seen: Duration::ZERO,
-            written_bytes: 0,
         }
     }
 
@@ -111,7 +109,6 @@ impl WriteBudget {
     pub fn spend(&mut self, bytes: u64) {
         self.budget.spend(bytes);
         self.limit.spend(bytes);
-        self.written_bytes = self.written_bytes.saturating_add(bytes);
     }
 
     /// Bytes of the budget that are left; negative is debt, `None` is no budget.
@@ -120,26 +117,20 @@ impl WriteBudget {
         Some(self.budget.left_bytes).filter(|left| left.is_finite())
     }
 
-    /// Bytes spent since the start.
-    #[must_use]
-    pub fn written_bytes(&self) -> u64 {
-        self.written_bytes
-    }
-
     /// How a put is admitted.
     pub fn admit(
         &mut self,
         bytes: u64,
         ephemeral: bool,
-        durable: bool,
+        is_asked: bool,
         now: Duration,
     ) -> Admission {
-        if durable {
-            Admission::Now(AdmitReason::Asked)
+        if is_asked {
+            Admission::Asked
         } else if ephemeral {
             Admission::Never
         } else if self.has_plenty(bytes, now) {
-            Admission::Now(AdmitReason::Budget)
+            Admission::Budget
         } else {
             Admission::Later
         }
@@ -149,40 +140,14 @@ impl WriteBudget {
 /// When a put is written to flash.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Admission {
-    /// Within `flush_after`.
-    Now(AdmitReason),
+    /// Within `flush_after`: somebody asked for it.
+    Asked,
+    /// Within `flush_after`: the budget has plenty.
+    Budget,
     /// When it leaves memory, if it is worth a place then.
     Later,
     /// Not at all.
     Never,
-}
-
-/// Why a block is written to flash.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum AdmitReason {
-    /// Somebody waits for it: a durable put, a flush, a shutdown.
-    Asked,
-    /// The write budget has room.
-    Budget,
-    /// It leaves memory and is worth a place.
-    Worth,
-    /// Its tail was worth a place, and is of no use without it.
-    Chain,
-}
-
-/// Why a block is let go that nobody removed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum DropReason {
-    /// Hinted as not worth a write.
-    Ephemeral,
-    /// It left memory, and was worth no place on flash.
-    NotAdmitted,
-    /// It left memory, and the limit of flash writes was reached.
-    Limit,
-    /// It had to leave memory before it was decided about.
-    Memory,
-    /// Its segment was reclaimed, and it was not worth another turnover.
-    NotKept,
 }
 
 #[cfg(test)]
@@ -207,11 +172,11 @@ mod tests {
                 expected
             );
         };
-        check(10, false, false, Admission::Now(AdmitReason::Budget));
+        check(10, false, false, Admission::Budget);
         check(9, false, false, Admission::Later);
-        check(9, false, true, Admission::Now(AdmitReason::Asked));
+        check(9, false, true, Admission::Asked);
         check(10, true, false, Admission::Never);
-        check(10, true, true, Admission::Now(AdmitReason::Asked));
+        check(10, true, true, Admission::Asked);
     }
 
     #[test]
@@ -221,7 +186,6 @@ mod tests {
         assert!(budget.has_plenty(u64::MAX, Duration::ZERO));
         assert!(budget.has_room(u64::MAX, Duration::ZERO));
         assert_eq!(budget.left_bytes(), None);
-        assert_eq!(budget.written_bytes(), u64::MAX);
     }
 
     #[test]

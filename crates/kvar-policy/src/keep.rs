@@ -32,7 +32,7 @@ use crate::reuse::{BlockClass, ReuseModel};
 const TICKS_PER_CAPACITY: u64 = 32;
 /// The greatest age, in ticks, that a stamp tells: five and a half capacities. Blocks that nobody
 /// asked for in so long are not kept.
-pub const AGE_TICKS_MAX: u8 = 176;
+const AGE_TICKS_MAX: u8 = 176;
 /// Within so many ticks every stamp must have been looked at once.
 pub const SWEEP_TICKS: u8 = 64;
 /// What the sample of the reuse model takes: an open interval and its places in the order, for

@@ -36,11 +36,11 @@ mod reclaim;
 mod reuse;
 mod worth;
 
-pub use budget::{Admission, AdmitReason, DropReason, WriteBudget, WriteRates};
+pub use budget::{Admission, WriteBudget, WriteRates};
 pub use clock::{AGE_MAX, CoarseClock, TICKS_PER_TURNOVER};
 pub use flash::{Asking, FlashKeeper, KEPT_SHARE_TARGET};
 pub use ghost::GhostList;
-pub use keep::{AGE_TICKS_MAX, Keep, SWEEP_TICKS, StoreShape};
+pub use keep::{Keep, SWEEP_TICKS, StoreShape};
 pub use lru::TailFirstLru;
 pub use reclaim::{
     BlockFacts, DropAll, FREQUENCY_MAX, KEEP_AGE_MAX, KEPT_SHARE_MAX, RecentlyUsed, ReclaimPolicy,

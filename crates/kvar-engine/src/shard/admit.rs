@@ -22,7 +22,7 @@ use super::{Change, Shard};
 use crate::dram::{Gone, State};
 use crate::index::Entry;
 use kvar_base::{BlockId, Moment, page_round_up};
-use kvar_policy::{AGE_TICKS_MAX, Asking, BlockClass, Candidate, SWEEP_TICKS};
+use kvar_policy::{Asking, BlockClass, Candidate, SWEEP_TICKS};
 use std::time::Duration;
 
 /// The part of memory that is kept for what can leave at once: writes on their way and copies of
@@ -30,7 +30,6 @@ use std::time::Duration;
 const AHEAD_SHARE: u64 = 8;
 /// Requests of which something was written, remembered so that the rest follows.
 const WRITTEN_KEPT: usize = 256;
-const _: () = assert!(AGE_TICKS_MAX > SWEEP_TICKS);
 
 /// What the policy calls a block: ids are keyed hashes, so any eight bytes will do.
 fn short(id: &BlockId) -> u64 {

@@ -311,7 +311,8 @@ impl Shard {
         known.max(depth.saturating_add(1))
     }
 
-    fn age(&self) -> impl Fn(u8) -> u8 + use<> {
+    /// How old a stamp is, in ticks.
+    pub(crate) fn age(&self) -> impl Fn(u8) -> u8 + use<> {
         let now = self.keep.stamp();
         move |stamp| now.wrapping_sub(stamp)
     }
@@ -498,14 +499,6 @@ impl Shard {
             self.segments.all[*segment as usize].opened_at = now - span + span / count * number;
         }
         self.swept_at = self.keep.stamp();
-    }
-
-    pub(crate) fn current_stamp(&self) -> u8 {
-        self.keep.stamp()
-    }
-
-    pub(crate) fn age_now(&self) -> impl Fn(u8) -> u8 + use<> {
-        self.age()
     }
 
     /// A device operation is over.

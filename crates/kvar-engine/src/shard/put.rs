@@ -22,7 +22,7 @@ use crate::mutation::{self, Check};
 use kvar_base::check::version;
 use kvar_base::{MissReason, Moment, PutOutcome, Refusal, SECTIONS_MAX, page_round_up};
 use kvar_io::Buffer;
-use kvar_policy::{Admission, AdmitReason};
+use kvar_policy::Admission;
 use std::time::Duration;
 
 /// How long a put may stay without commit or abort after its deadline before its id is free again.
@@ -218,7 +218,7 @@ impl Shard {
             Admission::Never => State::Volatile,
             _ if given_up => State::Volatile,
             Admission::Later => State::Held,
-            Admission::Now(_) => State::Dirty,
+            Admission::Asked | Admission::Budget => State::Dirty,
         };
         let blocks = self.request_blocks(told.request, told.depth);
         let class = self.used(&id, None, blocks);
@@ -259,10 +259,9 @@ impl Shard {
             // At once, or the next puts would find nothing that may leave.
             return self.decide_ahead(now);
         }
-        match admission {
-            Admission::Now(AdmitReason::Asked) => self.counters.admitted_asked += 1,
-            _ => self.counters.admitted_budget += 1,
-        }
+        let is_asked = admission == Admission::Asked;
+        self.counters.admitted_asked += u64::from(is_asked);
+        self.counters.admitted_budget += u64::from(!is_asked);
         self.unflushed.add(number, now, durable.then_some(token));
         self.push_dirty(WriteItem {
             id,
