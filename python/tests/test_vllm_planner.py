@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from kvar.vllm.orders import SaveReport, merge_reports
+from kvar.vllm.choice import EXPLORE_EVERY, Choice, Override
+from kvar.vllm.orders import LoadReport, SaveReport, StepOrders, merge_reports
 from kvar.vllm.planner import LOOKUP_REUSE_S, WAIT_S_MAX, Found, Planner
 
 BLOCK = 32
@@ -56,6 +57,7 @@ class Bench:
         self.lookups = 0
         self.holds: dict[int, int] = {}
         self.now = 100.0
+        self.choice = Choice(override=Override.AUTO, deadline_s=2.0)
         self.planner = Planner(
             block_tokens=BLOCK,
             pool_blocks=pool,
@@ -67,6 +69,7 @@ class Bench:
             release=self.release,
             now=lambda: self.now,
             numbers=self.number,
+            choice=self.choice,
         )
 
     def number(self) -> int:
@@ -93,7 +96,7 @@ class Bench:
             if not self.holds[block]:
                 del self.holds[block]
 
-    def step(self, request: Request, tokens: int, pages: Sequence[int]):  # type: ignore[no-untyped-def]
+    def step(self, request: Request, tokens: int, pages: Sequence[int]) -> StepOrders:
         orders = self.planner.step({request.request_id: tokens}, lambda _: pages)
         request.num_computed_tokens += tokens
         return orders
@@ -425,3 +428,76 @@ def test_all_orders_of_a_prompt_have_its_number() -> None:
         (save,) = bench.step(request, 65, pages(3)).saves
         numbers.append(save.request)
     assert numbers == [1, 2]
+
+
+def seen(bench: Bench, *, computed_a_s: float, loaded_a_s: float) -> None:
+    """The engine computes and the store brings so many tokens a second; both were seen."""
+    teacher = Request("teacher", num_tokens=1000)
+    bench.planner.matched(teacher, 0)
+    bench.planner.allocated(teacher, pages(32), 0)
+    orders = bench.step(teacher, 1000, pages(32))
+    bench.now += 1000 / computed_a_s
+    bench.planner.worker_said(
+        reports={orders.saves[0].job: SaveReport(1, len(orders.saves[0].block_ids), 0)},
+        loaded=(),
+        bad_block_ids=set(),
+        loads=LoadReport(1, BLOCK / loaded_a_s),
+        step=orders.step,
+    )
+    bench.planner.counters.take()
+
+
+def test_what_is_computed_sooner_is_not_loaded_and_its_lease_ends() -> None:
+    bench = Bench()
+    request = Request("a", num_tokens=640)
+    bench.stored.update(request.block_hashes)
+    seen(bench, computed_a_s=10_000, loaded_a_s=1_000)
+    assert bench.planner.matched(request, 0) == 0
+    assert bench.leases == []
+    bench.planner.allocated(request, pages(20), 0)
+    assert bench.planner.counters.take()["recompute_tokens"] == 19 * BLOCK
+    # It is there already: nothing to save but the last block.
+    assert [order.depth for order in bench.step(request, 640, pages(20)).saves] == [19]
+
+
+def test_of_a_long_prefix_only_what_arrives_in_time_is_loaded() -> None:
+    bench = Bench()
+    request = Request("a", num_tokens=3201)
+    bench.stored.update(request.block_hashes)
+    seen(bench, computed_a_s=100, loaded_a_s=1_000)
+    tokens = bench.planner.matched(request, 0)
+    # Half of two seconds at 1000 tokens a second, less the start, in whole blocks.
+    assert tokens == 31 * BLOCK
+    bench.planner.allocated(request, pages(101), tokens)
+    assert bench.choice.queued_tokens == tokens
+    assert len(bench.step(request, 1, pages(101)).loads[0].block_ids) == tokens // BLOCK
+    bench.say(loaded=["a"])
+    assert bench.choice.queued_tokens == 0
+
+
+def test_a_load_that_waits_behind_others_loses_to_computing() -> None:
+    bench = Bench()
+    seen(bench, computed_a_s=3_000, loaded_a_s=4_000)
+    first, second = Request("a", num_tokens=3201), Request("b", num_tokens=3201)
+    for request in (first, second):
+        bench.stored.update(request.block_hashes)
+    tokens = bench.planner.matched(first, 0)
+    assert tokens == 3200
+    bench.planner.allocated(first, pages(101), tokens)
+    assert bench.planner.matched(second, 0) == 0
+    # Aborted: what it ordered is not waited for any more.
+    bench.planner.finished(first, pages(101))
+    bench.now += 10
+    assert bench.planner.matched(second, 0) == 3200
+
+
+def test_now_and_then_a_load_is_tried_all_the_same() -> None:
+    bench = Bench()
+    seen(bench, computed_a_s=10_000, loaded_a_s=1_000)
+    loads = 0
+    for number in range(2 * EXPLORE_EVERY):
+        request = Request(f"r{number}", num_tokens=129)
+        bench.stored.update(request.block_hashes)
+        loads += bench.planner.matched(request, 0) > 0
+    assert loads == 2
+    assert bench.planner.counters.take()["explored_requests"] == 2

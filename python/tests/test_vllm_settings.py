@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kvar.vllm.choice import Override
 from kvar.vllm.fingerprint import SAMPLE_BYTES, config_digest, fingerprint_text, model_name
 from kvar.vllm.settings import Mode, Settings, SettingsError
 
@@ -15,7 +16,8 @@ NEEDED = {"endpoint": "127.0.0.1:1", "namespace_key_file": "/k"}
 
 def test_defaults_are_the_documented_ones() -> None:
     settings = Settings.from_extra_config(NEEDED)
-    assert settings == Settings("127.0.0.1:1", "default", "/k", Mode.LOAD, 2000, 20, 2000)
+    expected = Settings("127.0.0.1:1", "default", "/k", Mode.LOAD, 2000, 20, 2000, Override.AUTO)
+    assert settings == expected
 
 
 @pytest.mark.parametrize(
@@ -29,6 +31,7 @@ def test_defaults_are_the_documented_ones() -> None:
         ({"deadline_ms": "20"}, ["deadline_ms"]),
         ({"lookup_deadline_ms": True}, ["lookup_deadline_ms"]),
         ({"lease_ms": 30_001}, ["lease_ms", "30000"]),
+        ({"choice": "never"}, ["'never'", "auto, always"]),
         ({"deadlin_ms": 5}, ["deadlin_ms", "deadline_ms"]),
     ],
 )

@@ -15,8 +15,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 const POOL_BLOCKS: usize = 4096;
-/// Places that blocks are read into, by turns.
-const SLOTS: usize = 64;
+/// Places that blocks are read into, by turns: as many as there are requests under way, so that they
+/// stay in the second-level cache like those of a client that uses its buffers again.
+const SLOTS: usize = 16;
 
 /// What a run reached.
 #[derive(Clone, Copy, Debug)]

@@ -45,9 +45,10 @@ from vllm.v1.kv_cache_interface import (
 )
 
 import kvar
+from kvar.vllm.choice import Choice
 from kvar.vllm.fingerprint import config_digest, fingerprint_text, model_name
 from kvar.vllm.link import Link
-from kvar.vllm.orders import SaveReport, StepOrders, merge_reports
+from kvar.vllm.orders import LoadReport, SaveReport, StepOrders, merge_reports
 from kvar.vllm.pages import pages_of
 from kvar.vllm.planner import Found, Planner
 from kvar.vllm.settings import Settings, SettingsError
@@ -76,15 +77,18 @@ class Orders(KVConnectorMetadata):
 
 
 class Reports(KVConnectorWorkerMetadata):
-    """Ends of saves, in the wrapping that vLLM carries back."""
+    """Ends of saves, loads and steps, in the wrapping that vLLM carries back."""
 
-    def __init__(self, reports: dict[int, SaveReport]) -> None:
+    def __init__(self, reports: dict[int, SaveReport], loads: LoadReport, step: int = 0) -> None:
         self.reports = reports
+        self.loads = loads
+        self.step = step
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Reports:
         """Adds another rank's reports."""
         assert isinstance(other, Reports)
-        return Reports(merge_reports(self.reports, other.reports))
+        reports = merge_reports(self.reports, other.reports)
+        return Reports(reports, self.loads + other.loads, max(self.step, other.step))
 
 
 class Greeting(KVConnectorHandshakeMetadata):
@@ -160,6 +164,9 @@ class KvarConnector(KVConnectorBase_V1):
             lookup=self._stored_positions,
             hold=self._hold,
             release=self._release,
+            choice=Choice(
+                override=self._settings.choice, deadline_s=self._settings.deadline_ms / 1000
+            ),
             lease_s=self._settings.lease_ms / 1000,
         )
         logger.info(
@@ -243,8 +250,11 @@ class KvarConnector(KVConnectorBase_V1):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Takes in what the workers reported."""
         meta = connector_output.kv_connector_worker_meta
+        said = meta if isinstance(meta, Reports) else Reports({}, LoadReport())
         self._planner.worker_said(
-            reports=meta.reports if isinstance(meta, Reports) else {},
+            reports=said.reports,
+            loads=said.loads,
+            step=said.step,
             loaded=connector_output.finished_recving or (),
             bad_block_ids=connector_output.invalid_block_ids,
         )
@@ -372,8 +382,12 @@ class KvarConnector(KVConnectorBase_V1):
         return self._ended.bad_block_ids
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
-        """Saves that have just ended."""
-        return Reports(self._ended.reports) if self._ended.reports else None
+        """Saves that have just ended, how fast loads were, and the step if that is asked for."""
+        orders = self._step_orders()
+        step = orders.step if orders is not None else 0
+        if not step and not self._ended.reports and not self._ended.loads.blocks:
+            return None
+        return Reports(self._ended.reports, self._ended.loads, step)
 
     # ---- both ----
 

@@ -4,6 +4,7 @@
 scheduler                                 worker (one a rank)
   StepOrders{loads, saves, salt}   --->     starts them in the background
   SaveReports{job -> SaveReport}   <---     ends of saves; loads end through vLLM's own channel
+  LoadReport, step                 <---     how fast loads were; which step has ended
 ```
 
 Orders carry engine hashes, not block ids: every rank names its own blocks from them. These are
@@ -49,6 +50,8 @@ class StepOrders:
     saves: list[SaveOrder] = field(default_factory=list)
     salt: str = ""
     """Part of the fingerprint; a new one after the cache was reset from outside."""
+    step: int = 0
+    """Names a step whose end the scheduler wants to hear of; 0: it does not."""
 
 
 @dataclass
@@ -65,6 +68,20 @@ class SaveReport:
             self.stored_blocks + other.stored_blocks,
             self.failed_blocks + other.failed_blocks,
         )
+
+
+@dataclass
+class LoadReport:
+    """What the loads that ended brought, to see how fast the store is."""
+
+    blocks: int = 0
+    """Of all ranks counted in it."""
+    seconds: float = 0.0
+    """In which loads were under way, on the rank where it was longest."""
+
+    def __add__(self, other: LoadReport) -> LoadReport:
+        """Adds another rank's."""
+        return LoadReport(self.blocks + other.blocks, max(self.seconds, other.seconds))
 
 
 def merge_reports(

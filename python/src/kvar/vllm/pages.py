@@ -21,6 +21,7 @@ Transfers are pushed along by :meth:`Transfer.advance`, called once an engine st
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -44,6 +45,9 @@ class Transfer(Protocol):
 
     def advance(self) -> list[str] | None:
         """Pushes it along; when it has ended, for each block its outcome."""
+
+    def ended_at(self) -> float:
+        """When it ended, by the monotonic clock; asked once it has."""
 
 
 class Pages(Protocol):
@@ -105,9 +109,18 @@ class _Pending:
 
     def __init__(self, pending: kvar.Pending[Any]) -> None:
         self._pending = pending
+        self._ended_at: float | None = None
+        # An engine step is long against a load: when it is looked at says little.
+        pending.add_done_callback(self._note_end)
+
+    def _note_end(self) -> None:
+        self._ended_at = time.monotonic()
 
     def advance(self) -> list[str] | None:
         return words_of(self._pending.result()) if self._pending.done() else None
+
+    def ended_at(self) -> float:
+        return time.monotonic() if self._ended_at is None else self._ended_at
 
 
 class DirectPages:
@@ -310,6 +323,10 @@ class _Staged(ABC):
             self._pieces.append(piece)
             self.begin(piece)
         return self.words if self._next == len(self.ids) and not self._pieces else None
+
+    def ended_at(self) -> float:
+        """Now: a piece ends when it is pushed."""
+        return time.monotonic()
 
     @abstractmethod
     def begin(self, piece: _Piece) -> None:

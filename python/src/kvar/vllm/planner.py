@@ -32,7 +32,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from kvar.vllm.orders import LoadOrder, SaveOrder, SaveReport, StepOrders
+from kvar.vllm.choice import Choice
+from kvar.vllm.orders import LoadOrder, LoadReport, SaveOrder, SaveReport, StepOrders
 
 # A request that finds no free memory is asked about in every step. Its answer stays good for half
 # of the two seconds that a lookup's lease lasts by default.
@@ -101,12 +102,16 @@ class Tracked:
     local_blocks: int = 0
     loading: list[int] | None = None
     """Pages being filled, in order; they begin at ``local_blocks``."""
+    queued_tokens: int = 0
+    """Ordered to be loaded, and nothing was heard of them yet."""
     barred: bool = False
     """A load of it failed: compute from now on."""
     stale: bool = False
     """Begun before the cache was reset: its pages may be of other weights, save none."""
     lookup: tuple[float, int, int] | None = None
     """When it was looked up, how many blocks were asked about, how many were there."""
+    chosen: tuple[int, int] | None = None
+    """Of so many stored tokens to load so many: decided once for each lookup."""
     lease: StoreLease | None = None
     leased_since: float = 0.0
     renewed: float = 0.0
@@ -148,6 +153,7 @@ class Planner:
         lookup: Callable[[Sequence[bytes], int, float], Found | None],
         hold: Callable[[Sequence[int]], None],
         release: Callable[[Sequence[int]], None],
+        choice: Choice,
         lease_s: float = 2.0,
         now: Callable[[], float] = time.monotonic,
         numbers: Callable[[], int] = time.time_ns,
@@ -160,6 +166,7 @@ class Planner:
         self._lookup = lookup
         self._hold = hold
         self._release = release
+        self._choice = choice
         self._lease_s = lease_s
         self._now = now
         self._numbers = numbers
@@ -189,7 +196,18 @@ class Planner:
         if not self._loads or tracked.barred or stored <= tracked.local_blocks:
             self._let_go(tracked)
             return 0
-        return (stored - tracked.local_blocks) * self._block_tokens
+        tokens = self._chosen(tracked, (stored - tracked.local_blocks) * self._block_tokens)
+        if not tokens:
+            self._let_go(tracked)
+        return tokens
+
+    def _chosen(self, tracked: Tracked, tokens: int) -> int:
+        """How many of these stored tokens come sooner by loading them."""
+        if tracked.chosen is None or tracked.chosen[0] != tokens:
+            chosen = self._choice.choose(tokens, self._block_tokens)
+            tracked.chosen = (tokens, chosen.tokens)
+            self.counters.add("explored_requests", chosen.explores)
+        return tracked.chosen[1]
 
     def _stored_blocks(self, tracked: Tracked, usable: int) -> int | None:
         if usable <= 0:
@@ -206,6 +224,7 @@ class Planner:
         found_now = found.positions
         self._take(tracked, found.lease)
         tracked.lookup = (self._now(), usable, found_now)
+        tracked.chosen = None
         self.counters.add("looked_up_tokens", usable * self._block_tokens)
         self.counters.add("stored_tokens", found_now * self._block_tokens)
         return found_now
@@ -242,6 +261,9 @@ class Planner:
         """The request has its pages; ``tokens`` of them are to be loaded (0: none)."""
         tracked = self._track(request)
         tracked.lookup = None
+        if tracked.chosen is not None:
+            self.counters.add("recompute_tokens", tracked.chosen[0] - tracked.chosen[1])
+            tracked.chosen = None
         if tokens <= 0:
             if tracked.loading is None:
                 self._let_go(tracked)
@@ -249,6 +271,8 @@ class Planner:
         first = tracked.local_blocks
         last = first + tokens // self._block_tokens
         tracked.loading = list(block_ids[first:last])
+        tracked.queued_tokens = tokens
+        self._choice.queued_tokens += tokens
         self.counters.add("hit_tokens", tokens)
         self._orders.loads.append(
             LoadOrder(
@@ -278,6 +302,10 @@ class Planner:
                 )
         orders, self._orders = self._orders, StepOrders()
         orders.salt = self.salt
+        # A request that is past its prompt brings one token a step.
+        prompt_tokens = sum(tokens for tokens in scheduled_tokens.values() if tokens > 1)
+        all_tokens = sum(scheduled_tokens.values())
+        orders.step = self._choice.step_began(self._now(), prompt_tokens, all_tokens)
         return orders
 
     def _save(
@@ -318,8 +346,16 @@ class Planner:
         reports: Mapping[int, SaveReport],
         loaded: Iterable[str],
         bad_block_ids: set[int],
+        loads: LoadReport | None = None,
+        step: int = 0,
     ) -> None:
         """Takes in what the workers reported after a step."""
+        tokens, seconds = self._choice.step_ended(self._now(), step)
+        self.counters.add("computed_tokens", tokens)
+        self.counters.add("computed_seconds", seconds)
+        if loads is not None:
+            a_rank = loads.blocks / self._ranks * self._block_tokens
+            self._choice.loaded(a_rank, loads.seconds)
         for job, report in reports.items():
             known = self._reports.get(job)
             total = report if known is None else known + report
@@ -342,6 +378,7 @@ class Planner:
             if done is not None and done.loading is not None:
                 self.counters.add("loaded_tokens", len(done.loading) * self._block_tokens)
                 done.loading = None
+                self._unqueue(done)
             if done is not None:
                 self._let_go(done)
 
@@ -358,11 +395,16 @@ class Planner:
                 tracked.saved_blocks = tracked.local_blocks + index
                 return
 
+    def _unqueue(self, tracked: Tracked) -> None:
+        self._choice.queued_tokens -= tracked.queued_tokens
+        tracked.queued_tokens = 0
+
     def finished(self, request: EngineRequest, block_ids: Sequence[int]) -> None:
         """The request ended: orders what was not saved yet and forgets it."""
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is not None:
             self._let_go(tracked)
+            self._unqueue(tracked)
         # Pages of a load that is still under way hold nothing worth keeping.
         if tracked is not None and tracked.loading is None:
             self._save(tracked, request.num_computed_tokens, lambda: block_ids)

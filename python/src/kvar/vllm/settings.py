@@ -9,6 +9,8 @@
 | deadline_ms        | 2000    | longest time one load or save may take before it is given up |
 | lookup_deadline_ms | 20      | longest time the scheduler waits for a lookup                |
 | lease_ms           | 2000    | how long what a lookup found stays unless it is renewed      |
+| choice             | auto    | auto: load what comes sooner than it could be computed;      |
+|                    |         | always: load all that is stored                              |
 
 An unknown key is an error: a misspelt one would otherwise be a silent default.
 """
@@ -18,9 +20,10 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import kvar
+from kvar.vllm.choice import Override
 
 # A load of an 8k-token prompt of a mid-sized model is some hundred megabytes: a tenth of this on a
 # good link. Past it, computing the prompt again is the better deal almost everywhere.
@@ -37,6 +40,9 @@ LEASE_MS_MAX = 30_000
 
 # No setting of a deadline makes sense beyond a minute: the request would be gone.
 DEADLINE_MS_MAX = 60_000
+
+
+Word = TypeVar("Word", bound=enum.Enum)
 
 
 class Mode(enum.Enum):
@@ -82,6 +88,7 @@ class Settings:
     deadline_ms: int
     lookup_deadline_ms: int
     lease_ms: int
+    choice: Override
 
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, Any]) -> Settings:
@@ -93,23 +100,27 @@ class Settings:
                 f"kv_connector_extra_config has unknown keys {', '.join(unknown)}; "
                 f"the known ones are {', '.join(sorted(known))}"
             )
-        word = extra.get("mode", Mode.LOAD.value)
-        try:
-            mode = Mode(word)
-        except ValueError:
-            words = ", ".join(mode.value for mode in Mode)
-            raise SettingsError(f"mode is {word!r}; write one of {words}") from None
         return cls(
             endpoint=_text(extra, "endpoint", None),
             namespace=_text(extra, "namespace", "default"),
             namespace_key_file=_text(extra, "namespace_key_file", None),
-            mode=mode,
+            mode=_one_of(Mode, extra, "mode", Mode.LOAD),
             deadline_ms=_milliseconds(extra, "deadline_ms", DEADLINE_MS_DEFAULT),
             lookup_deadline_ms=_milliseconds(
                 extra, "lookup_deadline_ms", LOOKUP_DEADLINE_MS_DEFAULT
             ),
             lease_ms=_milliseconds(extra, "lease_ms", LEASE_MS_DEFAULT, LEASE_MS_MAX),
+            choice=_one_of(Override, extra, "choice", Override.AUTO),
         )
+
+
+def _one_of(kind: type[Word], extra: Mapping[str, Any], name: str, default: Word) -> Word:
+    word = extra.get(name, default.value)
+    try:
+        return kind(word)
+    except ValueError:
+        words = ", ".join(one.value for one in kind)
+        raise SettingsError(f"{name} is {word!r}; write one of {words}") from None
 
 
 def _text(extra: Mapping[str, Any], name: str, default: str | None) -> str:

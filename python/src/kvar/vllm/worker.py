@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import kvar
 from kvar.vllm.link import Link
-from kvar.vllm.orders import LoadOrder, SaveOrder, SaveReport
+from kvar.vllm.orders import LoadOrder, LoadReport, SaveOrder, SaveReport
 from kvar.vllm.pages import Pages, Transfer
 from kvar.vllm.planner import Counters
 
@@ -50,6 +50,7 @@ class Ended:
     loaded: set[str] = field(default_factory=set)
     bad_block_ids: set[int] = field(default_factory=set)
     reports: dict[int, SaveReport] = field(default_factory=dict)
+    loads: LoadReport = field(default_factory=LoadReport)
 
 
 class Mover:
@@ -76,6 +77,7 @@ class Mover:
         self._loads: list[_Load] = []
         self._saves: list[_Save] = []
         self._ended = Ended()
+        self._load_ended = float("-inf")
         self.counters = Counters()
 
     def start_load(self, order: LoadOrder, salt: str) -> None:
@@ -131,8 +133,13 @@ class Mover:
             pairs = zip(load.order.block_ids, words, strict=True)
             self._ended.bad_block_ids.update(block for block, word in pairs if word != "hit")
             self._count_others("load", words, ("hit",))
-            self.counters.add("load_seconds", time.monotonic() - load.started)
+            ended_at = load.transfer.ended_at()
+            self.counters.add("load_seconds", ended_at - load.started)
             self.counters.add("loaded_bytes", words.count("hit") * self._bytes_a_block)
+            # Loads under way together share the link: time counts once for all of them.
+            self._ended.loads.blocks += words.count("hit")
+            self._ended.loads.seconds += max(ended_at - max(load.started, self._load_ended), 0.0)
+            self._load_ended = max(ended_at, self._load_ended)
         for save in list(self._saves):
             words = self._advance(save.transfer, len(save.order.block_ids))
             if words is None:
