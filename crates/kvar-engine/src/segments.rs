@@ -40,6 +40,8 @@ pub(crate) struct Segment {
 /// A directory area of an open segment.
 ///
 /// The page being filled is written to two places by turns; a full page keeps its place for good.
+/// Turns count only when they are flushed: after a batch that failed, the place that holds the
+/// flushed records is not the one to be written.
 #[derive(Debug)]
 pub(crate) struct Area {
     pub(crate) first_page: u32,
@@ -53,6 +55,19 @@ pub(crate) struct Area {
     unused_place: u32,
     /// Records handed out to places, recorded or not.
     reserved: usize,
+    /// How it was before the batch that is not flushed yet.
+    before: Option<Before>,
+}
+
+/// What an area goes back to when a batch fails.
+#[derive(Debug)]
+struct Before {
+    written: usize,
+    next_place: u32,
+    other_place: u32,
+    unused_place: u32,
+    /// The page that was being filled, if the batch filled it.
+    filled: Option<Vec<Record>>,
 }
 
 impl Area {
@@ -66,6 +81,7 @@ impl Area {
             other_place: 1,
             unused_place: 2,
             reserved: 0,
+            before: None,
         }
     }
 
@@ -81,6 +97,13 @@ impl Area {
     fn add(&mut self, records: &[Record]) -> Vec<(u32, Vec<Record>)> {
         let mut pages = Vec::new();
         let mut records = records.iter().copied();
+        let before = self.before.get_or_insert(Before {
+            written: self.written,
+            next_place: self.next_place,
+            other_place: self.other_place,
+            unused_place: self.unused_place,
+            filled: None,
+        });
         loop {
             let room = RECORDS_PER_PAGE - self.current.len();
             self.current.extend(records.by_ref().take(room));
@@ -93,7 +116,9 @@ impl Area {
                 // This place is final now. The other place may hold the only flushed copy of
                 // earlier records until this batch is flushed, so the next page, which may be
                 // written in the same batch, starts on an unused place.
-                self.current.clear();
+                let next = Vec::with_capacity(RECORDS_PER_PAGE);
+                let filled = std::mem::replace(&mut self.current, next);
+                before.filled.get_or_insert(filled);
                 self.written = 0;
                 self.next_place = self.unused_place;
                 self.unused_place += 1;
@@ -101,6 +126,24 @@ impl Area {
                 std::mem::swap(&mut self.next_place, &mut self.other_place);
             }
         }
+    }
+
+    fn flushed(&mut self) {
+        self.before = None;
+    }
+
+    fn undo(&mut self) {
+        let Some(before) = self.before.take() else {
+            return;
+        };
+        if let Some(filled) = before.filled {
+            self.current = filled;
+        }
+        self.current.truncate(before.written);
+        self.written = before.written;
+        self.next_place = before.next_place;
+        self.other_place = before.other_place;
+        self.unused_place = before.unused_place;
     }
 }
 
@@ -119,6 +162,8 @@ pub(crate) struct OpenSegment {
     pub(crate) records: Vec<Record>,
     /// Recorded, not yet on a directory page: (area, record).
     unwritten: Vec<(usize, Record)>,
+    /// On directory pages that are not flushed yet.
+    unflushed: Vec<(usize, Record)>,
     pub(crate) writes_in_flight: u32,
 }
 
@@ -159,6 +204,7 @@ impl OpenSegment {
             area_pages,
             records: Vec::new(),
             unwritten: Vec::new(),
+            unflushed: Vec::new(),
             writes_in_flight: 0,
         }
     }
@@ -221,9 +267,11 @@ impl OpenSegment {
         !self.unwritten.is_empty()
     }
 
-    /// The directory pages that must be written for what was recorded.
+    /// The directory pages that must be written for what was recorded: a batch, which ends with
+    /// [`flushed`](Self::flushed) or [`not_flushed`](Self::not_flushed).
     pub(crate) fn directory_pages(&mut self) -> Vec<(u32, Vec<Record>)> {
-        let unwritten = std::mem::take(&mut self.unwritten);
+        self.unflushed.append(&mut self.unwritten);
+        let unwritten = &self.unflushed;
         let mut pages = Vec::new();
         for (number, area) in self.areas.iter_mut().enumerate() {
             let records: Vec<_> = unwritten
@@ -236,6 +284,20 @@ impl OpenSegment {
             }
         }
         pages
+    }
+
+    /// The last batch of directory pages is flushed.
+    pub(crate) fn flushed(&mut self) {
+        self.unflushed.clear();
+        self.areas.iter_mut().for_each(Area::flushed);
+    }
+
+    /// Which pages of the last batch are on the device is not known: they are written again, to
+    /// the same places. What was flushed before lies in others.
+    pub(crate) fn not_flushed(&mut self) {
+        self.unflushed.append(&mut self.unwritten);
+        std::mem::swap(&mut self.unflushed, &mut self.unwritten);
+        self.areas.iter_mut().for_each(Area::undo);
     }
 }
 
@@ -303,6 +365,7 @@ mod tests {
     use super::*;
     use crate::layout::RECORD_BLOCK;
     use kvar_base::{BlockId, DeviceUuid};
+    use std::collections::{HashMap, HashSet};
 
     fn superblock(bytes: u64) -> Superblock {
         Superblock::plan(bytes, 1, 65536, DeviceUuid::new([1; 16]), [2; 16], 0).unwrap()
@@ -351,45 +414,57 @@ mod tests {
         fill(&small, 1);
     }
 
-    #[test]
-    fn a_torn_directory_page_loses_nothing_of_earlier_batches() {
-        let superblock = superblock(1 << 30);
-        let mut segment = OpenSegment::new(&superblock, 0, 1, 0);
-        let mut disk: std::collections::HashMap<u32, Vec<Record>> =
-            std::collections::HashMap::new();
-        let mut flushed: Vec<u64> = Vec::new();
-        let mut sequence = 0;
-        for batch in [1, 5, 40, 3, 30, 42, 1, 1, 2] {
-            let mut fresh = Vec::new();
-            for _ in 0..batch {
-                let Some(placed) = segment.place(1, Spare::default()) else {
-                    break;
-                };
-                sequence += 1;
-                fresh.push(sequence);
-                let id = BlockId::new([0; 32]);
-                segment.record(placed.area, Record::bare(RECORD_BLOCK, &id, sequence));
-            }
-            let pages = segment.directory_pages();
-            // Whichever single page of this batch is torn, what was flushed before is still there.
-            for torn in 0..pages.len() {
-                let mut broken = disk.clone();
-                for (number, (page, records)) in pages.iter().enumerate() {
-                    if number == torn {
-                        broken.remove(page)
-                    } else {
-                        broken.insert(*page, records.clone())
+    proptest::proptest! {
+        /// Batches of so many records, each flushed or not; of the pages of one that is not, some
+        /// are on the device, some torn, some as they were.
+        #[test]
+        fn neither_a_torn_page_nor_a_refused_batch_loses_what_was_flushed(
+            batches in proptest::collection::vec((1..50_usize, 0..3_u32, 0..81_u32), 1..24),
+        ) {
+            let superblock = superblock(1 << 30);
+            let mut segment = OpenSegment::new(&superblock, 0, 1, 0);
+            let mut disk = HashMap::new();
+            let mut flushed: HashSet<u64> = HashSet::new();
+            let (mut sequence, mut recorded) = (0, HashSet::new());
+            for (count, fate, fates) in batches {
+                for _ in 0..count {
+                    let Some(placed) = segment.place(1, Spare::default()) else {
+                        break;
                     };
+                    sequence += 1;
+                    recorded.insert(sequence);
+                    let id = BlockId::new([0; 32]);
+                    segment.record(placed.area, Record::bare(RECORD_BLOCK, &id, sequence));
                 }
-                let there: std::collections::HashSet<u64> =
-                    broken.values().flatten().map(Record::sequence).collect();
-                assert!(flushed.iter().all(|sequence| there.contains(sequence)));
+                let pages = segment.directory_pages();
+                // Before the flush any of these pages may be torn.
+                let torn = pages.iter().map(|(page, _)| *page).collect::<HashSet<_>>();
+                let left = on(disk.iter().filter(|(page, _)| !torn.contains(page)));
+                proptest::prop_assert!(left.is_superset(&flushed));
+                let mut fates = fates;
+                for (page, records) in pages {
+                    match if fate > 0 { 0 } else { fates % 3 } {
+                        0 => drop(disk.insert(page, records)),
+                        1 => drop(disk.remove(&page)),
+                        _ => {}
+                    }
+                    fates /= 3;
+                }
+                if fate > 0 {
+                    segment.flushed();
+                    flushed.clone_from(&recorded);
+                } else {
+                    segment.not_flushed();
+                }
+                proptest::prop_assert!(on(disk.iter()).is_superset(&flushed));
             }
-            disk.extend(pages);
-            flushed.extend(fresh);
-            let there: std::collections::HashSet<u64> =
-                disk.values().flatten().map(Record::sequence).collect();
-            assert!(flushed.iter().all(|sequence| there.contains(sequence)));
         }
+    }
+
+    fn on<'a>(pages: impl Iterator<Item = (&'a u32, &'a Vec<Record>)>) -> HashSet<u64> {
+        pages
+            .flat_map(|(_, records)| records)
+            .map(Record::sequence)
+            .collect()
     }
 }

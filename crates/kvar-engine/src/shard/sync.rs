@@ -13,7 +13,8 @@
 //!
 //! What must always be true: nobody is told that something is flushed before the flush that covers
 //! its record; whoever waits is answered once, with success or with why not. After a failed sync it
-//! is not known which pages are on the device, so that none of them counts. The record of a moved
+//! is not known which pages are on the device, so that none of them counts, and the next goes to the
+//! same places: the others hold what was flushed before. The record of a moved
 //! block goes out when its new copy is flushed: recovery takes the newer record, and would lose a
 //! block whose old copy is whole.
 //!
@@ -248,6 +249,10 @@ impl Shard {
         self.counters.device_flushes += 1;
         let Some(sync) = self.sync.take() else { return };
         self.flushed_sequence = self.flushed_sequence.max(sync.up_to_sequence);
+        let Self { segments, .. } = self;
+        for segment in [&mut segments.open, &mut segments.sealing] {
+            segment.iter_mut().for_each(OpenSegment::flushed);
+        }
         if sync.seals {
             self.finish_seal();
         }
@@ -276,6 +281,10 @@ impl Shard {
     /// memory holds of it is written again elsewhere.
     fn sync_failed(&mut self, now: Moment) {
         self.sync = None;
+        let Self { segments, .. } = self;
+        for segment in [&mut segments.open, &mut segments.sealing] {
+            segment.iter_mut().for_each(OpenSegment::not_flushed);
+        }
         let unsure = self.unflushed_blocks();
         // The footer of the segment that is given up may still name what was moved.
         self.moved_unsynced = true;
