@@ -4,10 +4,11 @@
 # make e2e       stock vLLM on this machine's CPU, killed and restarted, against the same prompts
 # make bench     engine against fio, links against plain sockets
 # make bench-peers   the engine beside foyer and fjall: same values, same folder, same run (BENCH_ARGS goes to it)
+# make bench-peers-net  a node beside Mooncake Store and Redis over TCP: rates, latencies, CPU, a plot (root; BENCH_ARGS goes to it)
 # make lint      what CI refuses
 SHELL := /bin/bash
 
-.PHONY: run test e2e bench bench-peers lint tools
+.PHONY: run test e2e bench bench-peers bench-peers-net lint tools
 
 run:
 	@ONCE=$(ONCE) scripts/run.sh
@@ -23,6 +24,9 @@ bench: tools
 
 bench-peers: tools
 	cargo run --release --locked --quiet --manifest-path bench/peers/Cargo.toml -- $(BENCH_ARGS)
+
+bench-peers-net: tools
+	bench/peers_net/run.sh $(BENCH_ARGS)
 
 lint: tools
 	cargo fmt --all --check

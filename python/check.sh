@@ -38,8 +38,8 @@ flock -u 9
 
 say "lint and types"
 cd "$here"
-"$tools/bin/ruff" check --quiet . ../e2e
-"$tools/bin/ruff" format --check --quiet . ../e2e
+"$tools/bin/ruff" check --quiet . ../e2e ../bench/peers_net
+"$tools/bin/ruff" format --check --quiet . ../e2e ../bench/peers_net
 "$tools/bin/mypy" --no-error-summary
 
 profile=${KVAR_PROFILE:-dev}

@@ -3,6 +3,7 @@
 use crate::bench::{PAIRS, SECONDS};
 use crate::block_arguments::{LeaseCommand, LookupArguments, PutArguments};
 use crate::device_arguments::DeviceCommand;
+use crate::node_bench_arguments::NodeBenchArguments;
 use crate::settings_arguments::SettingsArguments;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kvar_base::{BlockId, ByteSize};
@@ -282,6 +283,8 @@ pub(crate) enum BenchCommand {
     /// Opens a device for `index`.
     #[command(hide = true)]
     IndexOpen { path: PathBuf },
+    /// Gets or puts against a node that is running: rate, latency and CPU as one client sees them.
+    Node(NodeBenchArguments),
     /// A node over loopback against a bare pair of sockets, and from flash against fio.
     Net {
         /// A folder with room for the data files; they are removed afterwards.
@@ -526,7 +529,7 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
         .map_err(|_| format!("{text:?} is not a duration: write 250ms, 1s, 30s or 2m"))
 }
 
-fn seconds(text: &str) -> Result<f64, String> {
+pub(crate) fn seconds(text: &str) -> Result<f64, String> {
     text.parse()
         .ok()
         .filter(|seconds| (0.01..=3600.0).contains(seconds))

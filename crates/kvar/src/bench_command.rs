@@ -1,7 +1,7 @@
 //! `kvar bench`: from arguments to a benchmark's settings, and its figures to standard output.
 
 use crate::arguments::{BenchCommand, RoundsArguments};
-use crate::bench::{self, engine, index, net};
+use crate::bench::{self, engine, index, net, node};
 use crate::failure::{Failure, Outcome};
 use crate::print;
 
@@ -41,6 +41,14 @@ pub(crate) fn run(command: &BenchCommand) -> Outcome {
         }
         BenchCommand::IndexFill { path, entries } => return index::fill(path, *entries),
         BenchCommand::IndexOpen { path } => return print::json(&index::open(path)?),
+        BenchCommand::Node(arguments) => {
+            let found = node::run(&arguments.settings())?;
+            if arguments.json {
+                return print::json(&found);
+            }
+            found.print();
+            return Ok(());
+        }
         BenchCommand::Net {
             folder,
             flash_size,
@@ -58,12 +66,14 @@ pub(crate) fn run(command: &BenchCommand) -> Outcome {
             (net::run(&settings)?, rounds.json, rounds.plot.as_ref())
         }
     };
-    if let Some(path) = plot {
-        bench::plot::draw(&found, path).map_err(Failure::failed)?;
-    }
+    // The figures first: they took minutes, and a picture may fail to be written.
     if json {
-        return print::json(&found.json());
+        print::json(&found.json())?;
+    } else {
+        bench::print_table(&found);
     }
-    bench::print_table(&found);
-    Ok(())
+    match plot {
+        Some(path) => bench::plot::draw(&found, path).map_err(Failure::failed),
+        None => Ok(()),
+    }
 }

@@ -14,6 +14,7 @@ mod device_command;
 mod devices;
 mod failure;
 mod lease_command;
+mod node_bench_arguments;
 mod print;
 mod replay;
 mod serve;

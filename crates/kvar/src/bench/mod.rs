@@ -8,6 +8,7 @@ pub(crate) mod engine;
 mod fio;
 pub(crate) mod index;
 pub(crate) mod net;
+pub(crate) mod node;
 mod pair;
 pub(crate) mod plot;
 mod stats;
