@@ -405,6 +405,7 @@ impl Shard {
             touched: class.uses() > 0,
             frequency: class.uses(),
             length: class.length(),
+            kind: class.kind().number(),
             stamp,
         };
         let Self { index, leases, .. } = self;

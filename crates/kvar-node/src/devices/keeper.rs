@@ -382,6 +382,7 @@ impl Keeper {
             unix_at_start_s: self.unix_at_start_s,
             scrub_bytes_per_s: self.config.scrub.0,
             discard: self.config.discard,
+            handover_wait: self.config.handover_wait,
         };
         let one = memory_bytes(&config, &superblock);
         let (mut engines, mut watches) = (Vec::new(), Vec::new());
