@@ -18,6 +18,11 @@ def test_defaults_are_the_documented_ones() -> None:
     assert settings == Settings("127.0.0.1:1", "default", "/k", Mode.LOAD, 2000, 20, 2000)
 
 
+def test_what_an_operator_says_of_the_traffic_is_taken() -> None:
+    settings = Settings.from_extra_config(NEEDED | {"traffic_class": 2, "handover": True})
+    assert (settings.traffic_class, settings.handover) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -30,6 +35,9 @@ def test_defaults_are_the_documented_ones() -> None:
         ({"lookup_deadline_ms": True}, ["lookup_deadline_ms"]),
         ({"lease_ms": 30_001}, ["lease_ms", "30000"]),
         ({"deadlin_ms": 5}, ["deadlin_ms", "deadline_ms"]),
+        ({"traffic_class": 256}, ["traffic_class", "1 to 255"]),
+        ({"traffic_class": True}, ["traffic_class"]),
+        ({"handover": "yes"}, ["handover", "true or false"]),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_name(change: dict[str, Any], words: list[str]) -> None:

@@ -46,8 +46,11 @@ impl World {
             ephemeral,
             ttl_s,
             class: (number % 6) as u8,
-            recompute_us: [0, 0, 10, 1000, 50_000, u32::MAX][said as usize % 6],
-            handover: said / 6 % HANDOVER_ONE_IN == 0,
+            recompute_us: match said % 64 {
+                0 => u32::MAX,
+                said => [0, 0, 500, 1000, 1000, 2000][said as usize % 6],
+            },
+            handover: (said / 6).is_multiple_of(HANDOVER_ONE_IN),
             is_asked: false,
         };
         let request = PutRequest {

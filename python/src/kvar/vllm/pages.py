@@ -69,7 +69,7 @@ class Pages(Protocol):
         blocks: Sequence[int],
         deadline_ms: int,
         depth: int,
-        request: int,
+        hints: kvar.PutHints,
     ) -> Transfer:
         """Starts storing pages."""
 
@@ -146,7 +146,7 @@ class DirectPages:
         blocks: Sequence[int],
         deadline_ms: int,
         depth: int,
-        request: int,
+        hints: kvar.PutHints,
     ) -> Transfer:
         """Starts storing pages."""
         pending = client.submit_put_pages(
@@ -156,7 +156,7 @@ class DirectPages:
             self._page_bytes,
             deadline_ms=deadline_ms,
             depth=depth,
-            hints=kvar.PutHints(request=request),
+            hints=hints,
         )
         return _Pending(pending)
 
@@ -198,10 +198,10 @@ class StagedPages:
         blocks: Sequence[int],
         deadline_ms: int,
         depth: int,
-        request: int,
+        hints: kvar.PutHints,
     ) -> Transfer:
         """Starts storing pages, once what the engine has launched so far is done."""
-        return _StagedSave(self, client, ids, blocks, deadline_ms, depth, request)
+        return _StagedSave(self, client, ids, blocks, deadline_ms, depth, hints)
 
 
 class Lane:
@@ -367,9 +367,10 @@ class _StagedSave(_Staged):
         blocks: Sequence[int],
         deadline_ms: int,
         depth: int,
-        request: int,
+        hints: kvar.PutHints,
     ) -> None:
-        super().__init__(pages, client, ids, blocks, deadline_ms, depth, request)
+        super().__init__(pages, client, ids, blocks, deadline_ms, depth, hints.request)
+        self.hints = hints
         self.computed: Any = None
         if pages.stream is not None:
             import torch
@@ -392,7 +393,7 @@ class _StagedSave(_Staged):
                 self.pages.page_bytes,
                 deadline_ms=self.deadline_ms,
                 depth=self.depth + piece.first,
-                hints=kvar.PutHints(request=self.request),
+                hints=self.hints,
             )
         if not piece.pending.done():
             return False

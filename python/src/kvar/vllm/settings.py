@@ -38,6 +38,9 @@ LEASE_MS_MAX = 30_000
 # No setting of a deadline makes sense beyond a minute: the request would be gone.
 DEADLINE_MS_MAX = 60_000
 
+#: The number is one byte of a put.
+TRAFFIC_CLASS_MAX = 255
+
 
 class Mode(enum.Enum):
     """How much the connector does. Each includes the one before it, save for loading."""
@@ -82,6 +85,8 @@ class Settings:
     deadline_ms: int
     lookup_deadline_ms: int
     lease_ms: int
+    traffic_class: int = 0
+    handover: bool = False
 
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, Any]) -> Settings:
@@ -109,6 +114,8 @@ class Settings:
                 extra, "lookup_deadline_ms", LOOKUP_DEADLINE_MS_DEFAULT
             ),
             lease_ms=_milliseconds(extra, "lease_ms", LEASE_MS_DEFAULT, LEASE_MS_MAX),
+            traffic_class=_traffic_class(extra),
+            handover=_flag(extra, "handover"),
         )
 
 
@@ -119,6 +126,23 @@ def _text(extra: Mapping[str, Any], name: str, default: str | None) -> str:
     if value is None:
         raise SettingsError(f"kv_connector_extra_config needs {name}")
     raise SettingsError(f"{name} is {value!r}; write a text that is not empty")
+
+
+def _traffic_class(extra: Mapping[str, Any]) -> int:
+    value = extra.get("traffic_class", 0)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= TRAFFIC_CLASS_MAX:
+        raise SettingsError(
+            f"traffic_class is {value!r}; write your number for this engine's traffic, "
+            f"1 to {TRAFFIC_CLASS_MAX}, or 0 for none"
+        )
+    return value
+
+
+def _flag(extra: Mapping[str, Any], name: str) -> bool:
+    value = extra.get(name, False)
+    if not isinstance(value, bool):
+        raise SettingsError(f"{name} is {value!r}; write true or false")
+    return value
 
 
 def _milliseconds(
