@@ -9,6 +9,7 @@ mod shard;
 
 use kvar_base::PutOutcome;
 use kvar_engine::{EngineConfig, GetRequest, PutHints, Tier, Touch, WriteRates};
+use kvar_io::sim::{Fault, FaultKind, FaultOn};
 use shard::{Shard, config, id};
 use std::time::Duration;
 
@@ -288,6 +289,33 @@ fn a_flush_and_a_stop_write_what_is_awaited_and_not_what_was_read() {
         .filter(|number| shard.get(*number, None).is_ok())
         .collect();
     assert_eq!(found, [1, 2, 3, 5, 6, 7]);
+}
+
+/// A flush was asked for while the device refused writes; when it took them again, the flush was
+/// said to be done, and blocks that waited for their reader were still in memory alone.
+#[test]
+fn a_flush_that_had_to_wait_for_the_device_writes_what_is_awaited() {
+    let mut shard = shard();
+    let asked = PutHints {
+        is_asked: true,
+        ..PutHints::default()
+    };
+    shard
+        .disk
+        .inject(Fault::always(FaultKind::NoSpace, FaultOn::Write));
+    shard.put(1, &[LEN], asked);
+    shard.pass(Duration::from_secs(20));
+    assert!(shard.counters().device_write_errors >= 3);
+    shard.put(2, &[LEN], handover());
+    shard.put(3, &[LEN], handover());
+    assert!(shard.get(3, None).is_ok());
+    shard.disk.clear_faults();
+    shard.engine.flush(9);
+    shard.pass(Duration::from_secs(6));
+    shard.settle();
+    let tiers = [1, 2, 3].map(|number| tier(&shard, number));
+    let [both, alone] = [Some(Tier::DramAndFlash), Some(Tier::Dram)];
+    assert_eq!(tiers, [both, both, alone]);
 }
 
 #[test]

@@ -16,6 +16,7 @@ mod failure;
 mod lease_command;
 mod print;
 mod replay;
+mod replay_arguments;
 mod serve;
 mod settings_arguments;
 

@@ -10,7 +10,6 @@
 //! What must always be true: every byte that comes back is checked against one complete put of that
 //! block; a node that goes away ends the replay with a report instead of a hang.
 
-use crate::arguments::{Pace, ReplayArguments};
 use crate::connect::{Connected, connect};
 use crate::failure::{Failure, Outcome};
 use crate::print;
@@ -19,6 +18,7 @@ use crate::replay::order::Order;
 use crate::replay::payload;
 use crate::replay::source::read_trace;
 use crate::replay::tally::{ReportFacts, Tally};
+use crate::replay_arguments::{Pace, ReplayArguments};
 use indicatif::{ProgressBar, ProgressStyle};
 use kvar_base::{BlockId, ByteSize, ContentFingerprint, MissReason, PutOutcome, Refusal};
 use kvar_client::{
