@@ -28,6 +28,7 @@ class Node:
         self.data = folder / "store.kvar"
         self.key_file = folder / "store.kvar.key"
         self.endpoint = "127.0.0.1:0"
+        self.admin = ""
 
     def start(self) -> None:
         ready = self._folder / "ready.json"
@@ -43,7 +44,8 @@ class Node:
                 self._process.kill()
                 pytest.fail("the node did not start:\n" + (self._folder / "node.log").read_text())
             time.sleep(0.01)
-        self.endpoint = json.loads(ready.read_text())["listen"]
+        said = json.loads(ready.read_text())
+        self.endpoint, self.admin = said["listen"], said["admin"]
 
     def kill(self) -> None:
         if self._process is not None:

@@ -6,7 +6,9 @@ Needs torch, which the package itself does not: the end-to-end run has it and ru
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,7 +57,7 @@ def settings(node: Node) -> Settings:
     )
 
 
-def mover(node: Node, link: Link, layers: list[Any], text: str) -> Mover:
+def mover(node: Node, link: Link, layers: list[Any], text: str, handover: bool = False) -> Mover:
     return Mover(
         link=link,
         pages=pages_of(layers),
@@ -64,6 +66,7 @@ def mover(node: Node, link: Link, layers: list[Any], text: str) -> Mover:
         head_slice=(0, 1),
         deadline_ms=5000,
         bytes_a_block=1,
+        handover=handover,
     )
 
 
@@ -114,6 +117,23 @@ def test_pages_come_back_into_other_pages(node: Node, link: Link, kind: str, bac
         # Staged pages travel in logical order, so that both kinds mean the same here.
         assert torch.equal(target[layer][given], source[layer][taken])
         assert not target[layer][count:].any()
+
+
+def test_blocks_of_a_prefill_engine_are_handed_over(node: Node, link: Link) -> None:
+    def handed_over() -> int:
+        with urllib.request.urlopen(f"http://{node.admin}/v1/status", timeout=5) as answer:
+            shards = json.load(answer)["shards"]
+        return sum(shard["engine"]["counters"]["handovers_read"] for shard in shards)
+
+    before = handed_over()
+    for kind in ("direct", "staged"):
+        layers = layers_of(kind, fill=True)
+        worker = mover(node, link, layers, f"handed over {kind}", handover=True)
+        worker.start_save(SaveOrder(1, [b"a", b"b"], [1, 2], 0), "")
+        run_dry(worker)
+        worker.start_load(LoadOrder("r", [b"a", b"b"], [3, 4], 0), "")
+        assert not run_dry(worker).bad_block_ids
+    until(lambda: handed_over() == before + 4)
 
 
 def test_a_reset_puts_everything_stored_out_of_reach(node: Node, link: Link) -> None:

@@ -20,6 +20,11 @@ def test_defaults_are_the_documented_ones() -> None:
     assert settings == expected
 
 
+def test_what_an_operator_says_of_the_traffic_is_taken() -> None:
+    settings = Settings.from_extra_config(NEEDED | {"traffic_class": 2, "handover": True})
+    assert (settings.traffic_class, settings.handover) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -33,6 +38,9 @@ def test_defaults_are_the_documented_ones() -> None:
         ({"lease_ms": 30_001}, ["lease_ms", "30000"]),
         ({"choice": "never"}, ["'never'", "auto, always"]),
         ({"deadlin_ms": 5}, ["deadlin_ms", "deadline_ms"]),
+        ({"traffic_class": 256}, ["traffic_class", "1 to 255"]),
+        ({"traffic_class": True}, ["traffic_class"]),
+        ({"handover": "yes"}, ["handover", "true or false"]),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_name(change: dict[str, Any], words: list[str]) -> None:

@@ -6,22 +6,33 @@
 //!    │        └──────────────────────────────┘                       v
 //!    └──> Held ── about to leave: worth a place on flash? ── yes ──> Dirty, with its prompt
 //!           ▲               └── no ──┐
-//!           └── used again ──────────┴──> Volatile ── evicted ──> gone
-//!   ephemeral put, or the device gave its copy up ──^
+//!           ├── used again ──────────┴──> Volatile ── evicted ──> gone
+//!           │  ephemeral put, or the device gave its copy up ──^
+//!           └── used again ─────────────┐
+//!   handover ──> Awaited ── read, or its time is over ──> Spent ── evicted ──> gone
+//!                   └── flush, stop ──> Dirty
+//!
+//!   who leaves first:   Spent │ Clean, Volatile, by worth │ Held, by worth │ Awaited, by end of time
 //! ```
 //!
-//! Clean and Volatile residents leave first, the tail of the prompt that is worth least before
+//! Of Clean and Volatile residents the tail of the prompt that is worth least leaves before
 //! others; a Held one is decided about while there is still room, and leaves undecided only when
-//! nothing else can. The only copy of a block that is leased stays until its lease ends.
+//! nothing else can; so does an Awaited one, which `handover` has more about. The only copy of a
+//! block that is leased stays until its lease ends.
+//!
+//! What a block costs to compute counts while memory has it alone: a copy of what the device holds
+//! saves a read, whatever the block cost.
 
 use crate::fast_map::FastMap;
 use crate::layout::{RecordHints, Sections};
 use crate::mutation::{Check, is_disabled};
-use kvar_base::BlockId;
+use crate::shard::Handover;
+use kvar_base::{BlockId, Moment};
 use kvar_io::Shared;
-use kvar_policy::{BlockClass, Candidate, Keep, WorthOrder};
+use kvar_policy::{BlockClass, Candidate, Cost, Keep, WorthOrder};
 use smallvec::SmallVec;
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 /// Where a resident stands on its way to the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +42,8 @@ pub(crate) enum State {
     Clean,
     Held,
     Volatile,
+    Awaited,
+    Spent,
 }
 
 /// A block in memory.
@@ -53,6 +66,8 @@ pub(crate) struct Resident {
     pub(crate) hints: RecordHints,
     /// Promised to somebody.
     pub(crate) leased: bool,
+    /// Of one that was put to be read once: what is left of that.
+    pub(crate) handover: Option<Box<Handover>>,
 }
 
 impl Resident {
@@ -66,13 +81,29 @@ impl Resident {
 
     /// In memory alone, and nobody said that it may stay so.
     pub(crate) fn is_alone(&self) -> bool {
-        matches!(self.state, State::Held | State::Volatile) && !self.ephemeral
+        matches!(self.state, State::Held | State::Volatile | State::Awaited) && !self.ephemeral
+    }
+
+    /// Its class in the order in which memory lets go.
+    fn leaving_class(&self) -> BlockClass {
+        match self.state {
+            State::Clean => self.class.at_cost(Cost::default()),
+            _ => self.class,
+        }
+    }
+
+    /// When nobody waits for it any more.
+    fn awaited_until(&self) -> Moment {
+        let handover = self.handover.as_deref();
+        handover.map_or(Moment(0), Handover::until)
     }
 
     fn may_leave(&self) -> bool {
         match self.state {
             State::Clean => true,
-            State::Held | State::Volatile => !self.leased || is_disabled(Check::Lease),
+            State::Held | State::Volatile | State::Awaited | State::Spent => {
+                !self.leased || is_disabled(Check::Lease)
+            }
             State::Dirty | State::Writing => false,
         }
     }
@@ -87,6 +118,10 @@ pub(crate) struct Dram {
     /// Those that may leave at once, and those that are to be decided about.
     leaving: WorthOrder<BlockId>,
     held: WorthOrder<BlockId>,
+    /// Those whose reader is awaited, by when that ends; and those it came for, or never will, in
+    /// the order in which they were put.
+    awaited: BTreeSet<(Moment, u64, BlockId)>,
+    spent: BTreeSet<(u64, BlockId)>,
     /// Those that expire, by when.
     expiring: BTreeSet<(u32, BlockId)>,
     /// Bytes of residents, tickets and reads under way, in whole pages.
@@ -95,7 +130,9 @@ pub(crate) struct Dram {
     evictable_bytes: u64,
     /// Bytes of Held residents that may leave.
     held_bytes: u64,
-    /// Residents that are Held or Volatile, but for ephemeral ones: a flush is about them.
+    /// Bytes of Awaited residents, whether or not they may leave.
+    awaited_bytes: u64,
+    /// Residents that are Held, Volatile or Awaited, but for ephemeral ones: a flush is about them.
     alone: usize,
     limit_bytes: u64,
 }
@@ -114,10 +151,13 @@ impl Dram {
             residents: FastMap::default(),
             leaving: WorthOrder::new(),
             held: WorthOrder::new(),
+            awaited: BTreeSet::new(),
+            spent: BTreeSet::new(),
             expiring: BTreeSet::new(),
             used_bytes: 0,
             evictable_bytes: 0,
             held_bytes: 0,
+            awaited_bytes: 0,
             alone: 0,
             limit_bytes,
         }
@@ -148,6 +188,23 @@ impl Dram {
     /// Bytes that wait to be decided about.
     pub(crate) fn held_bytes(&self) -> u64 {
         self.held_bytes
+    }
+
+    /// Bytes that wait for their reader.
+    pub(crate) fn awaited_bytes(&self) -> u64 {
+        self.awaited_bytes
+    }
+
+    /// Bytes that leave only when nothing else can: what waits to be decided about, or for its
+    /// reader.
+    pub(crate) fn waiting_bytes(&self) -> u64 {
+        self.held_bytes + self.awaited_bytes
+    }
+
+    /// The Awaited resident whose time ends first, of those that nobody was promised, and when
+    /// that is.
+    pub(crate) fn first_awaited(&self) -> Option<(Moment, BlockId)> {
+        self.awaited.first().map(|(until, _, id)| (*until, *id))
     }
 
     /// Whether a flush would find something that is in memory alone.
@@ -188,9 +245,12 @@ impl Dram {
     /// Drops the resident that is the first to leave.
     pub(crate) fn evict(&mut self, keep: &Keep) -> Option<Gone> {
         let (reuse, now) = (keep.reuse(), keep.demand_bytes());
-        let least = self.leaving.least(reuse, now);
-        let least = least.or_else(|| self.held.least(reuse, now))?;
-        let id = least.key;
+        let least = |order: &WorthOrder<BlockId>| order.least(reuse, now).map(|least| least.key);
+        let spent = self.spent.first().map(|(_, id)| *id);
+        let id = spent
+            .or_else(|| least(&self.leaving))
+            .or_else(|| least(&self.held))
+            .or_else(|| self.first_awaited().map(|(_, id)| id))?;
         let resident = self.remove(&id)?;
         Some(Gone {
             id,
@@ -204,7 +264,7 @@ impl Dram {
         match state {
             State::Clean | State::Volatile => Some(&mut self.leaving),
             State::Held => Some(&mut self.held),
-            State::Dirty | State::Writing => None,
+            State::Dirty | State::Writing | State::Awaited | State::Spent => None,
         }
     }
 
@@ -214,14 +274,25 @@ impl Dram {
             return;
         };
         self.alone += usize::from(resident.is_alone());
+        let (state, bytes) = (resident.state, resident.bytes());
+        self.awaited_bytes += if state == State::Awaited { bytes } else { 0 };
         if !resident.may_leave() {
             return;
         }
-        let (state, bytes) = (resident.state, resident.bytes());
         let (arrival, depth) = (resident.arrival, resident.depth);
-        let (class, used_at) = (resident.class, resident.used_at);
+        let (class, used_at) = (resident.leaving_class(), resident.used_at);
         self.evictable_bytes += bytes;
         self.held_bytes += if state == State::Held { bytes } else { 0 };
+        match state {
+            State::Awaited => {
+                let number = resident.number;
+                self.awaited.insert((resident.awaited_until(), number, *id));
+            }
+            State::Spent => {
+                self.spent.insert((resident.number, *id));
+            }
+            _ => {}
+        }
         if let Some(order) = self.order_of(state) {
             order.touch(*id, arrival, depth, class, used_at);
         }
@@ -233,10 +304,22 @@ impl Dram {
             return;
         };
         self.alone -= usize::from(resident.is_alone());
+        let (state, bytes) = (resident.state, resident.bytes());
+        self.awaited_bytes -= if state == State::Awaited { bytes } else { 0 };
         if !resident.may_leave() {
             return;
         }
-        let (state, bytes) = (resident.state, resident.bytes());
+        match state {
+            State::Awaited => {
+                let number = resident.number;
+                self.awaited
+                    .remove(&(resident.awaited_until(), number, *id));
+            }
+            State::Spent => {
+                self.spent.remove(&(resident.number, *id));
+            }
+            _ => {}
+        }
         self.evictable_bytes -= bytes;
         self.held_bytes -= if state == State::Held { bytes } else { 0 };
         if let Some(order) = self.order_of(state) {
@@ -282,8 +365,40 @@ impl Dram {
         self.enter(id);
     }
 
+    /// Part of an Awaited resident was read; whether that was all of it, and it is Spent now.
+    pub(crate) fn read(&mut self, id: &BlockId, sections: Option<Range<u16>>) -> bool {
+        let is_read =
+            |resident: &mut Resident| resident.handover.as_mut()?.read(sections).then_some(());
+        let is_spent = self.residents.get_mut(id).and_then(is_read).is_some();
+        if is_spent {
+            self.set_state(id, State::Spent);
+        }
+        is_spent
+    }
+
+    /// A Spent or Awaited resident is handed over once more.
+    pub(crate) fn await_again(&mut self, id: &BlockId, handover: Handover) {
+        self.change(id, |resident| {
+            resident.hints.handover = true;
+            resident.handover = Some(Box::new(handover));
+            resident.state = State::Awaited;
+        });
+    }
+
+    /// What its record on the device says of a resident that was read from there: the record goes.
+    pub(crate) fn set_hints(&mut self, id: &BlockId, hints: &RecordHints, cost: Cost) {
+        self.change(id, |resident| {
+            resident.hints = RecordHints {
+                expires_unix_s: resident.hints.expires_unix_s,
+                ..*hints
+            };
+            resident.class = resident.class.at_cost(cost);
+        });
+    }
+
     /// A resident was used, by a request with this arrival number. One that was not worth a place
-    /// on flash is asked about again.
+    /// on flash is asked about again; so is one that was to be read once, and then another request
+    /// wants it: from now on it is a block like any other.
     pub(crate) fn touch(
         &mut self,
         id: &BlockId,
@@ -293,10 +408,16 @@ impl Dram {
         used_at: u64,
     ) {
         self.change(id, |resident| {
+            let is_another = resident.arrival != arrival;
             resident.arrival = arrival;
             resident.depth = depth;
             resident.class = class;
             resident.used_at = used_at;
+            if resident.state == State::Spent && is_another {
+                resident.hints.handover = false;
+                resident.handover = None;
+                resident.state = State::Volatile;
+            }
             if resident.state == State::Volatile && !resident.ephemeral {
                 resident.state = State::Held;
             }

@@ -4,7 +4,9 @@ use crate::layout::{
     FORMAT_VERSION, FormatError, PAGE, Superblock, SuperblockCopy, superblock_offsets,
 };
 use kvar_base::{ByteSize, DeviceUuid, PAGE_BYTES};
-use kvar_io::{Arena, Buffer, Completion, Device, DeviceError, Op, WriteProbe, probe_writes};
+use kvar_io::{
+    Arena, Buffer, Completion, Device, DeviceError, Lifetime, Op, WriteProbe, probe_writes,
+};
 use std::time::Duration;
 
 /// Smallest device that is tried before it is used: on a smaller one kvar itself is being tried, and
@@ -145,6 +147,7 @@ fn write(
         Op::Write {
             offset,
             buffers: vec![buffer.freeze()],
+            lifetime: Lifetime::Pages,
         },
     )
     .1?)

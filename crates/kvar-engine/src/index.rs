@@ -6,6 +6,7 @@
 //!           | touched 1 | frequency 2 | sectioned 1
 //! tail    = length 24 (exact bytes - 1, or pages of a sectioned block) | stamp 8
 //! lengths = 3 x 3 bits: the logarithm of the blocks of the request that used it last
+//!           | 15 others | 3 x 2 bits: the kind of traffic its writer named | 2 spare
 //! ```
 //!
 //! An id has two buckets; the second is found from the first and the tag, so that an entry can
@@ -17,7 +18,7 @@ use crate::layout::SLOTS_PER_BUCKET;
 use crate::snapshot::Snapshot;
 use crate::table::Table;
 use kvar_base::BlockId;
-use kvar_policy::BlockClass;
+use kvar_policy::{BlockClass, Kind};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_seed};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -31,6 +32,9 @@ const FREQUENCY_SHIFT: u32 = 61;
 const SECTIONED: u64 = 1 << 63;
 const LENGTH_BITS: usize = 3;
 const LENGTH_MASK: u32 = (1 << LENGTH_BITS) - 1;
+const KIND_SHIFT: usize = 24;
+const KIND_BITS: usize = 2;
+const KIND_MASK: u32 = (1 << KIND_BITS) - 1;
 
 #[derive(
     Clone, Copy, Default, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -52,6 +56,16 @@ impl Bucket {
         let shift = slot * LENGTH_BITS;
         let length = (u32::from(length) & LENGTH_MASK) << shift;
         self.lengths = self.lengths & !(LENGTH_MASK << shift) | length;
+    }
+
+    fn kind(&self, slot: usize) -> u8 {
+        (self.lengths >> (KIND_SHIFT + slot * KIND_BITS) & KIND_MASK) as u8
+    }
+
+    fn set_kind(&mut self, slot: usize, kind: u8) {
+        let shift = KIND_SHIFT + slot * KIND_BITS;
+        let kind = (u32::from(kind) & KIND_MASK) << shift;
+        self.lengths = self.lengths & !(KIND_MASK << shift) | kind;
     }
 }
 
@@ -80,6 +94,8 @@ pub struct Entry {
     pub frequency: u8,
     /// Logarithm of the blocks of the request that used it last, 0..=7.
     pub length: u8,
+    /// Kind of traffic its writer named, 0..=3.
+    pub kind: u8,
     /// Coarse moment of the last touch.
     pub stamp: u8,
 }
@@ -88,7 +104,7 @@ impl Entry {
     /// What is known of its use.
     #[must_use]
     pub fn class(&self) -> BlockClass {
-        BlockClass::from_parts(self.frequency, self.length)
+        BlockClass::from_parts(self.frequency, self.length).of_kind(Kind::of(self.kind))
     }
 }
 
@@ -99,8 +115,8 @@ pub struct SlotRef {
     pub(crate) slot: usize,
 }
 
-/// What lies in a slot: check, word, tail, length of the request.
-pub(crate) type RawSlot = (u64, u64, u32, u8);
+/// What lies in a slot: check, word, tail, length of the request, kind of traffic.
+pub(crate) type RawSlot = (u64, u64, u32, u8, u8);
 
 /// What an insert had to give up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -265,6 +281,7 @@ impl Index {
             touched: word & TOUCHED != 0,
             frequency: (word >> FREQUENCY_SHIFT & 3) as u8,
             length: bucket.length(at.slot),
+            kind: bucket.kind(at.slot),
             stamp: tail as u8,
         }
     }
@@ -284,6 +301,7 @@ impl Index {
             | if entry.sectioned { SECTIONED } else { 0 };
         bucket.tail[at.slot] = raw_len << 8 | u32::from(entry.stamp);
         bucket.set_length(at.slot, entry.length);
+        bucket.set_kind(at.slot, entry.kind);
     }
 
     /// Adds or moves the entry of an id. `age` tells how old a stamp is; it is asked only when the
@@ -372,6 +390,7 @@ impl Index {
             bucket.word[at.slot],
             bucket.tail[at.slot],
             bucket.length(at.slot),
+            bucket.kind(at.slot),
         )
     }
 
@@ -414,6 +433,7 @@ impl Index {
         self.buckets[at.bucket].check[at.slot] = 0;
         self.buckets[at.bucket].tail[at.slot] = 0;
         self.buckets[at.bucket].set_length(at.slot, 0);
+        self.buckets[at.bucket].set_kind(at.slot, 0);
         self.entries -= 1;
     }
 
@@ -485,10 +505,11 @@ impl Index {
                     bucket: number,
                     slot,
                 }) {
-                    let (check, word, tail, length) = instead;
+                    let (check, word, tail, length, kind) = instead;
                     (bucket.check[slot], bucket.word[slot]) = (check, word);
                     bucket.tail[slot] = tail;
                     bucket.set_length(slot, length);
+                    bucket.set_kind(slot, kind);
                 }
             }
             snapshot.taken = number + 1;

@@ -23,6 +23,7 @@ use crate::segments::SegmentPhase;
 use crate::shard::{Shard, checkpoint_prefix_bytes, directory_records, footer_records};
 use kvar_base::page_round_up;
 use kvar_io::{Arena, Device, Op};
+use kvar_policy::Kind;
 use serde::Serialize;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::time::Duration;
@@ -478,6 +479,7 @@ fn apply_below(
                     touched: false,
                     frequency: 0,
                     length: 0,
+                    kind: Kind::of(record.hints().class).number(),
                     stamp: shard.keep.stamp(),
                 };
                 shard.keep.demanded(page_round_up(u64::from(len)));

@@ -19,7 +19,7 @@
 use crate::fast_map::FastMap;
 use crate::index::{RawSlot, SlotRef};
 
-const EMPTY: RawSlot = (0, 0, 0, 0);
+const EMPTY: RawSlot = (0, 0, 0, 0, 0);
 
 /// A snapshot under way.
 #[derive(Default)]

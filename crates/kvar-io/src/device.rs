@@ -1,6 +1,6 @@
 //! What a device can do, whichever it is.
 
-use crate::{Buffer, Shared};
+use crate::{Buffer, Lifetime, Shared};
 use std::os::fd::RawFd;
 use std::time::Duration;
 
@@ -22,6 +22,8 @@ pub enum Op {
         offset: u64,
         /// Sources, in order; at most [`Op::WRITE_BUFFERS_MAX`].
         buffers: Vec<Shared>,
+        /// What will become of it: a hint to drives that keep apart what dies apart.
+        lifetime: Lifetime,
     },
     /// Makes every write that has *completed* before this was submitted survive a power cut.
     Flush,

@@ -70,6 +70,7 @@ pub fn open_device(
             options.depth,
         ) {
             Ok(ring) => {
+                let ring = ring.with_streams(target.write_streams());
                 notes.extend_from_slice(ring.notes());
                 return Ok((Box::new(ring), notes));
             }

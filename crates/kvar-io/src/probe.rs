@@ -14,7 +14,7 @@
 //! Left to others: when it is done (once, at format, while nothing of worth lies in the range), and
 //! where the answer is kept.
 
-use crate::{Arena, Completion, Device, DeviceError, Op, Shared};
+use crate::{Arena, Completion, Device, DeviceError, Lifetime, Op, Shared};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -142,7 +142,12 @@ impl Probe<'_> {
                 let offset = self.start + self.next * CHUNK_BYTES;
                 self.next = (self.next + 1) % self.chunks;
                 let buffers = vec![self.chunk.clone()];
-                self.device.submit(begun, Op::Write { offset, buffers });
+                let op = Op::Write {
+                    offset,
+                    buffers,
+                    lifetime: Lifetime::Log { shard: 0 },
+                };
+                self.device.submit(begun, op);
                 begun += 1;
             }
             self.device.kick()?;

@@ -31,6 +31,10 @@
 //!
 //! No memory is allocated per operation once slots and gather lists have grown to their size.
 //!
+//! A write names its stream where the device has any (see [`WriteStreams`]). One that is refused with
+//! a stream as an invalid argument goes once more without; if that is taken, none has a stream from
+//! then on.
+//!
 //! Memory of the arena is registered with the kernel when it is first used (see `registered`);
 //! where that is refused, the same operations go by address and [`Ring::notes`] says so.
 #![allow(unsafe_code)] // the kernel reads and writes memory by address; each block says why it may
@@ -38,7 +42,7 @@
 use crate::check::{cannot_discard, check_op, failed_after, op_len, short};
 use crate::registered::Registered;
 use crate::target::is_preallocated_file;
-use crate::{Arena, Completion, Device, DeviceError, Op, Shared};
+use crate::{Arena, Completion, Device, DeviceError, NoStreams, Op, Shared, WriteStreams};
 use io_uring::squeue::Entry;
 use io_uring::types::{Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, Probe, opcode};
@@ -120,6 +124,7 @@ struct Table {
     discards: bool,
     /// Whether the kernel takes a list of pieces of registered memory.
     registered_lists: bool,
+    streams: WriteStreams,
 }
 
 #[derive(Default)]
@@ -131,6 +136,10 @@ struct Slot {
     moved: u64,
     len: u64,
     retries: u32,
+    /// The stream that its entry named; 0: none.
+    stream: u8,
+    /// It was refused with a stream, and goes without.
+    is_unstreamed: bool,
     gather: Vec<libc::iovec>,
 }
 
@@ -175,6 +184,7 @@ impl Ring {
             queue: VecDeque::with_capacity(in_kernel_max),
             discards: !is_preallocated_file(&file),
             registered_lists: takes_registered_lists(&ring),
+            streams: WriteStreams::none(NoStreams::Unknown),
         };
         let mut ring = Self {
             ring,
@@ -192,6 +202,13 @@ impl Ring {
         };
         ring.probe().map_err(refused("first use"))?;
         Ok(ring)
+    }
+
+    /// The same, with the streams of the device behind the file.
+    #[must_use]
+    pub fn with_streams(mut self, streams: &WriteStreams) -> Self {
+        self.table.streams = streams.clone();
+        self
     }
 
     /// What an operator should hear, one sentence each.
@@ -459,6 +476,7 @@ impl Table {
         slot.len = op_len(&op);
         slot.registered = registered;
         (slot.moved, slot.retries) = (0, 0);
+        (slot.stream, slot.is_unstreamed) = (0, false);
         slot.op = Some((token, op));
         self.queue.push_back(number);
     }
@@ -469,6 +487,7 @@ impl Table {
             slots,
             discards,
             registered_lists,
+            streams,
             ..
         } = self;
         let Slot {
@@ -478,6 +497,8 @@ impl Table {
             moved,
             len,
             gather,
+            stream,
+            is_unstreamed,
             ..
         } = &mut slots[number as usize];
         let entry = match op {
@@ -493,27 +514,45 @@ impl Table {
                     None => opcode::Read::new(FILE, memory, step).offset(from).build(),
                 }
             }
-            Some((_, Op::Write { offset, buffers })) => {
+            Some((
+                _,
+                Op::Write {
+                    offset,
+                    buffers,
+                    lifetime,
+                },
+            )) => {
                 let to = *offset + *moved;
+                *stream = if *is_unstreamed {
+                    0
+                } else {
+                    streams.of(*lifetime)
+                };
                 list_pieces(buffers, *moved, gather);
                 match (&gather[..], *registered) {
                     ([piece], Some(number)) => {
                         let (memory, step) = step_of(piece);
                         opcode::WriteFixed::new(FILE, memory, step, number)
                             .offset(to)
+                            .write_stream(*stream)
                             .build()
                     }
                     ([piece], None) => {
                         let (memory, step) = step_of(piece);
-                        opcode::Write::new(FILE, memory, step).offset(to).build()
+                        opcode::Write::new(FILE, memory, step)
+                            .offset(to)
+                            .write_stream(*stream)
+                            .build()
                     }
                     (list, Some(number)) if *registered_lists => {
                         opcode::WritevFixed::new(FILE, list.as_ptr(), list.len() as u32, number)
                             .offset(to)
+                            .write_stream(*stream)
                             .build()
                     }
                     (list, _) => opcode::Writev::new(FILE, list.as_ptr(), list.len() as u32)
                         .offset(to)
+                        .write_stream(*stream)
                         .build(),
                 }
             }
@@ -545,6 +584,10 @@ impl Table {
             slot.retries += 1;
             self.queue.push_back(number);
             return;
+        } else if answer == -libc::EINVAL && slot.stream != 0 {
+            slot.is_unstreamed = true;
+            self.queue.push_back(number);
+            return;
         } else if answer < 0 {
             let error = io::Error::from_raw_os_error(-answer);
             if matches!(op, Op::Discard { .. }) && cannot_discard(&error) {
@@ -557,6 +600,10 @@ impl Table {
         } else if answer == 0 {
             Err(short(slot.moved, slot.len))
         } else {
+            if slot.is_unstreamed {
+                // It was the stream, and nothing else, that was not taken.
+                self.streams.refuse();
+            }
             slot.moved += answer as u64;
             slot.retries = 0;
             if slot.moved < slot.len {
@@ -571,3 +618,6 @@ impl Table {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

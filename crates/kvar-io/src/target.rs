@@ -18,7 +18,7 @@
 //! look like somebody else's; whoever formats asks it first.
 
 use crate::lock::{lock, open_exclusively};
-use crate::{Arena, TargetError};
+use crate::{Arena, NoStreams, TargetError, WriteStreams};
 use kvar_base::PAGE_BYTES;
 use rustix::fs::{FallocateFlags, FileType, OFlags};
 use rustix::io::Errno;
@@ -55,6 +55,7 @@ pub struct Target {
     is_block_device: bool,
     sparse: bool,
     direct: bool,
+    write_streams: WriteStreams,
 }
 
 impl Target {
@@ -241,6 +242,15 @@ impl Target {
 
     fn finish(path: &Path, file: File, bytes: u64, is_block_device: bool, sparse: bool) -> Self {
         let direct = set_direct(&file);
+        let write_streams = match file.metadata() {
+            _ if !is_block_device => WriteStreams::none(NoStreams::File),
+            _ if !direct => WriteStreams::none(NoStreams::Buffered),
+            Ok(metadata) => {
+                let device = metadata.rdev();
+                WriteStreams::of_device(rustix::fs::major(device), rustix::fs::minor(device))
+            }
+            Err(_) => WriteStreams::none(NoStreams::Unknown),
+        };
         Self {
             path: path.into(),
             file,
@@ -248,6 +258,7 @@ impl Target {
             is_block_device,
             sparse,
             direct,
+            write_streams,
         }
     }
 
@@ -279,6 +290,12 @@ impl Target {
     #[must_use]
     pub fn is_direct(&self) -> bool {
         self.direct
+    }
+
+    /// Its write streams, if it has any: the same for all devices that are opened over it.
+    #[must_use]
+    pub fn write_streams(&self) -> &WriteStreams {
+        &self.write_streams
     }
 
     /// Another descriptor of the same open file, for one more device; the lock lasts until the

@@ -215,7 +215,10 @@ fn perform(file: &File, op: &mut Op, discards: bool) -> Result<(), DeviceError> 
                 file.read_at(&mut buffer.padded_mut()[moved as usize..], offset + moved)
             })
         }
-        Op::Write { offset, buffers } => {
+        // A plain write has no word for its lifetime.
+        Op::Write {
+            offset, buffers, ..
+        } => {
             let mut slices: Vec<IoSlice<'_>> = buffers
                 .iter()
                 .map(|buffer| IoSlice::new(buffer.padded()))

@@ -393,19 +393,10 @@ fn a_full_file_system_is_no_space() {
 #[test]
 fn a_block_device_is_measured_used_and_refused_while_mounted() {
     let folder = tempfile::tempdir().unwrap();
-    let backing = folder.path().join("backing").to_string_lossy().into_owned();
-    std::fs::File::create(&backing)
-        .unwrap()
-        .set_len(32 << 20)
-        .unwrap();
-    if !is_root() {
-        return eprintln!("skipped: a loop device needs root");
-    }
-    let device_path = match tool("losetup", &["--find", "--show", &backing]) {
-        Ok(path) => path,
+    let (device_path, _detach) = match loop_device(folder.path(), 32 << 20) {
+        Ok(found) => found,
         Err(message) => return eprintln!("skipped: {message}"),
     };
-    let _detach = Undo("losetup", vec!["--detach".to_owned(), device_path.clone()]);
     let target = Target::open(&device_path, Wanted::default()).unwrap();
     assert_eq!((target.bytes(), target.is_block_device()), (32 << 20, true));
     assert_eq!(

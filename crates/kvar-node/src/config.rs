@@ -160,6 +160,8 @@ pub struct Config {
     pub flush_after: Duration,
     /// How long a clean stop may take to write what is in memory only.
     pub shutdown_flush: Duration,
+    /// How long a handover without a time to live waits for its reader.
+    pub handover_wait: Duration,
     /// Usual block size; sizes the index of a new device.
     pub expected_block_bytes: ByteSize,
     /// Bytes a second that each shard verifies in the background; 0 is off.
@@ -238,6 +240,7 @@ impl Default for Config {
             insecure: false,
             flush_after: Duration::ZERO,
             shutdown_flush: Duration::ZERO,
+            handover_wait: Duration::ZERO,
             expected_block_bytes: ByteSize(0),
             scrub: ByteSize(0),
             flash_write_budget: WriteRate::Unlimited,

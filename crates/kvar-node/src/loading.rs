@@ -129,11 +129,14 @@ impl OpenShard {
                     text: error.to_string(),
                 },
                 Sign::WritesAgain => Event::WritesAgain { device: number },
+                Sign::StreamRefused => Event::StreamRefused { device: number },
             };
             // A keeper that is gone takes no decisions any more.
             let _ = keeper.send(event);
         });
-        let device = Box::new(WatchedDevice::new(device, self.watch.clone(), on_sign));
+        let streams = self.target.write_streams();
+        let device = WatchedDevice::new(device, streams, self.watch.clone(), on_sign);
+        let device = Box::new(device);
         let post = post.clone();
         let name = format!("kvar-load-{}-{}", self.device, self.number);
         let spawn = std::thread::Builder::new().name(name);

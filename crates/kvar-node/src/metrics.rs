@@ -527,8 +527,8 @@ fn collect(report: &NodeReport<'_>) -> Page {
             },
             Labelled {
                 name: "kvar_admissions",
-                help: "Blocks written to a device, by reason, and those that were not: worth no place, or \
-                       the limit of writes was reached",
+                help: "Blocks written to a device, by reason, and those that were not: worth no place, \
+                       the limit of writes was reached, or handed over to one reader",
                 label: "reason",
                 counts: vec![
                     ("asked".to_owned(), sum(|c| c.admitted_asked)),
@@ -538,6 +538,19 @@ fn collect(report: &NodeReport<'_>) -> Page {
                     ("kept".to_owned(), sum(|c| c.reclaim_kept)),
                     ("not_worth".to_owned(), sum(|c| c.not_admitted)),
                     ("not_limit".to_owned(), sum(|c| c.not_admitted_limit)),
+                    ("not_handover".to_owned(), sum(|c| c.not_admitted_handover)),
+                ],
+            },
+            Labelled {
+                name: "kvar_handovers",
+                help: "Blocks put to be read once: read, not read in time (overdue), pushed aside by others \
+                       (crowded), gone from memory unread (lost)",
+                label: "event",
+                counts: vec![
+                    ("read".to_owned(), sum(|c| c.handovers_read)),
+                    ("overdue".to_owned(), sum(|c| c.handovers_overdue)),
+                    ("crowded".to_owned(), sum(|c| c.handovers_crowded)),
+                    ("lost".to_owned(), sum(|c| c.evicted_awaited)),
                 ],
             },
             Labelled {
@@ -553,6 +566,8 @@ fn collect(report: &NodeReport<'_>) -> Page {
                     ),
                     ("dram_ephemeral".to_owned(), sum(|c| c.evicted_ephemeral)),
                     ("dram_undecided".to_owned(), sum(|c| c.evicted_undecided)),
+                    ("dram_awaited".to_owned(), sum(|c| c.evicted_awaited)),
+                    ("dram_spent".to_owned(), sum(|c| c.evicted_spent)),
                     ("to_memory".to_owned(), sum(|c| c.reclaim_to_memory)),
                     ("reclaim".to_owned(), sum(|c| c.reclaim_dropped)),
                     ("bucket".to_owned(), sum(|c| c.bucket_evicted)),

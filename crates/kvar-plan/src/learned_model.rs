@@ -21,7 +21,7 @@
 
 use crate::engine_model::FlashShape;
 use crate::offline::{Admit, Store, Writes};
-use kvar_policy::{Asking, BlockClass, Keep, StoreShape, WorthOrder};
+use kvar_policy::{Asking, BlockClass, Keep, Kind, Said, StoreShape, WorthOrder};
 use std::cmp::Reverse;
 use std::collections::{HashSet, VecDeque};
 
@@ -63,6 +63,8 @@ pub(crate) struct LearnedModel {
     segments: VecDeque<Segment>,
     oldest: u64,
     looked_up: usize,
+    /// Of the request under way.
+    kind: Kind,
     keep: Keep,
     writes: Writes,
 }
@@ -93,6 +95,7 @@ impl LearnedModel {
             }]),
             oldest: 0,
             looked_up: 0,
+            kind: Kind::default(),
             keep: Keep::new(&StoreShape {
                 capacity_bytes: capacity_blocks.saturating_mul(shape.block_bytes),
                 segments: shape.segments,
@@ -118,9 +121,16 @@ impl LearnedModel {
     /// A request of so many blocks uses this one: found it, or puts it.
     fn use_block(&mut self, number: u32, request: u64, depth: u32, length: usize, found: bool) {
         let before = *self.block(number);
-        let known = before.is_here().then_some(before.class);
         let length = u32::try_from(length).unwrap_or(u32::MAX);
-        let class = self.keep.used(u64::from(number), known, length);
+        let class = if before.is_here() {
+            self.keep.used(u64::from(number), before.class, length)
+        } else {
+            let said = Said {
+                kind: self.kind,
+                ..Said::default()
+            };
+            self.keep.arrived(u64::from(number), &said, length)
+        };
         let demand = self.keep.demand_bytes();
         // What is found on flash is read into DRAM; a put of something there is no read.
         let in_dram = before.in_dram || found || before.segment == NOWHERE;
@@ -277,6 +287,10 @@ impl LearnedModel {
 }
 
 impl Store for LearnedModel {
+    fn set_traffic_class(&mut self, traffic_class: u8) {
+        self.kind = Kind::of(traffic_class);
+    }
+
     fn lookup(&mut self, blocks: &[u32], request: u64) -> usize {
         self.looked_up = blocks.len();
         let hits = blocks

@@ -327,6 +327,8 @@ pub(crate) trait Store {
     /// Looks `blocks` up from the first on, touches the hits, answers how many there are before
     /// the first miss.
     fn lookup(&mut self, blocks: &[u32], request: u64) -> usize;
+    /// What kind of traffic the next request is of, as it would tell with its puts (0: it does not).
+    fn set_traffic_class(&mut self, _traffic_class: u8) {}
     /// Puts `blocks`, of which the first stands at `depth` in its prompt; those present are
     /// touched.
     fn put(&mut self, blocks: &[u32], depth: usize, request: u64);
@@ -404,6 +406,7 @@ impl<'a> Numbered<'a> {
                 tally.writes = store.writes();
             }
             let blocks = &self.blocks[range];
+            store.set_traffic_class(request.traffic_class);
             let hits = store.lookup(&blocks[..request.lookup_blocks], number as u64);
             store.put(&blocks[hits..], hits, number as u64);
             if number < self.warmup_requests {

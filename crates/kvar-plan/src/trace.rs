@@ -7,6 +7,9 @@
 //! | Mooncake | timestamp, input_length, output_length, hash_ids, and if there: session_id, turn | ms | each 512 tokens of the input |
 //! | Qwen-Bailian | chat_id, parent_chat_id, timestamp, input_length, output_length, type, turn, hash_ids | s | each 16 tokens of the input |
 //!
+//! `type` names the kind of traffic; each name is a number from 1 on, in the order in which they
+//! appear, and goes with the request's puts as their traffic class.
+//!
 //! No file says how many tokens a block has, nor whether the ids end with the input or go on
 //! over the output. Both follow from the lengths: of all powers of two and all ways to round,
 //! the one is taken that explains the number of ids of the most requests.
@@ -59,6 +62,9 @@ pub struct Request {
     pub parent: Option<i64>,
     /// The turn in its conversation, where the trace says.
     pub turn: Option<u64>,
+    /// What kind of traffic it is, as the writer of its blocks would say: 1 for the first kind that
+    /// the trace names, and so on; 0 where it names none.
+    pub traffic_class: u8,
 }
 
 impl Request {
@@ -162,6 +168,25 @@ struct Line {
     parent_chat_id: Option<i64>,
     session_id: Option<i64>,
     turn: Option<u64>,
+    #[serde(rename = "type")]
+    kind: Option<String>,
+}
+
+/// The kinds that a trace names, in the order in which they appear.
+#[derive(Default)]
+struct Kinds(Vec<String>);
+
+impl Kinds {
+    /// The number of a kind, from 1 on; beyond 255 all are one.
+    fn number(&mut self, kind: Option<&str>) -> u8 {
+        let Some(kind) = kind else { return 0 };
+        let known = self.0.iter().position(|known| known == kind);
+        let at = known.unwrap_or(self.0.len());
+        if known.is_none() && at < usize::from(u8::MAX) {
+            self.0.push(kind.to_owned());
+        }
+        u8::try_from(at + 1).unwrap_or(u8::MAX)
+    }
 }
 
 impl Trace {
@@ -211,6 +236,7 @@ impl Trace {
 
 fn read_lines(mut reader: impl BufRead) -> Result<Vec<Request>, TraceError> {
     let (mut requests, mut bytes, mut line) = (Vec::new(), Vec::new(), 0);
+    let mut kinds = Kinds::default();
     loop {
         line += 1;
         bytes.clear();
@@ -229,7 +255,7 @@ fn read_lines(mut reader: impl BufRead) -> Result<Vec<Request>, TraceError> {
         }
         let text = bytes.trim_ascii();
         if !text.is_empty() {
-            requests.push(parse_line(text).map_err(broken)?);
+            requests.push(parse_line(text, &mut kinds).map_err(broken)?);
         }
     }
     if requests.is_empty() {
@@ -239,7 +265,7 @@ fn read_lines(mut reader: impl BufRead) -> Result<Vec<Request>, TraceError> {
     }
 }
 
-fn parse_line(text: &[u8]) -> Result<Request, String> {
+fn parse_line(text: &[u8], kinds: &mut Kinds) -> Result<Request, String> {
     const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
     if text.starts_with(&ZSTD_MAGIC) {
         return Err("this is a zstd-compressed file; decompress it first".to_owned());
@@ -265,6 +291,7 @@ fn parse_line(text: &[u8]) -> Result<Request, String> {
         // Bailian writes -1 where there is no earlier turn.
         parent: line.parent_chat_id.filter(|parent| *parent >= 0),
         turn: line.turn,
+        traffic_class: kinds.number(line.kind.as_deref()),
     })
 }
 
@@ -385,6 +412,29 @@ mod tests {
             (Some(5), None, Some(1))
         );
         assert_eq!(request.lookup_blocks, 3);
+        assert_eq!(request.traffic_class, 1);
+    }
+
+    #[test]
+    fn kinds_of_traffic_are_numbered_as_they_appear() {
+        let line = |kind: &str| {
+            format!(
+                r#"{{"timestamp": 0, "input_length": 512, "output_length": 1, "hash_ids": [7]{kind}}}"#
+            )
+        };
+        let kinds = [
+            r#", "type": "text""#,
+            r#", "type": "search""#,
+            "",
+            r#", "type": "text""#,
+        ];
+        let lines = kinds.map(line).join("\n");
+        let trace = read(&lines).unwrap();
+        let classes: Vec<u8> = trace.requests.iter().map(|it| it.traffic_class).collect();
+        assert_eq!(classes, [1, 2, 0, 1]);
+        let mut kinds = Kinds::default();
+        let last = (0..300).map(|kind| kinds.number(Some(&kind.to_string())));
+        assert_eq!(last.last(), Some(255));
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! What earns a place on flash, and what keeps it: one measure, one threshold.
 //!
 //! A place in the log is taken for one turnover, whatever becomes of the block. So a block's worth
-//! there is the chance that it is used within a turnover from now, and both questions are one:
+//! there is the chance that it is used within a turnover from now, counted as often as a hit saves
+//! more than on the average ([`Cost`](crate::Cost)), and both questions are one:
 //!
 //! ```text
 //!   leaves memory, not on flash yet  ──┐                 ┌── written
@@ -18,8 +19,9 @@
 //! stays, and of few at most two whole ones more (prompts fill several, and a prompt that is cut
 //! loses what is behind the cut: an engine holds a free segment more in reserve for this); while the log has never been full everything is written.
 
+use crate::class::BlockClass;
 use crate::reclaim::KEPT_SHARE_MAX;
-use crate::reuse::{BlockClass, ReuseModel};
+use crate::reuse::ReuseModel;
 
 /// Of what is reclaimed this share stays in the long run: write amplification 1.7. With 0.5 (2.0)
 /// the mean hit rate changes by less than 0.2 points.
@@ -91,7 +93,7 @@ impl FlashKeeper {
         let length = f64::from(block.class.request_blocks_max().max(block.depth + 1));
         let from_tail = 1.0 - (f64::from(block.depth) + 0.5) / length;
         let chance = model.chance(block.class, block.age, self.turnover);
-        chance * (1.0 + HEAD_BONUS * from_tail)
+        chance * block.class.cost().weight() * (1.0 + HEAD_BONUS * from_tail)
     }
 
     /// Whether a block that leaves memory is to be written, at `now` bytes of demand.

@@ -1,8 +1,9 @@
 //! What a store knows of its blocks' worth, in one place: engine and replay ask the same questions.
 //!
 //! ```text
-//!   a block is found or put ── used() ──> its class, for DRAM's order and the index entry
-//!                              demanded() <── its bytes: the clock
+//!   a block is found ────── used() ──> its class, for DRAM's order and the index entry
+//!            or put ──── arrived() ──>   the same, with what its writer said of it
+//!                       demanded() <── its bytes: the clock
 //!   it leaves memory unwritten ── asks() ──> worth a place on flash? ── no ──> let_go(): remembered
 //!   its segment is reclaimed ──── asks() ──> worth a further turnover?
 //! ```
@@ -23,9 +24,11 @@
 //!
 //! Left to others: where blocks lie, how they are written, the budget for it.
 
+use crate::class::{BlockClass, Kind};
+use crate::cost::{Cost, CostScale};
 use crate::flash::{Asking, FlashKeeper};
 use crate::ghost::GhostList;
-use crate::reuse::{BlockClass, ReuseModel};
+use crate::reuse::ReuseModel;
 
 /// Ticks of a stamp in one capacity: the model's own resolution at half of that age, and a byte
 /// reaches eight capacities. With 16, blocks that are used all the time look idle at each tick.
@@ -53,12 +56,24 @@ pub struct StoreShape {
     pub blocks: u64,
 }
 
+/// What a writer said of a block that it put; by default nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Said {
+    /// What kind of traffic it is of.
+    pub kind: Kind,
+    /// What computing it again costs, in microseconds; 0: not said.
+    pub recompute_us: u32,
+    /// Its bytes, as it is stored.
+    pub bytes: u64,
+}
+
 /// What was learned, what was let go, and what a place on flash is worth.
 #[derive(Clone, Debug)]
 pub struct Keep {
     reuse: ReuseModel,
     ghosts: GhostList,
     keeper: FlashKeeper,
+    costs: CostScale,
     demand_bytes: u64,
     tick_bytes: u64,
 }
@@ -72,6 +87,7 @@ impl Keep {
             reuse: ReuseModel::new(shape.capacity_bytes),
             ghosts: GhostList::new(ghosts),
             keeper: FlashKeeper::new(shape.segments, shape.segment_bytes),
+            costs: CostScale::new(shape.capacity_bytes),
             demand_bytes: 0,
             tick_bytes: (shape.capacity_bytes / TICKS_PER_CAPACITY).max(1),
         }
@@ -100,16 +116,40 @@ impl Keep {
         self.demand_bytes = self.demand_bytes.saturating_add(bytes);
     }
 
-    /// A block was used, by a request of so many blocks: its class from now on. `before` is what
-    /// the store knows of it; `None` if it does not hold it.
-    pub fn used(&mut self, id: u64, before: Option<BlockClass>, request_blocks: u32) -> BlockClass {
-        let known = before
-            .map(BlockClass::uses)
-            .or_else(|| self.ghosts.take(id));
-        let uses = known.map_or(0, |uses| uses.saturating_add(1));
-        let class = BlockClass::new(uses, request_blocks);
+    /// A block that the store holds was used, by a request of so many blocks: its class from now
+    /// on. `before` is what the store knows of it.
+    pub fn used(&mut self, id: u64, before: BlockClass, request_blocks: u32) -> BlockClass {
+        let uses = before.uses().saturating_add(1);
+        let class = BlockClass::new(uses, request_blocks)
+            .of_kind(before.kind())
+            .at_cost(before.cost());
         self.reuse.observe(id, class, self.demand_bytes);
         class
+    }
+
+    /// A block was put that the store did not hold, by a request of so many blocks: its class.
+    pub fn arrived(&mut self, id: u64, said: &Said, request_blocks: u32) -> BlockClass {
+        self.costs.observe(said.recompute_us, said.bytes);
+        let known = self.ghosts.take(id);
+        let uses = known.map_or(0, |uses| uses.saturating_add(1));
+        let class = BlockClass::new(uses, request_blocks)
+            .of_kind(said.kind)
+            .at_cost(self.cost(said.recompute_us, said.bytes));
+        self.reuse.observe(id, class, self.demand_bytes);
+        class
+    }
+
+    /// What a hit on a block of so many bytes saves, of which its writer said this.
+    #[must_use]
+    pub fn cost(&self, recompute_us: u32, bytes: u64) -> Cost {
+        self.costs.cost(recompute_us, bytes)
+    }
+
+    /// What blocks cost that were put before this process began; of no use once it knows of puts.
+    pub fn remind_of_costs(&mut self, stored: impl Iterator<Item = (u32, u64)>) {
+        if !self.costs.is_known() {
+            stored.for_each(|(recompute_us, bytes)| self.costs.observe(recompute_us, bytes));
+        }
     }
 
     /// The store does not hold a block any more, and nobody asked for that.
@@ -204,14 +244,42 @@ mod tests {
     #[test]
     fn a_block_that_returns_is_no_stranger() {
         let mut keep = keep();
-        let first = keep.used(7, None, 4);
+        let nothing = Said::default();
+        let first = keep.arrived(7, &nothing, 4);
         assert_eq!(first.uses(), 0);
-        let again = keep.used(7, Some(first), 8);
+        let again = keep.used(7, first, 8);
         assert_eq!((again.uses(), again.length()), (1, 3));
         keep.let_go(7, again);
-        assert_eq!(keep.used(7, None, 1).uses(), 2);
+        assert_eq!(keep.arrived(7, &nothing, 1).uses(), 2);
         // What is remembered is remembered once.
-        assert_eq!(keep.used(7, None, 1).uses(), 0);
+        assert_eq!(keep.arrived(7, &nothing, 1).uses(), 0);
+    }
+
+    #[test]
+    fn what_its_writer_said_stays_with_a_block() {
+        let mut keep = keep();
+        let said = |kind, recompute_us| Said {
+            kind: Kind::of(kind),
+            recompute_us,
+            bytes: 100,
+        };
+        keep.arrived(1, &said(2, 50), 4);
+        let dear = keep.arrived(2, &said(2, 500), 4);
+        assert_eq!((dear.kind(), dear.cost().weight()), (Kind::of(2), 2.0));
+        let later = keep.used(2, dear, 9);
+        assert_eq!((later.kind(), later.cost()), (dear.kind(), dear.cost()));
+        assert_eq!((later.uses(), later.length()), (1, 3));
+    }
+
+    #[test]
+    fn after_a_start_costs_are_known_from_what_is_stored_until_somebody_puts() {
+        let mut keep = keep();
+        assert_eq!(keep.cost(900, 100).weight(), 1.0);
+        keep.remind_of_costs([(0, 100), (100, 100), (100, 100)].into_iter());
+        assert_eq!(keep.cost(900, 100).weight(), 4.0);
+        let before = keep.cost(100, 100);
+        keep.remind_of_costs([(100_000, 100)].into_iter());
+        assert_eq!(keep.cost(100, 100), before);
     }
 
     #[test]

@@ -2,7 +2,9 @@
 //!
 //! | question | answer | file |
 //! |---|---|---|
+//! | what is known of a block? | uses, length of the prompt, and what its writer said | [`BlockClass`] |
 //! | when do blocks of this kind come back? | counted on a sample of all that is asked for | [`ReuseModel`] |
+//! | what does a hit save? | the writer's word against the mean of all | [`CostScale`] |
 //! | which block leaves DRAM next? | the tail of the prompt that is worth least | [`WorthOrder`] |
 //! | which blocks are written to flash, and which again? | those worth more than a threshold that finds itself | [`FlashKeeper`] |
 //! | was a block here before? | two bytes for each that was let go | [`GhostList`] |
@@ -27,7 +29,9 @@
 //! free to go), tokens, placement.
 
 mod budget;
+mod class;
 mod clock;
+mod cost;
 mod flash;
 mod ghost;
 mod keep;
@@ -37,14 +41,16 @@ mod reuse;
 mod worth;
 
 pub use budget::{Admission, WriteBudget, WriteRates};
+pub use class::{BlockClass, CLASSES, HABITS, KINDS, Kind};
 pub use clock::{AGE_MAX, CoarseClock, TICKS_PER_TURNOVER};
+pub use cost::{COSTS, Cost, CostScale};
 pub use flash::{Asking, FlashKeeper, KEPT_SHARE_TARGET};
 pub use ghost::GhostList;
-pub use keep::{Keep, SWEEP_TICKS, StoreShape};
+pub use keep::{Keep, SWEEP_TICKS, Said, StoreShape};
 pub use lru::TailFirstLru;
 pub use reclaim::{
     BlockFacts, DropAll, FREQUENCY_MAX, KEEP_AGE_MAX, KEPT_SHARE_MAX, RecentlyUsed, ReclaimPolicy,
     SegmentFacts, Verdict,
 };
-pub use reuse::{BlockClass, CLASSES, ReuseModel, SAMPLE_MAX};
+pub use reuse::{ReuseModel, SAMPLE_MAX};
 pub use worth::{Candidate, WorthOrder};

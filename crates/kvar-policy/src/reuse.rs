@@ -1,7 +1,7 @@
 //! When blocks come back, learned from a sample of what is asked for.
 //!
 //! Each use of a block (found, or put) opens an interval that ends at its next use, or never.
-//! Intervals are sorted into classes by what is known when they open ([`BlockClass`]), and their
+//! Intervals are sorted by what is known when they open (the habit of a [`BlockClass`]), and their
 //! lengths are counted in buckets, four an octave:
 //!
 //! ```text
@@ -16,23 +16,21 @@
 //! * [`ReuseModel::chance`], for a place that is taken for a fixed time: will it be used in it?
 //!
 //! What must always be true: an interval counts whether or not the block was kept meanwhile, so
-//! what is learned does not depend on what is decided; a class with few intervals speaks with the
-//! voice of all classes, and before any was seen a block is worth less the longer it is left
-//! alone, which is LRU; a block used more often is never worth less than one of the same prompts
+//! what is learned does not depend on what is decided; a habit with few intervals speaks with the
+//! voice of the same habit of other kinds, and that, where it has few, with the voice of all (so
+//! where nobody names a kind, none of this changes a figure); before any was seen a block is worth
+//! less the longer it is left alone, which is LRU; a block used more often is never worth less than one of the same prompts
 //! used less often, since whoever asks for a tail asks for its head; memory is bounded
 //! ([`SAMPLE_MAX`]): ids are sampled by their own hash, fewer of them where there are more.
 //!
 //! Time is the bytes that were asked for or put so far: the same at any speed of replay.
 
+use crate::class::{BlockClass, HABITS, HABITS_OF_KIND, KINDS, LENGTHS};
 use std::collections::{HashMap, VecDeque};
 
 /// Ids whose last use is remembered at most: some 4 MiB. With a quarter of it hit rates of the
 /// shipped traces move by up to 0.6 points, either way.
 pub const SAMPLE_MAX: usize = 1 << 16;
-/// Values of [`BlockClass`]: four counts of uses by eight lengths.
-pub const CLASSES: usize = USES * LENGTHS;
-const USES: usize = 4;
-const LENGTHS: usize = 8;
 const BUCKETS: usize = 42;
 const BUCKETS_PER_OCTAVE: f64 = 4.0;
 /// Units of age in one capacity: how finely the young are told apart.
@@ -45,63 +43,11 @@ const HALF_LIFE_CAPACITIES: f64 = 8.0;
 const RECOMPUTES_PER_CAPACITY: f64 = 16.0;
 /// And not before so many uses: a store of a few blocks would do nothing else.
 const RECOMPUTE_USES_MIN: u32 = 64;
-/// So many intervals of a class weigh as much as what all classes say, and these as much as the
-/// prior. A prompt brings tens of blocks at once, so a few prompts must not be a rule.
+/// So many intervals of a habit weigh as much as what the other kinds say, these as much as all
+/// together, and all as much as the prior. A prompt brings tens of blocks at once, so a few prompts must not be a rule.
 const PRIOR_INTERVALS: f64 = 32.0;
 /// The prior: of what lives to an age, this share comes back before the age has doubled, or so.
 const PRIOR_SHARE: f64 = 0.5;
-
-/// What is known of a block when it is used.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct BlockClass(u8);
-
-impl BlockClass {
-    /// A block used `uses` times before (3 stands for more), by a request of so many blocks.
-    ///
-    /// Both tell a lot: a shared head comes back surely, a fresh block seldom; a prompt of one
-    /// block never grows into a conversation, and one at the model's limit cannot grow any more.
-    #[must_use]
-    pub fn new(uses: u8, request_blocks: u32) -> Self {
-        let length = request_blocks.max(1).ilog2().min(LENGTHS as u32 - 1);
-        Self(uses.min(USES as u8 - 1) * LENGTHS as u8 + length as u8)
-    }
-
-    /// Uses before the last one, saturating.
-    #[must_use]
-    pub fn uses(self) -> u8 {
-        self.0 / LENGTHS as u8
-    }
-
-    /// The most blocks a request of this class has, but for the longest class.
-    #[must_use]
-    pub fn request_blocks_max(self) -> u32 {
-        (2 << (self.0 % LENGTHS as u8)) - 1
-    }
-
-    /// The class of a [`number`](Self::number); too large a one is taken modulo [`CLASSES`].
-    #[must_use]
-    pub fn from_number(number: usize) -> Self {
-        Self((number % CLASSES) as u8)
-    }
-
-    /// The logarithm of the request's blocks, 0 to 7: what an index entry keeps in three bits.
-    #[must_use]
-    pub fn length(self) -> u8 {
-        self.0 % LENGTHS as u8
-    }
-
-    /// From the two figures that an index entry keeps; more than they hold is taken modulo.
-    #[must_use]
-    pub fn from_parts(uses: u8, length: u8) -> Self {
-        Self(uses.min(USES as u8 - 1) * LENGTHS as u8 + length % LENGTHS as u8)
-    }
-
-    /// As a number below [`CLASSES`].
-    #[must_use]
-    pub fn number(self) -> usize {
-        usize::from(self.0)
-    }
-}
 
 #[derive(Clone, Copy, Debug)]
 struct Open {
@@ -109,7 +55,7 @@ struct Open {
     class: BlockClass,
 }
 
-/// Chances and what follows from them, of one class.
+/// Chances and what follows from them, of one habit.
 #[derive(Clone, Copy, Debug)]
 struct Curve {
     /// Chance to end in this bucket, of those that live to it.
@@ -129,7 +75,9 @@ pub struct ReuseModel {
     /// An id is sampled if its hash has so many zeros at the end.
     sample_zeros: u32,
     ended: Vec<[f64; BUCKETS]>,
-    never: [f64; CLASSES],
+    never: [f64; HABITS],
+    /// Whether any use was of this kind.
+    is_kind_seen: [bool; KINDS],
     computed_at: u64,
     uses_since: u32,
     curves: Vec<Curve>,
@@ -149,11 +97,13 @@ impl ReuseModel {
             open: HashMap::new(),
             order: VecDeque::new(),
             sample_zeros: 0,
-            ended: vec![[0.0; BUCKETS]; CLASSES],
-            never: [0.0; CLASSES],
+            ended: vec![[0.0; BUCKETS]; HABITS],
+            never: [0.0; HABITS],
+            // What nobody named a kind for is asked about in any case.
+            is_kind_seen: std::array::from_fn(|kind| kind == 0),
             computed_at: 0,
             uses_since: 0,
-            curves: vec![blank; CLASSES],
+            curves: vec![blank; HABITS],
         };
         model.compute(0);
         model
@@ -165,12 +115,19 @@ impl ReuseModel {
     /// Cost: mostly nothing (the id is not sampled); seldom a hash lookup; 16 times in a capacity
     /// a pass over the sample.
     pub fn observe(&mut self, id: u64, class: BlockClass, now: u64) {
+        let kind = usize::from(class.kind().number());
+        if !self.is_kind_seen[kind] {
+            // Until the next pass it speaks with the voice of what nobody named a kind for.
+            self.is_kind_seen[kind] = true;
+            self.curves
+                .copy_within(..HABITS_OF_KIND, kind * HABITS_OF_KIND);
+        }
         let id = mix(id);
         if id.trailing_zeros() >= self.sample_zeros {
             let before = self.open.insert(id, Open { since: now, class });
             if let Some(before) = before {
                 let bucket = self.bucket(now.saturating_sub(before.since));
-                self.ended[before.class.number()][bucket] += 1.0;
+                self.ended[before.class.habit()][bucket] += 1.0;
             }
             // One used again at the same moment stands there already.
             if before.is_none_or(|before| before.since != now) {
@@ -187,10 +144,11 @@ impl ReuseModel {
     }
 
     /// Uses to come for each capacity's worth of bytes and time that are spent on waiting for
-    /// them, at the best horizon, of a block last used `age` bytes ago.
+    /// them, at the best horizon, of a block last used `age` bytes ago; each counts as often as
+    /// its [`Cost`](crate::Cost) says.
     #[must_use]
     pub fn worth(&self, class: BlockClass, age: u64) -> f64 {
-        self.curves[class.number()].worth[self.bucket(age)]
+        self.curves[class.habit()].worth[self.bucket(age)] * class.cost().weight()
     }
 
     /// The chance that a block last used `age` bytes ago is used within `span` bytes more.
@@ -226,7 +184,7 @@ impl ReuseModel {
 
     fn lives(&self, class: BlockClass, age: u64) -> f64 {
         let bucket = self.bucket(age);
-        let curve = &self.curves[class.number()];
+        let curve = &self.curves[class.habit()];
         let part = (age as f64 - self.begin(bucket)) / self.width(bucket);
         curve.lives[bucket] * (1.0 - curve.ends[bucket] * part.clamp(0.0, 1.0))
     }
@@ -241,7 +199,7 @@ impl ReuseModel {
             }
             self.order.pop_front();
             if is_current && let Some(open) = self.open.remove(&id) {
-                self.never[open.class.number()] += 1.0;
+                self.never[open.class.habit()] += 1.0;
             }
         }
         // Blocks used again and again leave stale numbers behind an old one.
@@ -260,28 +218,28 @@ impl ReuseModel {
         self.computed_at = now;
         self.uses_since = 0;
         let fade = (-passed / HALF_LIFE_CAPACITIES).exp2();
-        for class in 0..CLASSES {
-            self.never[class] *= fade;
-            self.ended[class]
+        for habit in 0..HABITS {
+            self.never[habit] *= fade;
+            self.ended[habit]
                 .iter_mut()
                 .for_each(|count| *count *= fade);
         }
-        let mut open = vec![[0.0; BUCKETS]; CLASSES];
+        let mut open = vec![[0.0; BUCKETS]; HABITS];
         for interval in self.open.values() {
             let bucket = self.bucket(now.saturating_sub(interval.since));
-            open[interval.class.number()][bucket] += 1.0;
+            open[interval.class.habit()][bucket] += 1.0;
         }
         // Lived to a bucket: ended in it or later, never, or is open and as old; one that is in
         // the bucket now has lived through half of it.
-        let mut lived = vec![[0.0; BUCKETS]; CLASSES];
+        let mut lived = vec![[0.0; BUCKETS]; HABITS];
         let (mut all_ended, mut all_lived) = ([0.0; BUCKETS], [0.0; BUCKETS]);
-        for (class, lived) in lived.iter_mut().enumerate() {
-            let mut later = self.never[class];
+        for (habit, lived) in lived.iter_mut().enumerate() {
+            let mut later = self.never[habit];
             for bucket in (0..BUCKETS).rev() {
-                later += self.ended[class][bucket] + open[class][bucket] / 2.0;
+                later += self.ended[habit][bucket] + open[habit][bucket] / 2.0;
                 lived[bucket] = later;
-                later += open[class][bucket] / 2.0;
-                all_ended[bucket] += self.ended[class][bucket];
+                later += open[habit][bucket] / 2.0;
+                all_ended[bucket] += self.ended[habit][bucket];
                 all_lived[bucket] += lived[bucket];
             }
         }
@@ -297,16 +255,30 @@ impl ReuseModel {
             // Where little is known, the old are no better than the young were.
             share = share.min(ends / doubling);
         }
-        for (class, lived) in lived.iter().enumerate() {
+        for habit in 0..HABITS {
+            if !self.is_kind_seen[habit / HABITS_OF_KIND] {
+                continue;
+            }
+            let same = habit % HABITS_OF_KIND;
+            let others = (0..KINDS)
+                .map(|kind| kind * HABITS_OF_KIND + same)
+                .filter(|other| *other != habit);
             let mut ends = [0.0; BUCKETS];
             for bucket in 0..BUCKETS {
-                let own = blend(self.ended[class][bucket], lived[bucket], all_ended[bucket]);
-                let tails = class
+                let (ended, also_lived) = others.clone().fold((0.0, 0.0), |sums, other| {
+                    (
+                        sums.0 + self.ended[other][bucket],
+                        sums.1 + lived[other][bucket],
+                    )
+                });
+                let others = blend(ended, also_lived, all_ended[bucket]);
+                let own = blend(self.ended[habit][bucket], lived[habit][bucket], others);
+                let tails = same
                     .checked_sub(LENGTHS)
-                    .map_or(0.0, |tails| self.curves[tails].ends[bucket]);
+                    .map_or(0.0, |_| self.curves[habit - LENGTHS].ends[bucket]);
                 ends[bucket] = own.max(tails).min(0.999);
             }
-            self.curves[class] = self.curve(ends);
+            self.curves[habit] = self.curve(ends);
         }
     }
 

@@ -15,9 +15,11 @@
 //! What must always be true: `groups`, `tails` and `places` speak of the same blocks; of one
 //! request's blocks the deepest leaves first, so that no head leaves before its tail.
 //!
-//! Cost: O(log n) for a touch, O(classes) for [`least`](WorthOrder::least).
+//! Cost: O(log n) for a touch, O(classes that have blocks) for [`least`](WorthOrder::least): where
+//! no writer says anything these are 32 at most, whatever [`CLASSES`] there are.
 
-use crate::reuse::{BlockClass, CLASSES, ReuseModel};
+use crate::class::{BlockClass, CLASSES};
+use crate::reuse::ReuseModel;
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::hash::Hash;
@@ -117,6 +119,8 @@ pub struct WorthOrder<K> {
     /// By class: the requests whose tail is of it, and when they used their blocks: worth is asked
     /// of all ends at every eviction, and must not look each of them up.
     tails: Vec<BTreeSet<(u64, u64)>>,
+    /// Which of these are not empty, a bit each.
+    filled: [u64; CLASSES.div_ceil(64)],
     places: HashMap<K, (u64, Place)>,
     arrivals: u32,
 }
@@ -128,6 +132,7 @@ impl<K: Copy + Eq + Hash> WorthOrder<K> {
         Self {
             groups: HashMap::new(),
             tails: vec![BTreeSet::new(); CLASSES],
+            filled: [0; CLASSES.div_ceil(64)],
             places: HashMap::new(),
             arrivals: 0,
         }
@@ -192,18 +197,35 @@ impl<K: Copy + Eq + Hash> WorthOrder<K> {
         if before == after {
             return;
         }
-        if let Some(class) = before {
-            self.tails[class.number()].remove(&request);
+        if let Some(class) = before.map(BlockClass::number) {
+            self.tails[class].remove(&request);
+            if self.tails[class].is_empty() {
+                self.filled[class / 64] &= !(1 << (class % 64));
+            }
         }
-        if let Some(class) = after {
-            self.tails[class.number()].insert(request);
+        if let Some(class) = after.map(BlockClass::number) {
+            self.tails[class].insert(request);
+            self.filled[class / 64] |= 1 << (class % 64);
         }
+    }
+
+    /// The classes that have blocks, in order.
+    fn filled(&self) -> impl Iterator<Item = usize> {
+        (0..).zip(&self.filled).flat_map(|(word, bits)| {
+            let mut left = *bits;
+            std::iter::from_fn(move || {
+                let bit = (left != 0).then(|| left.trailing_zeros() as usize)?;
+                left &= left - 1;
+                Some(word * 64 + bit)
+            })
+        })
     }
 
     /// The block worth least at `now`: of equals, the one of the oldest request.
     #[must_use]
     pub fn least(&self, model: &ReuseModel, now: u64) -> Option<Candidate<K>> {
-        let ends = (0..).zip(&self.tails).flat_map(|(class, requests)| {
+        let ends = self.filled().flat_map(|class| {
+            let requests = &self.tails[class];
             let ends = [requests.first(), requests.last()];
             ends.into_iter().flatten().map(move |end| (class, *end))
         });
@@ -315,6 +337,26 @@ mod tests {
         order.touch(3, 4, 0, class, 4900);
         order.touch(2, 5, 0, class, 4950);
         assert_eq!(order.least(&model, 5000).unwrap().key, 1);
+    }
+
+    #[test]
+    fn a_dear_block_stays_where_a_cheap_one_of_the_same_use_goes() {
+        let model = ReuseModel::new(CAPACITY);
+        let mut scale = crate::CostScale::new(CAPACITY);
+        scale.observe(100, 10);
+        let class = BlockClass::new(0, 1);
+        let mut order = WorthOrder::new();
+        for (key, recompute_us) in [(1_u8, 400), (2, 0), (3, 25), (4, 100)] {
+            let class = class.at_cost(scale.cost(recompute_us, 10));
+            order.touch(key, u64::from(key), 0, class, 0);
+        }
+        // The cheap one first, then those of average or unknown cost, oldest first.
+        assert_eq!(drain(&mut order, &model, 50), [3, 2, 4, 1]);
+        assert_eq!(order.filled().count(), 0);
+        // But what nobody comes for any more goes, whatever it cost.
+        order.touch(1, 5, 0, class.at_cost(scale.cost(400, 10)), 0);
+        order.touch(2, 6, 0, class, 14_900);
+        assert_eq!(drain(&mut order, &model, 15_000), [1, 2]);
     }
 
     proptest! {

@@ -26,6 +26,7 @@
 use crate::promises::Promises;
 use kvar_base::Moment;
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// One put that was committed.
@@ -37,6 +38,8 @@ pub(crate) struct Put {
     pub(crate) committed: Moment,
     pub(crate) turn: u64,
     pub(crate) ephemeral: bool,
+    /// Of one that is handed over: what is left of that.
+    pub(crate) handover: Option<Handover>,
     /// Wall time from which it is not served, in seconds since 1970; 0: it never expires.
     pub(crate) expires_unix_s: u64,
     /// Must be there after any restart.
@@ -55,7 +58,23 @@ pub(crate) struct Put {
     pub(crate) in_doubt: bool,
 }
 
+/// A block that waits for one reader, and need not be on the device once that is over.
+#[derive(Clone, Debug)]
+pub(crate) struct Handover {
+    pub(crate) until: Moment,
+    /// Sections that nobody has asked for.
+    pub(crate) unread: Vec<bool>,
+}
+
 impl Put {
+    /// Whether it may have been left in memory when everything was to be written: its reader came,
+    /// or its time is over, or (`crowded`) others took its room.
+    fn is_handed_over(&self, now: Moment, crowded: bool) -> bool {
+        self.handover.as_ref().is_some_and(|handover| {
+            crowded || handover.until <= now || !handover.unread.contains(&true)
+        })
+    }
+
     pub(crate) fn is_over(&self, unix_s: u64) -> bool {
         self.expires_unix_s != 0 && self.expires_unix_s <= unix_s
     }
@@ -361,8 +380,31 @@ impl Model {
         (block.on_device, block.position) = (false, None);
     }
 
+    /// Sections of a block are read (all of them: `None`).
+    pub(crate) fn read(&mut self, number: u64, sections: Option<&Range<u16>>) {
+        let Some(block) = self.blocks.get_mut(&number) else {
+            return;
+        };
+        for handover in block
+            .current()
+            .into_iter()
+            .flat_map(|put| &mut put.handover)
+        {
+            for (section, unread) in (0_u16..).zip(&mut handover.unread) {
+                *unread &= sections.is_some_and(|sections| !sections.contains(&section));
+            }
+        }
+    }
+
     /// All puts before `order` are flushed, it was said; `told` is the one put this is about, if so.
-    pub(crate) fn flushed(&mut self, order: u64, told: Option<u64>) -> Verdict {
+    /// `crowded`: handovers made way to others since the process began.
+    pub(crate) fn flushed(
+        &mut self,
+        order: u64,
+        told: Option<u64>,
+        now: Moment,
+        crowded: bool,
+    ) -> Verdict {
         let (lenient, unix_s) = (self.lenient, self.unix_s);
         for (number, block) in &mut self.blocks {
             let on_device = block.on_device;
@@ -381,7 +423,8 @@ impl Model {
             else {
                 continue;
             };
-            let may_be_missing = put.ephemeral || put.given_up || lenient;
+            let may_be_missing =
+                put.ephemeral || put.given_up || put.is_handed_over(now, crowded) || lenient;
             if on_device {
                 block.guarantee();
             } else if !may_be_missing {
@@ -423,6 +466,7 @@ impl Model {
                         put.committed < moment
                             && put.turn < turn
                             && !put.ephemeral
+                            && put.handover.is_none()
                             && !put.given_up
                             && !put.doomed
                     })

@@ -98,7 +98,7 @@ mutations! {
     with_records_before_payload: mutation(&[Check::RecordAfterPayload], Temper::Well, 20);
     without_a_flush_before_reuse: mutation(&[Check::FlushBeforeReuse], Temper::Well, 400);
     without_a_flush_of_headers: focused(&[Check::HeaderFlush], Focus::Reuse, 400);
-    without_a_flush_of_moved_payload: mutation(&[Check::MovedPayloadFlush], Temper::Well, 200);
+    without_a_flush_of_moved_payload: focused(&[Check::MovedPayloadFlush], Focus::Reuse, 60);
     without_a_flush_before_a_checkpoint: focused(&[Check::CheckpointFlush], Focus::Checkpoints, 60);
     without_records_before_a_checkpoint: focused(&[Check::CheckpointRecords], Focus::Checkpoints, 200);
     without_leases: focused(&[Check::Lease], Focus::Leases, 20);

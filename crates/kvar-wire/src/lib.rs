@@ -23,6 +23,7 @@ mod handshake;
 mod lease;
 mod message;
 mod put;
+mod read;
 
 pub use frame::{HEADER_BYTES, Header, MESSAGE_BYTES_MAX, PAYLOAD_BYTES_MAX, WireError};
 pub use frame::{decode, encode, frame_lengths};
@@ -30,6 +31,9 @@ pub use handshake::{ClientHandshake, ClientStep, HandshakeError, NodeHandshake, 
 pub use lease::{Lease, LeaseAnswer, Release, ReleaseAnswer, Renew, RenewAnswer};
 pub use message::*;
 pub use put::{Payload, Pull, Put, PutAnswer, PutHints};
+pub use read::{
+    Bitmap, Get, GetAnswer, GetItem, GetOutcome, Lengths, Lookup, LookupAnswer, Section,
+};
 
 /// Versions of the protocol that this build speaks. Version 2 added leases (kinds 31 to 36),
 /// version 3 the hints of a put that stand behind its deadline.

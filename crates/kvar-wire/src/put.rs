@@ -11,7 +11,7 @@
 
 use crate::VERSION_WITH_HINTS;
 use crate::bounded::List;
-use crate::message::Section;
+use crate::read::Section;
 use kvar_base::{BlockId, PutOutcome, SECTIONS_MAX};
 use serde::ser::SerializeStruct;
 use serde::{Deserialize, Serialize, Serializer};

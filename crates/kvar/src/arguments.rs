@@ -4,11 +4,11 @@ use crate::bench::{PAIRS, SECONDS};
 use crate::block_arguments::{LeaseCommand, LookupArguments, PutArguments};
 use crate::device_arguments::DeviceCommand;
 use crate::node_bench_arguments::NodeBenchArguments;
+use crate::replay_arguments::ReplayArguments;
 use crate::settings_arguments::SettingsArguments;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 use kvar_base::{BlockId, ByteSize};
 use kvar_io::IoEngine;
-use kvar_plan::Capacity;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -398,130 +398,6 @@ pub(crate) struct BlockArguments {
     /// Id of the block (64 hex digits) instead of a name.
     #[arg(long, value_name = "HEX")]
     pub(crate) id: Option<BlockId>,
-}
-
-/// When requests of a trace go out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Pace {
-    /// At the trace's own times.
-    Real,
-    /// As fast as they are answered.
-    Fast,
-}
-
-/// Which store `--offline` replays.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum OfflineModel {
-    /// The pure policy over unit blocks.
-    Blocks,
-    /// DRAM tier, segments, reserve and rewriting, as the engine does.
-    Engine,
-}
-
-/// Who decides what stays, in `--offline`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum OfflinePolicy {
-    /// What a node runs; with --model blocks that is LRU with tails first.
-    Production,
-    /// LRU with tails first (--model blocks).
-    Lru,
-    /// Who knows the future (--model blocks): no policy can do better.
-    Optimum,
-    /// What was used recently (--model engine): what nodes ran before worth was learned.
-    Recent,
-}
-
-/// When a block is written to flash, in `--offline --model engine`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum OfflineAdmission {
-    /// When it leaves memory, if it is worth a place then: a node whose write budget is short.
-    Worth,
-    /// At its put: a node whose write budget has plenty.
-    All,
-}
-
-/// `kvar replay`.
-#[derive(Clone, Debug, Args)]
-pub(crate) struct ReplayArguments {
-    #[command(flatten)]
-    pub(crate) node: NodeArguments,
-    /// The trace: Mooncake or Qwen-Bailian form, one JSON object a line, zstd or plain; - is
-    /// standard input.
-    #[arg(value_name = "TRACE", required_unless_present = "verify")]
-    pub(crate) trace: Option<PathBuf>,
-    /// Bytes of one block. (Offline, for --model engine: default 64KiB.)
-    #[arg(long, value_name = "SIZE", required_unless_present_any = ["offline", "verify"])]
-    pub(crate) block_bytes: Option<ByteSize>,
-    /// Sections of one block.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1008))]
-    pub(crate) sections: u16,
-    /// How many blocks of the trace make one.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    pub(crate) coarsen: usize,
-    /// Tokens of one block in the trace, where the lengths do not tell.
-    #[arg(long, value_name = "N")]
-    pub(crate) block_tokens: Option<u64>,
-    /// Requests under way at once. More than one keeps the order that counts: a request's puts are
-    /// acknowledged before a later one that shares a block looks up.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub(crate) concurrency: u16,
-    /// Whether requests wait for their time in the trace.
-    #[arg(long, value_enum, default_value_t = Pace::Fast)]
-    pub(crate) pace: Pace,
-    /// Only the first N requests.
-    #[arg(long, value_name = "N")]
-    pub(crate) requests: Option<usize>,
-    /// Remove a block that was put earlier after every N-th request (crash tests; hit rates fall
-    /// below the ceiling then).
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub(crate) remove_every: usize,
-    /// Write what is acknowledged to this file as it is.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["offline", "verify"])]
-    pub(crate) journal: Option<PathBuf>,
-    /// Read every block of a journal back instead of replaying.
-    #[arg(long, value_name = "JOURNAL", conflicts_with_all = ["trace", "offline"])]
-    pub(crate) verify: Option<PathBuf>,
-    /// With --verify: blocks acknowledged longer than this before the end count as settled.
-    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = duration)]
-    pub(crate) older_than: Duration,
-    /// With --verify: when the node was killed, in microseconds of the monotonic clock (default:
-    /// the journal's last line).
-    #[arg(long, value_name = "US")]
-    pub(crate) killed_at_us: Option<u64>,
-    /// Replay the policy alone, without a node.
-    #[arg(long)]
-    pub(crate) offline: bool,
-    /// Offline: a capacity in blocks (9139) or as a share of the distinct blocks (5%); repeatable.
-    #[arg(long, value_name = "BLOCKS|SHARE%", requires = "offline")]
-    pub(crate) capacity: Vec<Capacity>,
-    /// Offline: which store.
-    #[arg(long, value_enum, default_value_t = OfflineModel::Blocks, requires = "offline")]
-    pub(crate) model: OfflineModel,
-    /// Offline: who decides what stays.
-    #[arg(long, value_enum, default_value_t = OfflinePolicy::Production, requires = "offline")]
-    pub(crate) policy: OfflinePolicy,
-    /// Offline, --model engine: when a block is written to flash.
-    #[arg(long, value_enum, default_value_t = OfflineAdmission::Worth, requires = "offline")]
-    pub(crate) admission: OfflineAdmission,
-    /// Offline: the share of the requests that warm the store up and are not counted.
-    #[arg(
-        long,
-        value_name = "SHARE",
-        default_value_t = 0.0,
-        requires = "offline"
-    )]
-    pub(crate) warmup_share: f64,
-    /// Offline, --model engine: DRAM as a share of the distinct blocks.
-    #[arg(
-        long,
-        value_name = "SHARE",
-        default_value_t = 0.02,
-        requires = "offline"
-    )]
-    pub(crate) dram_share: f64,
-    /// Print the report as JSON.
-    #[arg(long)]
-    pub(crate) json: bool,
 }
 
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {

@@ -32,13 +32,16 @@ pub(crate) struct HintArguments {
     /// Keep it in memory only: it is not worth a write to flash.
     #[arg(long)]
     ephemeral: bool,
-    /// It is written to be read once, soon, by somebody else (prefill to decode).
+    /// It is written to be read once, soon, by somebody else (prefill to decode): it stays in memory
+    /// until it was read or its time is over (--ttl, or the node's handover_wait), then leaves first.
     #[arg(long)]
     handover: bool,
-    /// Your own number for this kind of traffic: blocks of one class are taken to come back alike.
+    /// Your own number for this kind of traffic, such as 1 for chats and 2 for documents: the node
+    /// learns apart when blocks of 1, of 2, and of 3 and above come back.
     #[arg(long, value_name = "1-255", value_parser = clap::value_parser!(u8).range(1..))]
     traffic_class: Option<u8>,
-    /// What computing it again would cost, such as 800us or 2s.
+    /// What computing it again would cost, such as 800us or 2s: against the mean a byte of what
+    /// others said, a hit counts up to four times as often, or a quarter.
     #[arg(long, value_name = "DURATION", value_parser = recompute)]
     recompute: Option<u32>,
     /// Its place in its chain, from 0.

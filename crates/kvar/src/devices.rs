@@ -110,6 +110,9 @@ pub(crate) fn in_words(device: &Value) -> String {
             text.push_str(&format!(" ({why})"));
         }
     }
+    if let Some(streams) = device["write_streams"].as_u64().filter(|count| *count > 0) {
+        text.push_str(&format!(", {streams} write streams"));
+    }
     if let Some(rate) = device["drive_writes_per_day"].as_f64() {
         text.push_str(&format!(", {rate:.2} drive writes a day"));
     }

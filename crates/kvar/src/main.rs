@@ -17,6 +17,7 @@ mod lease_command;
 mod node_bench_arguments;
 mod print;
 mod replay;
+mod replay_arguments;
 mod serve;
 mod settings_arguments;
 

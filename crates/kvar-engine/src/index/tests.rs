@@ -22,6 +22,7 @@ fn entry(position: u32, stamp: u8) -> Entry {
         touched: false,
         frequency: 0,
         length: (position % 8) as u8,
+        kind: (position % 4) as u8,
         stamp,
     }
 }

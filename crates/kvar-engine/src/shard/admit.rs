@@ -7,7 +7,7 @@
 //!                                            └── least worth first ── worth a place? room? ── yes ──> queued
 //!                                                                         └── no ──> Volatile    with the Held
 //!                                                                                                rest of its prompt
-//!  flush, shutdown ── all that memory alone holds ──> queued
+//!  flush, shutdown ── all that memory alone holds ──> queued      handover: not here (`handover`)
 //! ```
 //!
 //! What must always be true: what is Held or Volatile is in memory alone and nobody was promised
@@ -18,11 +18,12 @@
 //! memory lets go (`dram`), what reclaim keeps (`reclaim`). A block that was worth no place and is
 //! used again becomes Held again.
 
-use super::{Change, Shard};
+use super::{Change, PutHints, Shard};
 use crate::dram::{Gone, State};
 use crate::index::Entry;
+use crate::layout::RecordHints;
 use kvar_base::{BlockId, Moment, page_round_up};
-use kvar_policy::{Asking, BlockClass, Candidate, SWEEP_TICKS};
+use kvar_policy::{Asking, BlockClass, Candidate, Kind, SWEEP_TICKS, Said};
 use std::time::Duration;
 
 /// The part of memory that is kept for what can leave at once: writes on their way and copies of
@@ -41,22 +42,41 @@ impl Shard {
     pub(super) fn used(
         &mut self,
         id: &BlockId,
-        before: Option<BlockClass>,
+        before: BlockClass,
         request_blocks: u32,
     ) -> BlockClass {
         self.keep.used(short(id), before, request_blocks)
     }
 
+    /// A block came in that was not visible; its class, from its use and from what was said of it.
+    pub(super) fn arrived(&mut self, id: &BlockId, told: &PutHints, bytes: u64) -> BlockClass {
+        let blocks = self.request_blocks(told.request, told.depth);
+        let kind = Kind::of(told.class);
+        if told.handover {
+            // Its one read, soon, says nothing of the blocks that look like it.
+            return BlockClass::new(0, blocks).of_kind(kind);
+        }
+        let said = Said {
+            kind,
+            recompute_us: told.recompute_us,
+            bytes,
+        };
+        self.keep.arrived(short(id), &said, blocks)
+    }
+
     /// A block left memory for want of room.
     pub(super) fn evicted(&mut self, gone: &Gone, fragmented: bool) {
         let id = gone.id;
-        if gone.state == State::Clean {
-            self.counters.dram_evicted_clean += 1;
-        } else {
-            self.counters.dram_evicted_gone += 1;
-            self.counters.evicted_ephemeral += u64::from(gone.ephemeral);
-            self.counters.evicted_undecided += u64::from(gone.state == State::Held);
-            self.keep.let_go(short(&id), gone.class);
+        match gone.state {
+            State::Clean => self.counters.dram_evicted_clean += 1,
+            State::Awaited => self.counters.evicted_awaited += 1,
+            State::Spent => self.counters.evicted_spent += 1,
+            state => {
+                self.counters.dram_evicted_gone += 1;
+                self.counters.evicted_ephemeral += u64::from(gone.ephemeral);
+                self.counters.evicted_undecided += u64::from(state == State::Held);
+                self.keep.let_go(short(&id), gone.class);
+            }
         }
         self.note(Change::Uncached { id, fragmented });
     }
@@ -86,7 +106,7 @@ impl Shard {
             self.queue_resident(now, &least.key);
         }
         let limit = self.dram.limit_bytes();
-        while self.dram.held_bytes() > limit - limit / AHEAD_SHARE {
+        while self.dram.waiting_bytes() > limit - limit / AHEAD_SHARE {
             let Some(least) = self.dram.least_held(&self.keep) else {
                 return;
             };
@@ -135,7 +155,8 @@ impl Shard {
 
     /// Whether what is queued was decided to leave memory, and new blocks need its room.
     pub(super) fn memory_waits(&self) -> bool {
-        self.dram.held_bytes() > self.dram.limit_bytes() / 2
+        let is_decided = self.dram.held_bytes() > 0;
+        is_decided && self.dram.waiting_bytes() > self.dram.limit_bytes() / 2
     }
 
     fn resident_bytes(&self, id: &BlockId) -> u64 {
@@ -144,11 +165,14 @@ impl Shard {
     }
 
     /// What a place on the device is worth to a block whose segment is reclaimed.
-    pub(super) fn worth_of(&self, entry: &Entry, depth: u32) -> f64 {
+    pub(super) fn worth_of(&self, entry: &Entry, hints: &RecordHints) -> f64 {
+        let bytes = Self::demand_of(entry);
         self.keep.worth(&Asking {
-            class: entry.class(),
+            class: entry
+                .class()
+                .at_cost(self.keep.cost(hints.recompute_us, bytes)),
             age: self.keep.age_bytes(entry.stamp),
-            depth,
+            depth: hints.depth,
         })
     }
 

@@ -24,7 +24,7 @@ use crate::layout::{
 };
 use crate::mutation::{Check, is_disabled};
 use kvar_base::Moment;
-use kvar_io::{DeviceError, Op, Shared};
+use kvar_io::{DeviceError, Lifetime, Op, Shared};
 use zerocopy::IntoBytes;
 
 /// Share of the segments that may be sealed before the next checkpoint: bounds recovery, and keeps
@@ -144,7 +144,13 @@ impl Shard {
                     .superblock
                     .checkpoint_area(self.number, self.checkpoint_area);
                 let buffers = vec![first];
-                return self.submit(Pending::CheckpointChunk, Op::Write { offset, buffers });
+                let lifetime = Lifetime::Pages;
+                let op = Op::Write {
+                    offset,
+                    buffers,
+                    lifetime,
+                };
+                return self.submit(Pending::CheckpointChunk, op);
             }
             checkpoint.stage = match checkpoint.stage {
                 Stage::Others => Stage::OthersFlush,
@@ -199,6 +205,7 @@ impl Shard {
             Op::Write {
                 offset,
                 buffers: vec![buffer.freeze()],
+                lifetime: Lifetime::Pages,
             },
         );
     }

@@ -22,6 +22,7 @@
 //! | `admit` | what does a use say of a block; which blocks get a place on the device? |
 //! | `put`, `read`, `sections`, `remove` | the calls: a block comes in, is read whole or in part, goes |
 //! | `lease`, `expiry` | what is promised for how long; what is over |
+//! | `handover` | what waits for one reader, and how long |
 //! | `write` | what is queued; where is it placed; when is it recorded? |
 //! | `prepare` | which segment is opened, closed and sealed when? |
 //! | `sync` | when is what is recorded on the device, and who is told? |
@@ -40,6 +41,7 @@ mod remove;
 mod sections;
 
 mod expiry;
+mod handover;
 mod lease;
 
 mod prepare;
@@ -56,7 +58,7 @@ mod status;
 
 mod journal;
 
-use crate::dram::Dram;
+use crate::dram::{Dram, State};
 use crate::expiry::Expiries;
 use crate::fast_map::FastMap;
 use crate::index::{Entry, Index, SlotRef};
@@ -73,6 +75,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use checkpoint::CheckpointWrite;
 pub(crate) use checkpoint::prefix_bytes as checkpoint_prefix_bytes;
+pub(crate) use handover::Handover;
 pub use journal::{Change, Displaced};
 use read::{FlashRead, MoveRead};
 use reclaim::Reclaim;
@@ -355,16 +358,22 @@ impl Shard {
         touch: Touch,
         blocks: u32,
     ) -> u64 {
-        let resident = self.dram.get(id).map(|resident| resident.class);
+        let resident = self.dram.get(id);
+        let is_awaited = resident.is_some_and(|resident| resident.state == State::Awaited);
+        let resident = resident.map(|resident| resident.class);
         let before = resident.or(found.map(|(_, entry)| entry.class()));
-        let class = self.used(id, before, blocks);
-        if let Some((at, _)) = found {
-            self.index.touch(at, self.keep.stamp(), class);
-        }
-        if resident.is_some() {
-            let arrival = self.arrival(touch.request);
-            let now = self.keep.demand_bytes();
-            self.dram.touch(id, arrival, touch.depth, class, now);
+        if is_awaited {
+            self.touch_awaited(id, touch);
+        } else if let Some(before) = before {
+            let class = self.used(id, before, blocks);
+            if let Some((at, _)) = found {
+                self.index.touch(at, self.keep.stamp(), class);
+            }
+            if resident.is_some() {
+                let arrival = self.arrival(touch.request);
+                let now = self.keep.demand_bytes();
+                self.dram.touch(id, arrival, touch.depth, class, now);
+            }
         }
         match (found, self.dram.get(id)) {
             (Some((_, entry)), _) => Self::demand_of(&entry),
@@ -390,6 +399,7 @@ impl Shard {
     pub(crate) fn called(&mut self, now: Moment) {
         self.last_call = now;
         self.end_leases(now);
+        self.end_waits(now);
     }
 
     pub(crate) fn lookup(&mut self, now: Moment, ids: &[BlockId], request: u64) -> Vec<bool> {
@@ -530,6 +540,7 @@ impl Shard {
     /// Does what has become possible or due.
     pub(crate) fn step(&mut self, now: Moment) {
         self.pass_time(now);
+        self.end_waits(now);
         self.sweep_stamps();
         self.decide_ahead(now);
         self.step_reclaim();
@@ -618,6 +629,7 @@ mod tests {
             touched: false,
             frequency: 0,
             length: 0,
+            kind: 0,
             stamp: 0,
         };
         let age = shard.age();

@@ -81,6 +81,7 @@ impl Shard {
             Op::Write {
                 offset,
                 buffers: vec![page],
+                lifetime: self.log(),
             },
         );
     }

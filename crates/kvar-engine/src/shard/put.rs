@@ -4,7 +4,7 @@
 //!  put_begin ── may it come? ── room for it ──> ticket ── the caller fills it ── put_commit
 //!      │                                           │                                │ checks hold
 //!      ▼                                           ▼                                ▼
-//!  Exists, InProgress, Refused                 put_abort                 visible: Dirty, Held or Volatile
+//!  Exists, InProgress, Refused                 put_abort                 visible: Dirty, Held, Volatile or Awaited
 //! ```
 //!
 //! What must always be true: an id is filled by one put at a time, and by none for ever; its memory
@@ -74,7 +74,11 @@ impl Shard {
             request: request.hints.request,
             depth: request.hints.depth,
         };
+        let before = self.dram.get(&request.id).map(|resident| resident.state);
         if self.touch(now, &request.id, touch).is_ok() {
+            if let Some(before) = before {
+                self.await_again(now, &request.id, &request.hints, before);
+            }
             let known = self.dram.get(&request.id).map(|resident| resident.version);
             if known.is_some_and(|known| {
                 known != version(request.sections.iter().map(|(_, check)| *check))
@@ -208,20 +212,24 @@ impl Shard {
         let arrival = self.arrival(told.request);
         // While the device takes nothing, one block at a time tries it; the others may leave.
         let given_up = self.trouble.gave_up() && !durable && !self.dirty.is_empty();
+        let is_asked = durable || told.is_asked;
+        let is_awaited = told.handover && !is_asked;
         let admission = self.budget.admit(
             padded,
-            told.ephemeral,
-            durable || told.is_asked,
+            told.ephemeral || is_awaited,
+            is_asked,
             Self::budget_time(now),
         );
         let state = match admission {
+            _ if is_awaited => State::Awaited,
             Admission::Never => State::Volatile,
             _ if given_up => State::Volatile,
             Admission::Later => State::Held,
             Admission::Asked | Admission::Budget => State::Dirty,
         };
-        let blocks = self.request_blocks(told.request, told.depth);
-        let class = self.used(&id, None, blocks);
+        let class = self.arrived(&id, &told, padded);
+        let handover =
+            is_awaited.then(|| Box::new(self.handover_of(now, &told, usize::from(sections))));
         let used_at = self.keep.demand_bytes();
         self.keep.demanded(padded);
         let image = buffer.freeze();
@@ -247,8 +255,10 @@ impl Shard {
                 used_at,
                 hints,
                 leased: false,
+                handover,
             },
         );
+        self.counters.not_admitted_handover += u64::from(is_awaited);
         self.counters.put_bytes += bytes;
         self.counters.count_put(PutOutcome::Stored);
         if state != State::Dirty {
@@ -256,6 +266,7 @@ impl Shard {
                 token,
                 outcome: PutOutcome::Stored,
             });
+            self.end_waits(now);
             // At once, or the next puts would find nothing that may leave.
             return self.decide_ahead(now);
         }

@@ -93,9 +93,13 @@ impl Shard {
                 &resident.sections,
                 resident.version,
                 &resident.image,
-                sections,
+                sections.clone(),
             );
+            let is_read = outcome.is_ok() && resident.state == State::Awaited;
             self.counters.dram_hits += u64::from(outcome.is_ok());
+            if is_read {
+                self.note_read(&id, sections);
+            }
             return self.answer(token, outcome);
         }
         if let Some(reading) = self.reading.get_mut(&id) {
@@ -238,6 +242,7 @@ impl Shard {
                 used_at: self.keep.demand_bytes(),
                 hints,
                 leased,
+                handover: None,
             },
         );
     }

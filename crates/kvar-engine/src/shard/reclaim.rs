@@ -233,10 +233,14 @@ impl Shard {
         }
         let opened_at = self.segments.get(segment).opened_at;
         self.keep.set_oldest(opened_at);
+        let costs = |(_, entry, hints): &(_, Entry, RecordHints)| {
+            (hints.recompute_us, Self::demand_of(entry))
+        };
+        self.keep.remind_of_costs(live.iter().map(costs));
         let mut live: Vec<_> = live
             .into_iter()
             .map(|(id, entry, hints)| {
-                let worth = self.worth_of(&entry, hints.depth);
+                let worth = self.worth_of(&entry, &hints);
                 (
                     self.leases.holds(&id),
                     worth,
@@ -283,7 +287,9 @@ impl Shard {
             } else if leased {
                 after <= room
             } else {
-                !waits && has_room && after <= most && self.keep.keeper_mut().keeps(worth, bytes)
+                // What was to be read once, a turnover ago, nobody waits for any more.
+                let is_wanted = !waits && !hints.handover && has_room && after <= most;
+                is_wanted && self.keep.keeper_mut().keeps(worth, bytes)
             };
             if keeps {
                 self.budget.spend(bytes);
@@ -294,6 +300,8 @@ impl Shard {
                 self.index.remove_at(&id, entry.position);
                 self.note_displaced(entry.position, Displaced::Reclaim);
                 let state = if waits { State::Held } else { State::Volatile };
+                let cost = self.keep.cost(hints.recompute_us, Self::demand_of(&entry));
+                self.dram.set_hints(&id, &hints, cost);
                 self.drop_flash_copy(&id, &entry, state);
             }
         }

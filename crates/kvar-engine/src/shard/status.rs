@@ -86,6 +86,16 @@ pub struct Counters {
     pub evicted_ephemeral: u64,
     /// Of these, such as had not been decided about: puts come faster than decisions are written.
     pub evicted_undecided: u64,
+    /// Blocks that left memory while their one reader was awaited: nothing else could.
+    pub evicted_awaited: u64,
+    /// Blocks that left memory after their one reader had come, or its time was over.
+    pub evicted_spent: u64,
+    /// Handovers that were read.
+    pub handovers_read: u64,
+    /// Handovers whose time was over before they were.
+    pub handovers_overdue: u64,
+    /// Handovers that made way to others: half of memory waited for readers.
+    pub handovers_crowded: u64,
     /// Blocks written because somebody asked for it: durable puts, a flush.
     pub admitted_asked: u64,
     /// Blocks written because the write budget had plenty.
@@ -98,6 +108,8 @@ pub struct Counters {
     pub not_admitted: u64,
     /// Blocks not written: the limit of writes was reached, or the device takes none.
     pub not_admitted_limit: u64,
+    /// Blocks not written: handed over, to be read once from memory.
+    pub not_admitted_handover: u64,
     /// Blocks that reclaim left to memory, which decides about them anew.
     pub reclaim_to_memory: u64,
     /// Blocks that reclaim dropped.
@@ -185,6 +197,8 @@ pub struct ShardStatus {
     pub dram_bytes_max: u64,
     /// Bytes in memory alone that wait to be decided about; what is not written by choice.
     pub held_bytes: u64,
+    /// Bytes in memory alone that wait for their one reader.
+    pub awaited_bytes: u64,
     /// What a place on the device must be worth at the moment: a chance to be used, 0 to 1.
     pub keep_threshold: f64,
     /// Bytes of the write budget that are left, negative in debt; null without a budget.
@@ -279,6 +293,7 @@ impl Shard {
             dram_bytes: self.dram.used_bytes(),
             dram_bytes_max: self.dram.limit_bytes(),
             held_bytes: self.dram.held_bytes(),
+            awaited_bytes: self.dram.awaited_bytes(),
             keep_threshold: self.keep.keeper().threshold(),
             write_budget_left_bytes: self.budget.left_bytes(),
             flash_blocks: self.index.len() as u64,

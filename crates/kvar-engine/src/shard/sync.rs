@@ -28,14 +28,14 @@ use crate::layout::{PageHead, PageKind, RECORD_BLOCK, RECORDS_PER_PAGE, Record};
 use crate::mutation::{Check, is_disabled};
 use crate::segments::OpenSegment;
 use kvar_base::{BlockId, Moment, PutOutcome};
-use kvar_io::{DeviceError, Op, Shared};
+use kvar_io::{DeviceError, Lifetime, Op};
 use std::collections::{BTreeMap, HashSet};
 
 /// Directory pages and footers under way, then a device flush.
 pub(super) struct Sync {
     writes_left: u32,
     /// Pages that wait for the flush of moved payload.
-    pages: Vec<(u64, Shared)>,
+    pages: Vec<Op>,
     failed: bool,
     flushing: bool,
     up_to_sequence: u64,
@@ -169,8 +169,17 @@ impl Shard {
         });
         let mut ready = Vec::with_capacity(writes.len());
         for (number, first, head, pages) in writes {
+            // A directory page is written again with the next records, a footer never.
+            let lifetime = match head.kind {
+                PageKind::Directory => Lifetime::Pages,
+                PageKind::Header | PageKind::Footer => self.log(),
+            };
             match self.encode_pages(number, first, &head, &pages) {
-                Some(page) => ready.push(page),
+                Some((offset, page)) => ready.push(Op::Write {
+                    offset,
+                    buffers: vec![page],
+                    lifetime,
+                }),
                 None => {
                     // The reserve for such pages is used up; the segment is sealed without them
                     // being whole, and its blocks count as not flushed.
@@ -195,10 +204,9 @@ impl Shard {
         }
     }
 
-    fn write_sync_pages(&mut self, pages: Vec<(u64, Shared)>) {
-        for (offset, page) in pages {
-            let buffers = vec![page];
-            self.submit(Pending::SyncPage, Op::Write { offset, buffers });
+    fn write_sync_pages(&mut self, pages: Vec<Op>) {
+        for page in pages {
+            self.submit(Pending::SyncPage, page);
         }
     }
 

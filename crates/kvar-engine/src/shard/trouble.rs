@@ -134,8 +134,14 @@ impl Shard {
     /// device in trouble gave it up, is queued.
     pub(super) fn queue_given_up(&mut self, now: Moment) {
         let index = &self.index;
+        // What waits for one reader is written when somebody wants everything to be, not before.
+        let is_asked = self.shutdown.is_some() || !self.flush_waiters.is_empty();
         let volatile = self.dram.in_order(|id, resident| {
-            let may_leave = matches!(resident.state, State::Volatile | State::Held | State::Clean);
+            let may_leave = match resident.state {
+                State::Volatile | State::Held | State::Clean => true,
+                State::Awaited => is_asked,
+                State::Dirty | State::Writing | State::Spent => false,
+            };
             may_leave && !resident.ephemeral && index.find(id).is_none()
         });
         for id in volatile {

@@ -27,7 +27,7 @@ use crate::mutation::{Check, is_disabled};
 use crate::segments::OpenSegment;
 use crate::segments::Spare;
 use kvar_base::{BlockId, Moment, PAGE_BYTES, page_round_up};
-use kvar_io::{DeviceError, Op, Shared};
+use kvar_io::{DeviceError, Lifetime, Op, Shared};
 use kvar_policy::BlockClass;
 use std::time::Duration;
 
@@ -304,7 +304,17 @@ impl Shard {
             .iter()
             .map(|placed| placed.item.image.clone())
             .collect();
-        self.submit(Pending::Payload(group), Op::Write { offset, buffers });
+        let op = Op::Write {
+            offset,
+            buffers,
+            lifetime: self.log(),
+        };
+        self.submit(Pending::Payload(group), op);
+    }
+
+    /// What dies with its segment.
+    pub(super) fn log(&self) -> Lifetime {
+        Lifetime::Log { shard: self.number }
     }
 
     fn open_or_sealing(&mut self, number: u32) -> Option<&mut OpenSegment> {
@@ -405,6 +415,7 @@ impl Shard {
             touched: class.uses() > 0,
             frequency: class.uses(),
             length: class.length(),
+            kind: class.kind().number(),
             stamp,
         };
         let Self { index, leases, .. } = self;

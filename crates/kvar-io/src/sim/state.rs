@@ -339,7 +339,9 @@ fn aim(op: &Op) -> Option<(FaultOn, Range<u64>)> {
 /// The bytes of a write as the disk takes them.
 fn taken(op: &Op) -> Option<Write> {
     match op {
-        Op::Write { offset, buffers } => {
+        Op::Write {
+            offset, buffers, ..
+        } => {
             let pages: Vec<Arc<Page>> = buffers
                 .iter()
                 .flat_map(|buffer| buffer.padded().as_chunks::<PAGE>().0)

@@ -2,7 +2,7 @@
 #![allow(dead_code, unreachable_pub)] // each test binary uses its part
 
 use kvar_io::sim::{SimDisk, SimOptions};
-use kvar_io::{Arena, Completion, Device, Op, Ring, Shared, Target, Threads, Wanted};
+use kvar_io::{Arena, Completion, Device, Lifetime, Op, Ring, Shared, Target, Threads, Wanted};
 use std::path::Path;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
@@ -149,7 +149,12 @@ pub fn filled(arena: &Arena, len: usize, mark: u64) -> Shared {
 }
 
 pub fn write(offset: u64, buffers: Vec<Shared>) -> Op {
-    Op::Write { offset, buffers }
+    let lifetime = Lifetime::Pages;
+    Op::Write {
+        offset,
+        buffers,
+        lifetime,
+    }
 }
 
 pub fn read(arena: &Arena, offset: u64, len: usize) -> Op {
@@ -183,6 +188,19 @@ pub fn tool(name: &str, arguments: &[&str]) -> Result<String, String> {
         "{name}: {}",
         String::from_utf8_lossy(&output.stderr).trim()
     ))
+}
+
+/// A loop device over a new file, or why there is none here.
+pub fn loop_device(folder: &Path, bytes: u64) -> Result<(String, Undo), String> {
+    let backing = folder.join("backing").to_string_lossy().into_owned();
+    let file = std::fs::File::create(&backing).map_err(|error| error.to_string())?;
+    file.set_len(bytes).map_err(|error| error.to_string())?;
+    if !is_root() {
+        return Err("a loop device needs root".to_owned());
+    }
+    let path = tool("losetup", &["--find", "--show", &backing])?;
+    let detach = Undo("losetup", vec!["--detach".to_owned(), path.clone()]);
+    Ok((path, detach))
 }
 
 /// Undoes something when the test ends, well or not.

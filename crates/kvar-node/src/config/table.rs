@@ -157,6 +157,19 @@ pub const SETTINGS: &[Setting] = &[
         },
     },
     Setting {
+        key: "handover_wait",
+        default: "60s",
+        form: "duration",
+        help: "How long a block that one engine hands over to another (the put's hint) is kept in \
+               memory for its one reader; a time to live of its own goes before. Then it makes way first.",
+        is_switch: false,
+        is_list: false,
+        set: |config, text| {
+            config.handover_wait = duration(text)?;
+            Ok(())
+        },
+    },
+    Setting {
         key: "expected_block_bytes",
         default: "64KiB",
         form: "size",

@@ -123,6 +123,8 @@ pub(crate) enum Event {
     },
     /// Writes go well again after one was refused.
     WritesAgain { device: u32 },
+    /// A device took a write only without its stream; each of its shards says so once.
+    StreamRefused { device: u32 },
     /// A device that was doubted answers, or does not.
     Probed { device: u32, alive: bool },
     /// An engine is gone.
@@ -188,6 +190,8 @@ struct Live {
     is_probed: bool,
     /// Whether its writes fail at the moment.
     is_refusing: bool,
+    /// Whether it was told that it takes no write streams.
+    is_stream_refused: bool,
     /// Whether it would be out of service if it were not the last.
     is_hopeless: bool,
     /// Why it is of little use, though it is the last one.
@@ -313,6 +317,7 @@ impl Keeper {
                     text,
                 } => self.on_failed(device, kind, is_hard, &text),
                 Event::WritesAgain { device } => self.on_writes_again(device),
+                Event::StreamRefused { device } => self.on_stream_refused(device),
                 Event::Probed { device, alive } => self.on_probed(device, alive),
                 Event::Closed(key) => self.on_closed(key),
                 Event::Answered(number, answer) if number >= MOVES_FROM => {
@@ -382,6 +387,7 @@ impl Keeper {
             unix_at_start_s: self.unix_at_start_s,
             scrub_bytes_per_s: self.config.scrub.0,
             discard: self.config.discard,
+            handover_wait: self.config.handover_wait,
         };
         let one = memory_bytes(&config, &superblock);
         let (mut engines, mut watches) = (Vec::new(), Vec::new());
@@ -424,6 +430,7 @@ impl Keeper {
             runs: [Run::default(); 2],
             is_probed: false,
             is_refusing: false,
+            is_stream_refused: false,
             is_hopeless: false,
             trouble: None,
             reply: None,

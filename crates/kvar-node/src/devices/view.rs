@@ -30,6 +30,10 @@ pub struct DeviceView {
     pub share: f64,
     /// Whether it will be emptied before it serves again.
     pub stale: bool,
+    /// Streams of the drive that writes are told apart by; 0: none.
+    pub write_streams: u8,
+    /// Why none, while it is open.
+    pub write_streams_off: Option<&'static str>,
     /// How far its blocks are, while it is leaving.
     pub moved: Option<Moved>,
 }

@@ -19,11 +19,13 @@
 //!
 //! What must always be true: counting costs the data path two plain stores an operation.
 //!
+//! Beside it: when the device refuses a write stream that the kernel had reported, that is said once.
+//!
 //! What is absent: what happens then (`keeper`). A device that neither completes nor fails an
 //! operation is not found here: its reads end by their callers' deadlines.
 
 use kvar_base::Moment;
-use kvar_io::{Completion, Device, DeviceError, Op};
+use kvar_io::{Completion, Device, DeviceError, Op, WriteStreams};
 use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -70,6 +72,8 @@ pub(crate) enum Sign<'a> {
     Failed(Kind, &'a DeviceError),
     /// Writes go well again after one was refused.
     WritesAgain,
+    /// The device took a write only without its stream.
+    StreamRefused,
 }
 
 /// Told of every failure, and when writes go well again.
@@ -81,15 +85,24 @@ pub(crate) struct WatchedDevice {
     watch: Arc<Watch>,
     on_sign: OnSign,
     was_refused: bool,
+    streams: WriteStreams,
+    is_stream_refused: bool,
 }
 
 impl WatchedDevice {
-    pub(crate) fn new(inner: Box<dyn Device>, watch: Arc<Watch>, on_sign: OnSign) -> Self {
+    pub(crate) fn new(
+        inner: Box<dyn Device>,
+        streams: &WriteStreams,
+        watch: Arc<Watch>,
+        on_sign: OnSign,
+    ) -> Self {
         Self {
             inner,
             watch,
             on_sign,
             was_refused: false,
+            streams: streams.clone(),
+            is_stream_refused: false,
         }
     }
 }
@@ -136,6 +149,10 @@ impl Device for WatchedDevice {
         if self.was_refused && writes > 0 {
             self.was_refused = false;
             (self.on_sign)(Sign::WritesAgain);
+        }
+        if writes > 0 && !self.is_stream_refused && self.streams.is_refused() {
+            self.is_stream_refused = true;
+            (self.on_sign)(Sign::StreamRefused);
         }
         // This thread alone writes them: a load and a store, no locked operation.
         for (counter, more) in [(&self.watch.reads, reads), (&self.watch.writes, writes)] {

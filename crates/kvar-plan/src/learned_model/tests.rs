@@ -136,3 +136,39 @@ fn blocks_as_large_as_segments_are_no_trouble() {
         );
     }
 }
+
+/// Prompts that come back twice, after more than memory holds, and make way to new ones; among twice
+/// as many of the same length that never come back, and would fill flash in a few rounds.
+#[test]
+fn a_kind_that_never_returns_is_kept_out_where_it_is_named() {
+    let shape = FlashShape {
+        segments: 20,
+        blocks_per_segment: 60,
+        ..SHAPE
+    };
+    let hits_and_writes = |names: [u8; 2]| {
+        let mut store = LearnedModel::new(100_000, 100, shape, Admit::ByWorth);
+        let (mut request, mut hits, mut stranger) = (0, 0, 10_000);
+        for round in 0..40 {
+            for prompt in 0..30 {
+                store.set_traffic_class(names[0]);
+                let first = (round * 10 + prompt) * 5;
+                let found = ask(&mut store, first..first + 5, request);
+                hits += if round >= 20 { found } else { 0 };
+                store.set_traffic_class(names[1]);
+                for other in 1..=2 {
+                    ask(&mut store, stranger..stranger + 5, request + other);
+                    stranger += 5;
+                }
+                request += 3;
+            }
+        }
+        (hits, store.writes().put + store.writes().again)
+    };
+    let (hits, writes) = hits_and_writes([0, 0]);
+    let (named_hits, named_writes) = hits_and_writes([1, 2]);
+    assert!(named_hits * 2 > hits * 3, "{named_hits} {hits}");
+    assert!(named_writes * 4 < writes * 3, "{named_writes} {writes}");
+    // One name for all is no name.
+    assert_eq!((hits, writes), hits_and_writes([2, 2]));
+}

@@ -4,6 +4,7 @@
 //! it was shown any.
 
 use super::*;
+use crate::class::Kind;
 
 const CAPACITY: u64 = 1 << 20;
 const SHORT: u32 = 1;
@@ -143,10 +144,86 @@ fn a_block_asked_for_again_and_again_at_one_moment_takes_no_memory() {
 }
 
 #[test]
-fn a_class_is_known_by_its_number_and_its_parts() {
-    for number in 0..CLASSES {
-        let class = BlockClass::from_number(number);
-        assert_eq!(class.number(), number);
-        assert_eq!(BlockClass::from_parts(class.uses(), class.length()), class);
+fn a_kind_that_returns_and_one_that_does_not_are_told_apart() {
+    let mut model = ReuseModel::new(CAPACITY);
+    let class = BlockClass::new(0, LONG);
+    let (agents, documents) = (class.of_kind(Kind::of(1)), class.of_kind(Kind::of(2)));
+    // Nobody said anything for a while: both speak with the voice of that.
+    teach_class(&mut model, class, Some(CAPACITY / 2), 0, 2 * CAPACITY);
+    let before = model.chance(class, 0, CAPACITY);
+    model.observe(u64::MAX, agents, 3 * CAPACITY);
+    assert_eq!(
+        model.chance(agents, 0, CAPACITY),
+        model.chance(class, 0, CAPACITY)
+    );
+    assert!(before > 0.5, "{before}");
+    teach_class(
+        &mut model,
+        agents,
+        Some(CAPACITY / 4),
+        4 * CAPACITY,
+        8 * CAPACITY,
+    );
+    teach_class(&mut model, documents, None, 9 * CAPACITY, 14 * CAPACITY);
+    let (agents, documents) = (
+        model.chance(agents, 0, CAPACITY),
+        model.chance(documents, 0, CAPACITY),
+    );
+    assert!(agents > 0.7, "{agents}");
+    assert!(documents < 0.1, "{documents}");
+}
+
+#[test]
+fn a_few_intervals_of_a_kind_are_no_rule() {
+    let mut model = ReuseModel::new(CAPACITY);
+    let class = BlockClass::new(0, LONG);
+    teach_class(&mut model, class, Some(CAPACITY / 4), 0, 6 * CAPACITY);
+    let kind = class.of_kind(Kind::of(1));
+    (0..4).for_each(|id| model.observe(1 << 60 | id, kind, 7 * CAPACITY));
+    model.compute(9 * CAPACITY);
+    let (common, own) = (
+        model.chance(class, 0, CAPACITY),
+        model.chance(kind, 0, CAPACITY),
+    );
+    assert!((common - own).abs() < 0.15, "{common} {own}");
+}
+
+/// One kind for everything, whatever its name, is the same as none.
+#[test]
+fn kinds_that_nobody_tells_apart_change_nothing() {
+    let learned = |kind: u8| {
+        let mut model = ReuseModel::new(CAPACITY);
+        let kind = Kind::of(kind);
+        let class = BlockClass::new(0, LONG).of_kind(kind);
+        let mut uses = Vec::new();
+        for now in (0..4 * CAPACITY).step_by(CAPACITY as usize / 200) {
+            uses.push((now, now, class));
+            let again = BlockClass::new(1, LONG).of_kind(kind);
+            uses.push((now + CAPACITY / 3, now, again));
+        }
+        uses.sort_unstable();
+        for (now, id, class) in uses {
+            model.observe(id, class, now);
+        }
+        (0..32_u64)
+            .map(|step| model.worth(class, step * CAPACITY / 8))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(learned(0), learned(2));
+}
+
+#[test]
+fn a_dear_block_is_worth_so_much_more_and_as_likely_to_return() {
+    let model = ReuseModel::new(CAPACITY);
+    let mut scale = crate::CostScale::new(CAPACITY);
+    scale.observe(1000, 4096);
+    let class = BlockClass::new(1, LONG);
+    let dear = class.at_cost(scale.cost(4000, 4096));
+    for age in [0, CAPACITY / 3, 5 * CAPACITY] {
+        assert_eq!(model.worth(dear, age), 4.0 * model.worth(class, age));
+        assert_eq!(
+            model.chance(dear, age, CAPACITY),
+            model.chance(class, age, CAPACITY)
+        );
     }
 }

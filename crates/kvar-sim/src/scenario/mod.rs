@@ -57,6 +57,8 @@ pub enum Temper {
 
 /// A life that is over before its first segment is.
 const LIFE_STEPS_SHORT: u64 = 20;
+/// Long enough for most readers here, and over within a life.
+const HANDOVER_WAIT: Duration = Duration::from_secs(1);
 
 /// Half the runs have a disk that is well: only there is everything asked for.
 const TEMPERS: [Temper; 18] = [
@@ -275,6 +277,7 @@ pub(crate) fn build(seed: u64, temper: Temper, dice: &mut Dice) -> (World, Shape
         shutdown_flush: Duration::from_secs(30),
         scrub_bytes_per_s: dice.pick(&[0, 4, 64, 4096]) << 20,
         writes: write_rates(seed),
+        handover_wait: HANDOVER_WAIT,
         ..EngineConfig::default()
     };
     let expected_block_bytes = dice.pick(&[4, 8, 16, 16, 32, 64]) << 10;

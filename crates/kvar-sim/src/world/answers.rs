@@ -284,7 +284,7 @@ impl World {
                     }
                     Waiting::Flush { from } if done => {
                         self.tally.count("flush/done");
-                        self.model.flushed(from, None)?;
+                        self.hear_flushed(from, None)?;
                     }
                     Waiting::Remove { .. } => self.tally.count("remove/failed"),
                     Waiting::Purge { .. } => self.tally.count("purge/failed"),
@@ -298,6 +298,12 @@ impl World {
         }
     }
 
+    fn hear_flushed(&mut self, order: u64, told: Option<u64>) -> Step {
+        let now = self.now;
+        let crowded = self.engine().counters().handovers_crowded > 0;
+        Ok(self.model.flushed(order, told, now, crowded)?)
+    }
+
     /// A durable put that is answered later than at once is flushed.
     pub(super) fn judge_durable(&mut self, number: u64, nonce: u64) -> Step {
         let block = self.model.block(number);
@@ -306,7 +312,7 @@ impl World {
             && block.put(nonce).is_some_and(|put| !put.guaranteed);
         if is_durable {
             self.tally.count("put/stored durably");
-            self.model.flushed(u64::MAX, Some(nonce))?;
+            self.hear_flushed(u64::MAX, Some(nonce))?;
         }
         Ok(())
     }

@@ -3,13 +3,16 @@
 //! What must always be true: a call whose answer comes at once is judged at once.
 
 use super::{OpenPut, PutEnd, Step, Violation, Waiting, WantedPut, World, wrong};
-use crate::model::{Presence, Put};
+use crate::model::{Handover, Presence, Put};
 use crate::payload;
 use crate::promises::Reason;
 use kvar_base::{BlockId, ContentCheck, Moment, PutOutcome, Refusal};
 use kvar_engine::{Event, GetRequest, PutHints, PutRequest, Tier, Touch};
 use std::ops::Range;
 use std::time::Duration;
+
+/// One put in so many is handed over to one reader.
+const HANDOVER_ONE_IN: u64 = 10;
 
 impl World {
     /// Announces a put; whether it may come.
@@ -35,16 +38,25 @@ impl World {
                 (*len, ContentCheck::of(&bytes, &id, at as u16))
             })
             .collect();
+        // By the put's own number, not by the dice: what is said changes no other step.
+        let said = nonce.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
+        let hints = PutHints {
+            request: number / 8 + 1,
+            depth: (number % 8) as u32,
+            ephemeral,
+            ttl_s,
+            class: (number % 6) as u8,
+            recompute_us: match said % 64 {
+                0 => u32::MAX,
+                said => [0, 0, 500, 1000, 1000, 2000][said as usize % 6],
+            },
+            handover: (said / 6).is_multiple_of(HANDOVER_ONE_IN),
+            is_asked: false,
+        };
         let request = PutRequest {
             id,
             sections,
-            hints: PutHints {
-                request: number / 8 + 1,
-                depth: (number % 8) as u32,
-                ephemeral,
-                ttl_s,
-                ..PutHints::default()
-            },
+            hints,
             durable,
             deadline,
         };
@@ -52,9 +64,10 @@ impl World {
         let used_bytes = self.engine().status(now).dram_bytes;
         let begun = self.engine().put_begin(now, &request);
         self.note(format!(
-            "put {number} nonce {nonce:x} {lengths:?}{}{}{} -> {:?}",
+            "put {number} nonce {nonce:x} {lengths:?}{}{}{}{} -> {:?}",
             if durable { " durable" } else { "" },
             if ephemeral { " ephemeral" } else { "" },
+            if hints.handover { " handover" } else { "" },
             ttl_s.map_or_else(String::new, |ttl_s| format!(" for {ttl_s} s")),
             begun.as_ref().map(|_| "comes")
         ));
@@ -78,8 +91,7 @@ impl World {
                     lengths: lengths.into(),
                     ticket,
                     deadline,
-                    ephemeral,
-                    ttl_s,
+                    hints,
                     durable,
                 });
                 Ok(true)
@@ -119,8 +131,7 @@ impl World {
             nonce,
             lengths,
             mut ticket,
-            ephemeral,
-            ttl_s,
+            hints,
             durable,
             ..
         } = put;
@@ -170,14 +181,22 @@ impl World {
             }
             let order = self.model.next_order;
             self.model.next_order += 1;
+            let wait = self.config.handover_wait;
+            let wait = hints
+                .ttl_s
+                .map_or(wait, |ttl_s| Duration::from_secs(u64::from(ttl_s)));
             let put = Put {
                 nonce,
+                handover: (hints.handover && !durable).then(|| Handover {
+                    until: now.after(wait),
+                    unread: vec![true; lengths.len()],
+                }),
                 lengths,
                 order,
                 committed: self.now,
                 turn: self.turns,
-                ephemeral,
-                expires_unix_s: self.expiry(now, ttl_s),
+                ephemeral: hints.ephemeral,
+                expires_unix_s: self.expiry(now, hints.ttl_s),
                 guaranteed: false,
                 flushed_once: false,
                 given_up: false,
@@ -202,6 +221,7 @@ impl World {
         deadline: Moment,
     ) -> Step {
         let id = self.id(number);
+        self.model.read(number, sections.as_ref());
         let puts_before = self.model.next_order;
         let (candidates, presence) = (self.model.candidates(number), self.model.presence(number));
         let block = self.model.block(number);

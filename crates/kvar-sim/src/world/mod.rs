@@ -21,8 +21,8 @@ use crate::tally::Tally;
 use devices::Shelved;
 use kvar_base::{BlockId, Moment};
 use kvar_engine::{
-    Copy, Engine, EngineConfig, FormatOptions, PutTicket, RecoveryReport, Superblock, format,
-    read_superblock,
+    Copy, Engine, EngineConfig, FormatOptions, PutHints, PutTicket, RecoveryReport, Superblock,
+    format, read_superblock,
 };
 use kvar_io::Arena;
 use kvar_io::sim::{FaultRates, Image, SimDisk, SimOptions, Survival};
@@ -70,8 +70,7 @@ pub(crate) struct OpenPut {
     lengths: Arc<[u32]>,
     ticket: PutTicket,
     deadline: Moment,
-    ephemeral: bool,
-    ttl_s: Option<u32>,
+    hints: PutHints,
     durable: bool,
 }
 

@@ -94,6 +94,7 @@ fn table(entries: u64) -> Vec<Row> {
             touched: false,
             frequency: 0,
             length: 0,
+            kind: 0,
             stamp: number as u8,
         };
         if let Inserted::Evicted(_) = index.insert(&id(number), &entry, |stamp| stamp) {

@@ -19,8 +19,8 @@ mod source;
 mod tally;
 mod verify;
 
-use crate::arguments::{OfflineAdmission, OfflineModel, OfflinePolicy, ReplayArguments};
 use crate::failure::{Failure, Outcome};
+use crate::replay_arguments::{OfflineAdmission, OfflineModel, OfflinePolicy, ReplayArguments};
 use kvar_plan::{Admit, Model, Policy, TraceOptions};
 
 /// Block size that `--offline --model engine` assumes when none is given.

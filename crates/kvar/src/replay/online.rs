@@ -10,7 +10,6 @@
 //! What must always be true: every byte that comes back is checked against one complete put of that
 //! block; a node that goes away ends the replay with a report instead of a hang.
 
-use crate::arguments::{Pace, ReplayArguments};
 use crate::connect::{Connected, connect};
 use crate::failure::{Failure, Outcome};
 use crate::print;
@@ -19,6 +18,7 @@ use crate::replay::order::Order;
 use crate::replay::payload;
 use crate::replay::source::read_trace;
 use crate::replay::tally::{ReportFacts, Tally};
+use crate::replay_arguments::{Pace, ReplayArguments};
 use indicatif::{ProgressBar, ProgressStyle};
 use kvar_base::{BlockId, ByteSize, ContentFingerprint, MissReason, PutOutcome, Refusal};
 use kvar_client::{
@@ -214,10 +214,12 @@ impl Replay<'_> {
             tally.hit_tokens += request.hit_tokens(hits, self.trace.block_tokens);
         }
         for (part, ids) in ids[hits..].chunks(self.blocks_a_call()).enumerate() {
-            self.put(ids, hits + part * self.blocks_a_call(), options, spare)?;
+            let depth = hits + part * self.blocks_a_call();
+            self.put(ids, depth, request.traffic_class, options, spare)?;
         }
         if remove && let Some(id) = ids.last() {
-            self.remove(id, ids.len() - 1, options, spare)?;
+            let class = request.traffic_class;
+            self.remove(id, ids.len() - 1, class, options, spare)?;
         }
         Ok(())
     }
@@ -341,6 +343,7 @@ impl Replay<'_> {
         &self,
         ids: &[BlockId],
         first_depth: usize,
+        traffic_class: u8,
         options: CallOptions,
         spare: &mut Vec<Vec<u8>>,
     ) -> Result<(), String> {
@@ -357,6 +360,7 @@ impl Replay<'_> {
                 let hints = PutHints {
                     depth: (first_depth + index) as u32,
                     request: options.touch_request,
+                    traffic_class,
                     ..PutHints::default()
                 };
                 let lengths = self.lengths.clone();
@@ -411,6 +415,7 @@ impl Replay<'_> {
         &self,
         id: &BlockId,
         depth: usize,
+        traffic_class: u8,
         options: CallOptions,
         spare: &mut Vec<Vec<u8>>,
     ) -> Result<(), String> {
@@ -422,7 +427,7 @@ impl Replay<'_> {
         }
         self.answered(removed.is_ok())?;
         if self.tally.lock().removed_blocks.is_multiple_of(2) {
-            self.put(&[*id], depth, options, spare)?;
+            self.put(&[*id], depth, traffic_class, options, spare)?;
         }
         Ok(())
     }

@@ -5,13 +5,13 @@
 //! there; what was removed stays away. The first and the last are errors here; misses are counted
 //! by age and left to the caller, who knows whether anything had to be evicted.
 
-use crate::arguments::ReplayArguments;
 use crate::connect::connect;
 use crate::failure::{Failure, Outcome};
 use crate::print;
 use crate::replay::journal::{History, Journal, Promise};
 use crate::replay::online::is_failure;
 use crate::replay::payload;
+use crate::replay_arguments::ReplayArguments;
 use kvar_base::BlockId;
 use kvar_client::{GetItem, GetOutcome, GetResult};
 use serde::Serialize;

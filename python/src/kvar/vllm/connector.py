@@ -307,6 +307,8 @@ class KvarConnector(KVConnectorBase_V1):
             head_slice=(rank, self._ranks),
             deadline_ms=self._settings.deadline_ms,
             bytes_a_block=first[0].numel() * first.element_size() * len(layers),
+            traffic_class=self._settings.traffic_class,
+            handover=self._settings.handover,
         )
         logger.info("kvar: rank %d of %d, %s", rank, self._ranks, text.replace("\n", " "))
 

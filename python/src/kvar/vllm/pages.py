@@ -73,7 +73,7 @@ class Pages(Protocol):
         blocks: Sequence[int],
         deadline_ms: int,
         depth: int,
-        request: int,
+        hints: kvar.PutHints,
     ) -> Transfer:
         """Starts storing pages."""
 
@@ -159,7 +159,7 @@ class DirectPages:
         blocks: Sequence[int],
         deadline_ms: int,
         depth: int,
-        request: int,
+        hints: kvar.PutHints,
     ) -> Transfer:
         """Starts storing pages."""
         pending = client.submit_put_pages(
@@ -169,7 +169,7 @@ class DirectPages:
             self._page_bytes,
             deadline_ms=deadline_ms,
             depth=depth,
-            hints=kvar.PutHints(request=request),
+            hints=hints,
         )
         return _Pending(pending)
 
@@ -211,10 +211,10 @@ class StagedPages:
         blocks: Sequence[int],
         deadline_ms: int,
         depth: int,
-        request: int,
+        hints: kvar.PutHints,
     ) -> Transfer:
         """Starts storing pages, once what the engine has launched so far is done."""
-        return _StagedSave(self, client, ids, blocks, deadline_ms, depth, request)
+        return _StagedSave(self, client, ids, blocks, deadline_ms, depth, hints)
 
 
 class Lane:
@@ -384,9 +384,10 @@ class _StagedSave(_Staged):
         blocks: Sequence[int],
         deadline_ms: int,
         depth: int,
-        request: int,
+        hints: kvar.PutHints,
     ) -> None:
-        super().__init__(pages, client, ids, blocks, deadline_ms, depth, request)
+        super().__init__(pages, client, ids, blocks, deadline_ms, depth, hints.request)
+        self.hints = hints
         self.computed: Any = None
         if pages.stream is not None:
             import torch
@@ -409,7 +410,7 @@ class _StagedSave(_Staged):
                 self.pages.page_bytes,
                 deadline_ms=self.deadline_ms,
                 depth=self.depth + piece.first,
-                hints=kvar.PutHints(request=self.request),
+                hints=self.hints,
             )
         if not piece.pending.done():
             return False

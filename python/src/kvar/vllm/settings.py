@@ -11,6 +11,9 @@
 | lease_ms           | 2000    | how long what a lookup found stays unless it is renewed      |
 | choice             | auto    | auto: load what comes sooner than it could be computed;      |
 |                    |         | always: load all that is stored                              |
+| traffic_class      | 0       | your number for this engine's traffic: 1, 2, and 3 and above |
+|                    |         | are learned apart by the node; 0: not said                   |
+| handover           | false   | another engine reads what this one saves once, soon          |
 
 An unknown key is an error: a misspelt one would otherwise be a silent default.
 """
@@ -40,6 +43,9 @@ LEASE_MS_MAX = 30_000
 
 # No setting of a deadline makes sense beyond a minute: the request would be gone.
 DEADLINE_MS_MAX = 60_000
+
+#: The number is one byte of a put.
+TRAFFIC_CLASS_MAX = 255
 
 
 Word = TypeVar("Word", bound=enum.Enum)
@@ -89,6 +95,8 @@ class Settings:
     lookup_deadline_ms: int
     lease_ms: int
     choice: Override
+    traffic_class: int = 0
+    handover: bool = False
 
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, Any]) -> Settings:
@@ -111,6 +119,8 @@ class Settings:
             ),
             lease_ms=_milliseconds(extra, "lease_ms", LEASE_MS_DEFAULT, LEASE_MS_MAX),
             choice=_one_of(Override, extra, "choice", Override.AUTO),
+            traffic_class=_traffic_class(extra),
+            handover=_flag(extra, "handover"),
         )
 
 
@@ -130,6 +140,23 @@ def _text(extra: Mapping[str, Any], name: str, default: str | None) -> str:
     if value is None:
         raise SettingsError(f"kv_connector_extra_config needs {name}")
     raise SettingsError(f"{name} is {value!r}; write a text that is not empty")
+
+
+def _traffic_class(extra: Mapping[str, Any]) -> int:
+    value = extra.get("traffic_class", 0)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= TRAFFIC_CLASS_MAX:
+        raise SettingsError(
+            f"traffic_class is {value!r}; write your number for this engine's traffic, "
+            f"1 to {TRAFFIC_CLASS_MAX}, or 0 for none"
+        )
+    return value
+
+
+def _flag(extra: Mapping[str, Any], name: str) -> bool:
+    value = extra.get(name, False)
+    if not isinstance(value, bool):
+        raise SettingsError(f"{name} is {value!r}; write true or false")
+    return value
 
 
 def _milliseconds(

@@ -66,6 +66,8 @@ class Mover:
         head_slice: tuple[int, int],
         deadline_ms: int,
         bytes_a_block: int,
+        traffic_class: int = 0,
+        handover: bool = False,
     ) -> None:
         self._link = link
         self._pages = pages
@@ -74,6 +76,8 @@ class Mover:
         self._head_slice = head_slice
         self._deadline_ms = deadline_ms
         self._bytes_a_block = bytes_a_block
+        self._traffic_class = traffic_class
+        self._handover = handover
         self._loads: list[_Load] = []
         self._saves: list[_Save] = []
         self._ended = Ended()
@@ -111,7 +115,11 @@ class Mover:
                     order.block_ids,
                     self._deadline_ms,
                     order.depth,
-                    order.request,
+                    kvar.PutHints(
+                        request=order.request,
+                        traffic_class=self._traffic_class,
+                        handover=self._handover,
+                    ),
                 )
                 self._saves.append(_Save(order, transfer))
                 return

@@ -54,6 +54,22 @@ impl Keeper {
         }
     }
 
+    pub(super) fn on_stream_refused(&mut self, device: u32) {
+        let Some(live) = self.lives.iter_mut().find(|it| it.number == device) else {
+            return;
+        };
+        if std::mem::replace(&mut live.is_stream_refused, true) {
+            return;
+        }
+        let (uuid, path) = (live.uuid, live.path.display());
+        tracing::warn!(
+            %uuid, %path,
+            "the device refuses write streams although the kernel reports them: writes go without from now on; \
+             nothing is lost, but the drive may have to copy more (see its FDP configuration)"
+        );
+        self.publish_view();
+    }
+
     /// Asks the device itself, on a thread of its own: a device that hangs must not take the keeper
     /// with it.
     pub(super) fn probe(&mut self, at: usize, text: &str) {

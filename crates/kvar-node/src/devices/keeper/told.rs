@@ -6,6 +6,7 @@ use crate::devices::view::DeviceView;
 use crate::devices::{Entry, RoutedDevice, Routes};
 use crate::mail::{EngineKey, Mail};
 use kvar_base::DeviceUuid;
+use kvar_io::NoStreams;
 use std::sync::Arc;
 
 impl Keeper {
@@ -105,7 +106,10 @@ impl Keeper {
             (_, Some(Stage::Online), _) => ("online", live.and_then(|it| it.trouble.clone())),
             (_, Some(Stage::Closing(_)) | None, _) => ("missing", None),
         };
+        let streams = live.map(|it| it.target.write_streams().in_use());
         DeviceView {
+            write_streams: streams.and_then(Result::ok).unwrap_or(0),
+            write_streams_off: streams.and_then(Result::err).map(NoStreams::text),
             number: live.map(|it| it.number),
             slot: entry.slot,
             path: live.map_or_else(|| entry.path.clone(), |it| it.path.clone()),

@@ -1,0 +1,166 @@
+//! The messages of a reader.
+//!
+//! ```text
+//!   Lookup ───────────> LookupAnswer     which of these are there, or how many from the first on
+//!   Get (n items) ────> n x GetAnswer    in any order, each with its sections behind it, or why not
+//! ```
+
+use crate::bounded::{Bytes, Ids, List};
+use crate::message::{IDS_MAX, ITEMS_MAX};
+use kvar_base::{BlockId, ContentCheck, MissReason, SECTIONS_MAX};
+use serde::{Deserialize, Serialize};
+use std::ops::Range;
+
+/// Are these blocks there?
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lookup {
+    /// The blocks; for `leading_only` in the order of the chain.
+    #[serde(with = "Ids::<IDS_MAX>")]
+    pub ids: Vec<BlockId>,
+    /// Whether to stop at the first that is not there.
+    pub leading_only: bool,
+    /// Depth in the chain of the first id.
+    pub first_depth: u32,
+    /// Recency: the prompt this lookup belongs to.
+    pub touch_request: u64,
+    /// Time left, in microseconds.
+    pub deadline_us: u64,
+}
+
+/// The answer to a lookup.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LookupAnswer {
+    /// How many leading ids are there, and why the next is not (`None`: all are).
+    Leading(u32, Option<MissReason>),
+    /// One bit an id, in order, lowest bit first; see [`Bitmap`].
+    Each(Bitmap),
+    /// Not looked up: deadline, overloaded, loading.
+    Miss(MissReason),
+}
+
+/// One bit an id, lowest bit of the first byte first.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Bitmap(#[serde(with = "Bytes::<{ IDS_MAX / 8 }>")] Vec<u8>);
+
+impl Bitmap {
+    /// A bitmap of these bits.
+    #[must_use]
+    pub fn of(bits: &[bool]) -> Self {
+        let pack = |byte: &[bool]| {
+            byte.iter()
+                .enumerate()
+                .fold(0, |packed, (bit, set)| packed | u8::from(*set) << bit)
+        };
+        Self(bits.chunks(8).map(pack).collect())
+    }
+
+    /// The first `count` bits; bits that did not come are false.
+    #[must_use]
+    pub fn bits(&self, count: usize) -> Vec<bool> {
+        let bit = |n: usize| {
+            self.0
+                .get(n / 8)
+                .is_some_and(|byte| byte >> (n % 8) & 1 == 1)
+        };
+        (0..count).map(bit).collect()
+    }
+}
+
+/// Send these blocks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Get {
+    /// The blocks wanted; each is answered by itself.
+    #[serde(with = "List::<ITEMS_MAX>")]
+    pub items: Vec<GetItem>,
+    /// Recency: the prompt this get belongs to.
+    pub touch_request: u64,
+    /// Time left, in microseconds.
+    pub deadline_us: u64,
+}
+
+/// One block of a get.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GetItem {
+    /// The block.
+    pub id: BlockId,
+    /// Which of its sections; `None` is all.
+    pub sections: Option<Range<u16>>,
+    /// What lengths the reader has room for.
+    pub expected: Lengths,
+    /// The version wanted; `None` is any.
+    pub version: Option<u64>,
+    /// Depth in the chain.
+    pub depth: u32,
+}
+
+/// Lengths of sections that a reader expects.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Lengths {
+    /// Takes what comes.
+    Any,
+    /// So many sections, all of one length.
+    Equal(u16, u32),
+    /// Each section's own.
+    Each(#[serde(with = "List::<SECTIONS_MAX>")] Vec<u32>),
+}
+
+impl Lengths {
+    /// The shortest way to say these lengths.
+    #[must_use]
+    pub fn of(lengths: &[u32]) -> Self {
+        match lengths {
+            [first, rest @ ..] if rest.iter().all(|len| len == first) => {
+                u16::try_from(lengths.len())
+                    .map_or_else(|_| Self::Each(lengths.to_vec()), |n| Self::Equal(n, *first))
+            }
+            _ => Self::Each(lengths.to_vec()),
+        }
+    }
+
+    /// Whether sections of these lengths, in order, are what the reader expects.
+    #[must_use]
+    pub fn fit(&self, lengths: impl ExactSizeIterator<Item = u32>) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Equal(count, len) => {
+                lengths.len() == usize::from(*count) && { lengths }.all(|found| found == *len)
+            }
+            Self::Each(expected) => lengths.eq(expected.iter().copied()),
+        }
+    }
+}
+
+/// A section as writer and reader agree on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Section {
+    /// Exact length in bytes.
+    pub len: u32,
+    /// The writer's check of its bytes.
+    pub check: ContentCheck,
+}
+
+/// One item's answer. For a hit the sections stand in the payload, in order, without padding.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GetAnswer {
+    /// Which item of the get.
+    pub item: u16,
+    /// How it ended.
+    pub outcome: GetOutcome,
+}
+
+/// How the read of one block ended, as a node says it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum GetOutcome {
+    /// Here it is.
+    Hit {
+        /// Of which copy.
+        version: u64,
+        /// Index of the first section that is sent.
+        first_section: u16,
+        /// The sections that are sent.
+        #[serde(with = "List::<SECTIONS_MAX>")]
+        sections: Vec<Section>,
+    },
+    /// Not, and why.
+    Miss(MissReason),
+}
