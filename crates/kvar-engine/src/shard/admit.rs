@@ -22,7 +22,7 @@ use super::{Change, Shard};
 use crate::dram::{Gone, State};
 use crate::index::Entry;
 use kvar_base::{BlockId, Moment, page_round_up};
-use kvar_policy::{Asking, BlockClass, Candidate, SWEEP_TICKS};
+use kvar_policy::{Asking, BlockClass, Candidate, SWEEP_TICKS, Tenant};
 use std::time::Duration;
 
 /// The part of memory that is kept for what can leave at once: writes on their way and copies of
@@ -50,9 +50,12 @@ impl Shard {
     /// A block left memory for want of room.
     pub(super) fn evicted(&mut self, gone: &Gone, fragmented: bool) {
         let id = gone.id;
+        let its = &mut self.by_tenant[gone.tenant.index()];
         if gone.state == State::Clean {
+            its.left_memory += 1;
             self.counters.dram_evicted_clean += 1;
         } else {
+            its.evicted += 1;
             self.counters.dram_evicted_gone += 1;
             self.counters.evicted_ephemeral += u64::from(gone.ephemeral);
             self.counters.evicted_undecided += u64::from(gone.state == State::Held);
@@ -110,7 +113,9 @@ impl Shard {
             self.counters.not_admitted += 1;
             return self.dram.set_state(&least.key, State::Volatile);
         }
-        let prompt = self.dram.held_of(least.request);
+        let resident = self.dram.get(&least.key);
+        let tenant = resident.map_or(Tenant::DEFAULT, |resident| resident.hints.tenant);
+        let prompt = self.dram.held_of(tenant, least.request);
         // The rest of the prompt may put the budget into debt: half a prompt is of no use.
         let bytes = self.resident_bytes(&least.key);
         if self.trouble.gave_up() || !self.budget.has_room(bytes, Self::budget_time(now)) {

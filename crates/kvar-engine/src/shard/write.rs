@@ -28,7 +28,7 @@ use crate::segments::OpenSegment;
 use crate::segments::Spare;
 use kvar_base::{BlockId, Moment, PAGE_BYTES, page_round_up};
 use kvar_io::{DeviceError, Op, Shared};
-use kvar_policy::BlockClass;
+use kvar_policy::{BlockClass, Tenant};
 use std::time::Duration;
 
 /// A gather write as the device sees it.
@@ -65,6 +65,8 @@ pub(super) struct WriteItem {
 pub(super) struct Control {
     pub(super) kind: u8,
     pub(super) id: BlockId,
+    /// Whose blocks a purge of one tenant is about.
+    pub(super) tenant: Tenant,
     pub(super) token: u64,
 }
 
@@ -143,7 +145,7 @@ impl Shard {
             self.next_sequence += 1;
             open.record(
                 placed.area,
-                Record::bare(control.kind, &control.id, sequence),
+                Record::bare(control.kind, &control.id, sequence).of_tenant(control.tenant),
             );
             self.recorded_controls.push_back((sequence, control.token));
         }
@@ -406,6 +408,7 @@ impl Shard {
             frequency: class.uses(),
             length: class.length(),
             stamp,
+            tenant: item.hints.tenant,
         };
         let Self { index, leases, .. } = self;
         let held = |position| leases.holds_position(position);
@@ -424,6 +427,7 @@ impl Shard {
         }
         if let Inserted::Evicted(other) = inserted {
             self.counters.bucket_evicted += 1;
+            self.by_tenant[other.tenant.index()].evicted += 1;
             self.note_displaced(other.position, Displaced::Bucket);
         }
         match item.source {
