@@ -84,6 +84,10 @@ impl Resident {
 /// What had to leave: one block for another of its size, as a rule.
 pub(crate) type Evicted = SmallVec<[Gone; 1]>;
 
+/// The part of memory that is promised to no tenant: who has a small part, or none, must have room
+/// for what it puts and reads, or it would get nothing at all while the others use theirs.
+const UNPROMISED_SHARE: u64 = 8;
+
 /// What memory is wanted for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
@@ -235,7 +239,8 @@ impl Dram {
     /// How memory is divided, among these and whoever has anything in it.
     fn division(&self, also: TenantSet) -> Division<'_> {
         let among = self.resident.holders().and(self.reserved.holders());
-        self.shares.divide(self.limit_bytes, among.and(also))
+        let promised = self.limit_bytes - self.limit_bytes / UNPROMISED_SHARE;
+        self.shares.divide(promised, among.and(also))
     }
 
     fn tenants(&self, are: impl Fn(&Orders) -> bool) -> TenantSet {
@@ -259,7 +264,7 @@ impl Dram {
     ) -> bool {
         let division = self.division(TenantSet::default().with(tenant));
         let room = match division.is_shared() {
-            true => division.room(tenant, |tenant| self.held_by(tenant)),
+            true => division.room(self.limit_bytes, tenant, |tenant| self.held_by(tenant)),
             false => self.limit_bytes,
         };
         let fits = |room: u64, held: u64| {
@@ -302,7 +307,12 @@ impl Dram {
     /// Drops a resident for the sake of a run of pages, although there are bytes enough. If nobody is
     /// beyond its part and the asker has nothing that may leave, it is whoever holds most: or a
     /// tenant whose blocks are of an odd size would never get one in.
-    pub(crate) fn evict_for_run(&mut self, asking: Tenant, bytes: u64, keep: &Keep) -> Option<Gone> {
+    pub(crate) fn evict_for_run(
+        &mut self,
+        asking: Tenant,
+        bytes: u64,
+        keep: &Keep,
+    ) -> Option<Gone> {
         if let Some(gone) = self.evict(asking, 0, keep) {
             return Some(gone);
         }

@@ -364,13 +364,13 @@ impl Index {
         self.insert_beside(id, entry, age, |_| false)
     }
 
-    /// As [`insert`](Self::insert), but an entry whose position is `held` is not evicted.
+    /// As [`insert`](Self::insert), but an entry that is `held` is not evicted.
     pub fn insert_beside(
         &mut self,
         id: &BlockId,
         entry: &Entry,
         age: impl Fn(u8) -> u8,
-        held: impl Fn(u32) -> bool,
+        held: impl Fn(&Entry) -> bool,
     ) -> Inserted {
         debug_assert!(
             entry.position != 0 && u64::from(entry.position) <= POSITION_MASK && entry.len > 0
@@ -404,12 +404,10 @@ impl Index {
                 return Inserted::Added;
             }
         }
-        let coldest = taken
-            .filter(|at| !held(self.entry(*at).position))
-            .max_by_key(|at| {
-                let entry = self.entry(*at);
-                (!entry.touched, age(entry.stamp), 3 - entry.frequency)
-            });
+        let coldest = taken.filter(|at| !held(&self.entry(*at))).max_by_key(|at| {
+            let entry = self.entry(*at);
+            (!entry.touched, age(entry.stamp), 3 - entry.frequency)
+        });
         let Some(coldest) = coldest else {
             return Inserted::Held;
         };

@@ -216,7 +216,9 @@ mod tests {
         let mut reclaim = |entitled: u64, worth: f64| {
             keeper.begin_reclaim();
             let stay = (0..entitled).filter(|_| keeper.keeps_entitled(1)).count();
-            let kept = (entitled..SEGMENT).filter(|_| keeper.keeps(worth, 1)).count();
+            let kept = (entitled..SEGMENT)
+                .filter(|_| keeper.keeps(worth, 1))
+                .count();
             keeper.end_reclaim(0);
             (stay, kept)
         };

@@ -49,7 +49,5 @@ pub use reclaim::{
     SegmentFacts, Verdict,
 };
 pub use reuse::{BlockClass, CLASSES, ReuseModel, SAMPLE_MAX};
-pub use share::{
-    Division, Holdings, Losses, Shares, TENANTS, Tenant, TenantSet, WEIGHT_MAX,
-};
+pub use share::{Division, Holdings, Losses, Shares, TENANTS, Tenant, TenantSet, WEIGHT_MAX};
 pub use worth::{Candidate, WorthOrder};

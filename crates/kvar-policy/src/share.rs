@@ -27,7 +27,8 @@
 //! ```
 //!
 //! What a reclaim may keep in the long run is three quarters ([`KEPT_SHARE_MAX`]), so this is what
-//! is divided: more could be promised and not held. The last quarter is whoever's writes come.
+//! is divided: more could be promised and not held. The last quarter is whoever's writes come. In memory
+//! the engine leaves an eighth out for the same reason: who has a small part needs room to work in.
 //!
 //! What must always be true: nobody within its part loses a block while another is beyond and has
 //! one that may leave; with a single tenant nothing here decides anything.
@@ -204,6 +205,13 @@ impl Shares {
         self.0[tenant.index()]
     }
 
+    /// Divides what can be promised of a device that holds so many bytes of blocks when full.
+    #[must_use]
+    pub fn divide_flash(&self, capacity_bytes: u64, among: TenantSet) -> Division<'_> {
+        let promised = (capacity_bytes as f64 * KEPT_SHARE_MAX) as u64;
+        self.divide(promised, among)
+    }
+
     /// Divides so many bytes among these.
     #[must_use]
     pub fn divide(&self, bytes: u64, among: TenantSet) -> Division<'_> {
@@ -266,12 +274,18 @@ impl Division<'_> {
         held > self.entitlement(tenant)
     }
 
+    /// Who is within its part.
+    #[must_use]
+    pub fn within(&self, held: &Holdings) -> TenantSet {
+        let within = |it: &Tenant| !self.is_beyond(*it, held.of(*it));
+        self.among
+            .iter()
+            .filter(within)
+            .fold(TenantSet::default(), TenantSet::with)
+    }
+
     /// Of these candidates the one that holds most for its weight; of equals the lowest number.
-    pub fn furthest(
-        &self,
-        candidates: TenantSet,
-        held: impl Fn(Tenant) -> u64,
-    ) -> Option<Tenant> {
+    pub fn furthest(&self, candidates: TenantSet, held: impl Fn(Tenant) -> u64) -> Option<Tenant> {
         let mut furthest: Option<(Tenant, u64, u64)> = None;
         for tenant in candidates.iter() {
             let (bytes, weight) = (held(tenant), self.weight(tenant));
@@ -306,13 +320,14 @@ impl Division<'_> {
             .or_else(|| candidates.has(asking).then_some(asking))
     }
 
-    /// Bytes that a tenant may come to hold: what the others do not have within their parts.
-    pub fn room(&self, tenant: Tenant, held: impl Fn(Tenant) -> u64) -> u64 {
+    /// Of so many bytes, those that a tenant may come to hold: what the others do not have within
+    /// their parts.
+    pub fn room(&self, bytes: u64, tenant: Tenant, held: impl Fn(Tenant) -> u64) -> u64 {
         let others = self.among.without(tenant).iter();
         let theirs: u64 = others
             .map(|other| held(other).min(self.entitlement(other)))
             .sum();
-        self.bytes.saturating_sub(theirs)
+        bytes.saturating_sub(theirs)
     }
 }
 
@@ -332,14 +347,11 @@ impl Losses {
     /// For a device that holds so many bytes of blocks when full, of which these are held.
     #[must_use]
     pub fn new(shares: &Shares, capacity_bytes: u64, held: &Holdings) -> Self {
-        let promised = (capacity_bytes as f64 * KEPT_SHARE_MAX) as u64;
-        let division = shares.divide(promised, held.holders());
+        let division = shares.divide_flash(capacity_bytes, held.holders());
         let mut may_lose = [None; TENANTS];
         if division.is_shared() {
             for tenant in held.holders().iter() {
-                let beyond = held
-                    .of(tenant)
-                    .saturating_sub(division.entitlement(tenant));
+                let beyond = held.of(tenant).saturating_sub(division.entitlement(tenant));
                 may_lose[tenant.index()] = Some(beyond);
             }
         }

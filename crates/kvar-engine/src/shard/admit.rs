@@ -22,7 +22,7 @@ use super::{Change, Shard};
 use crate::dram::{Gone, State};
 use crate::index::Entry;
 use kvar_base::{BlockId, Moment, page_round_up};
-use kvar_policy::{Asking, BlockClass, Candidate, SWEEP_TICKS, Tenant};
+use kvar_policy::{Asking, BlockClass, Candidate, SWEEP_TICKS, Tenant, TenantSet};
 use std::time::Duration;
 
 /// The part of memory that is kept for what can leave at once: writes on their way and copies of
@@ -136,6 +136,24 @@ impl Shard {
             }
             self.queue_resident(now, &id);
         }
+    }
+
+    /// Bytes of blocks that the device holds when full.
+    pub(super) fn capacity_bytes(&self) -> u64 {
+        u64::from(self.superblock.segments_per_shard) * self.superblock.payload_bytes()
+    }
+
+    /// Tenants whose blocks another's must not displace; none where there is no other.
+    pub(super) fn entitled_on_device(&self, than: Tenant) -> TenantSet {
+        let held = self.index.holdings();
+        if held.holders().without(than).is_empty() {
+            return TenantSet::default();
+        }
+        let among = held.holders().with(than);
+        let shares = &self.config.shares;
+        shares
+            .divide_flash(self.capacity_bytes(), among)
+            .within(held)
     }
 
     /// Whether what is queued was decided to leave memory, and new blocks need its room.

@@ -260,6 +260,9 @@ impl Shard {
         });
         (reclaim.left_bytes, reclaim.left_blocks) = (0, 0);
         let (most, room) = self.room_for_kept();
+        // Nobody's promise is broken where nothing is promised.
+        let has_leased = live.first().is_some_and(|(leased, ..)| *leased);
+        let entitled_most = if has_leased { most } else { room };
         let records_max = self.records_for_kept();
         let time = Self::budget_time(self.now);
         let has_room = self.budget.has_room(0, time);
@@ -271,10 +274,8 @@ impl Shard {
             }
             !is_over
         });
-        let capacity_bytes =
-            u64::from(self.superblock.segments_per_shard) * self.superblock.payload_bytes();
         let held = self.index.holdings();
-        let mut losses = Losses::new(&self.config.shares, capacity_bytes, held);
+        let mut losses = Losses::new(&self.config.shares, self.capacity_bytes(), held);
         for (.., entry, _) in &live {
             losses.announce(entry.tenant, entry.stored_bytes());
         }
@@ -297,7 +298,7 @@ impl Shard {
             } else if leased {
                 after <= room
             } else if entitled {
-                has_room && after <= most && self.keep.keeper_mut().keeps_entitled(bytes)
+                has_room && after <= entitled_most && self.keep.keeper_mut().keeps_entitled(bytes)
             } else {
                 !waits && has_room && after <= most && self.keep.keeper_mut().keeps(worth, bytes)
             };

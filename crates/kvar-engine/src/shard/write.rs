@@ -399,6 +399,8 @@ impl Shard {
             open.record(area, record);
         }
         let age = self.age();
+        let tenant = item.hints.tenant;
+        let entitled = self.entitled_on_device(tenant);
         let entry = Entry {
             check64,
             position,
@@ -408,10 +410,13 @@ impl Shard {
             frequency: class.uses(),
             length: class.length(),
             stamp,
-            tenant: item.hints.tenant,
+            tenant,
         };
         let Self { index, leases, .. } = self;
-        let held = |position| leases.holds_position(position);
+        let held = |entry: &Entry| {
+            leases.holds_position(entry.position)
+                || entry.tenant != tenant && entitled.has(entry.tenant)
+        };
         let inserted = index.insert_beside(&item.id, &entry, age, held);
         let placed = inserted != Inserted::Held;
         if placed {

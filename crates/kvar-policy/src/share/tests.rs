@@ -63,10 +63,10 @@ fn room_is_what_the_others_do_not_have_within_their_parts() {
     let shares = shares(&[1, 1, 2]);
     let held = [2, 9, 0];
     let division = shares.divide(16, set(&[0, 1]));
-    let room = |number| division.room(tenant(number), |it| held[it.index()]);
+    let room = |number| division.room(16, tenant(number), |it| held[it.index()]);
     assert_eq!((room(0), room(1)), (8, 14));
     let alone = shares.divide(16, set(&[1]));
-    assert_eq!(alone.room(tenant(1), |it| held[it.index()]), 16);
+    assert_eq!(alone.room(16, tenant(1), |it| held[it.index()]), 16);
 }
 
 #[test]
@@ -111,7 +111,11 @@ impl Tier {
         let is_loose =
             |it: &Tenant| self.held.of(*it) > self.fast.get(it).copied().unwrap_or_default();
         let add = |set: TenantSet, it| set.with(it);
-        self.held.holders().iter().filter(is_loose).fold(TenantSet::default(), add)
+        self.held
+            .holders()
+            .iter()
+            .filter(is_loose)
+            .fold(TenantSet::default(), add)
     }
 }
 
