@@ -227,13 +227,8 @@ impl Dram {
     }
 
     /// Bytes of a tenant, residents and reservations.
-    fn held_by(&self, tenant: Tenant) -> u64 {
+    pub(crate) fn held_by(&self, tenant: Tenant) -> u64 {
         self.resident.of(tenant) + self.reserved.of(tenant)
-    }
-
-    /// Bytes of residents by tenant.
-    pub(crate) fn holdings(&self) -> &Holdings {
-        &self.resident
     }
 
     /// How memory is divided, among these and whoever has anything in it.

@@ -20,7 +20,7 @@ use crate::layout::SLOTS_PER_BUCKET;
 use crate::snapshot::Snapshot;
 use crate::table::Table;
 use kvar_base::{BlockId, page_round_up};
-use kvar_policy::{BlockClass, Holdings, Tenant};
+use kvar_policy::{BlockClass, Holdings, Tenant, TenantSet};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_seed};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -361,16 +361,18 @@ impl Index {
     /// Adds or moves the entry of an id. `age` tells how old a stamp is; it is asked only when the
     /// six places of the id are full.
     pub fn insert(&mut self, id: &BlockId, entry: &Entry, age: impl Fn(u8) -> u8) -> Inserted {
-        self.insert_beside(id, entry, age, |_| false)
+        self.insert_beside(id, entry, age, |_| false, TenantSet::default())
     }
 
-    /// As [`insert`](Self::insert), but an entry that is `held` is not evicted.
+    /// As [`insert`](Self::insert), but an entry at a position that is `held` is not evicted, and one
+    /// of a tenant that is `spared` only if all that might go are such.
     pub fn insert_beside(
         &mut self,
         id: &BlockId,
         entry: &Entry,
         age: impl Fn(u8) -> u8,
-        held: impl Fn(&Entry) -> bool,
+        held: impl Fn(u32) -> bool,
+        spared: TenantSet,
     ) -> Inserted {
         debug_assert!(
             entry.position != 0 && u64::from(entry.position) <= POSITION_MASK && entry.len > 0
@@ -404,10 +406,18 @@ impl Index {
                 return Inserted::Added;
             }
         }
-        let coldest = taken.filter(|at| !held(&self.entry(*at))).max_by_key(|at| {
-            let entry = self.entry(*at);
-            (!entry.touched, age(entry.stamp), 3 - entry.frequency)
-        });
+        let coldest = taken
+            .filter(|at| !held(self.entry(*at).position))
+            .max_by_key(|at| {
+                let entry = self.entry(*at);
+                let is_spared = spared.has(entry.tenant);
+                (
+                    !is_spared,
+                    !entry.touched,
+                    age(entry.stamp),
+                    3 - entry.frequency,
+                )
+            });
         let Some(coldest) = coldest else {
             return Inserted::Held;
         };

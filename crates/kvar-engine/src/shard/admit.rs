@@ -151,9 +151,8 @@ impl Shard {
         }
         let among = held.holders().with(than);
         let shares = &self.config.shares;
-        shares
-            .divide_flash(self.capacity_bytes(), among)
-            .within(held)
+        let division = shares.divide_flash(self.capacity_bytes(), among);
+        division.within(held).without(than)
     }
 
     /// Whether what is queued was decided to leave memory, and new blocks need its room.

@@ -187,7 +187,7 @@ pub struct TenantCounters {
 pub struct TenantStatus {
     /// Its number.
     pub tenant: u8,
-    /// Bytes of its blocks in memory.
+    /// Bytes of its blocks in memory, those that are being put or read included.
     pub dram_bytes: u64,
     /// Bytes of its blocks on the device.
     pub flash_bytes: u64,
@@ -331,7 +331,7 @@ impl Shard {
         let tenants = (0..).zip(&self.by_tenant);
         let tenants = tenants.filter_map(|(number, counters)| {
             let tenant = Tenant::new(number)?;
-            let dram_bytes = self.dram.holdings().of(tenant);
+            let dram_bytes = self.dram.held_by(tenant);
             let flash_bytes = self.index.holdings().of(tenant);
             let is_known = dram_bytes + flash_bytes > 0 || *counters != TenantCounters::default();
             is_known.then_some(TenantStatus {

@@ -400,7 +400,7 @@ impl Shard {
         }
         let age = self.age();
         let tenant = item.hints.tenant;
-        let entitled = self.entitled_on_device(tenant);
+        let spared = self.entitled_on_device(tenant);
         let entry = Entry {
             check64,
             position,
@@ -413,11 +413,8 @@ impl Shard {
             tenant,
         };
         let Self { index, leases, .. } = self;
-        let held = |entry: &Entry| {
-            leases.holds_position(entry.position)
-                || entry.tenant != tenant && entitled.has(entry.tenant)
-        };
-        let inserted = index.insert_beside(&item.id, &entry, age, held);
+        let held = |position| leases.holds_position(position);
+        let inserted = index.insert_beside(&item.id, &entry, age, held, spared);
         let placed = inserted != Inserted::Held;
         if placed {
             self.expiries.add(segment, *page, item.hints.expires_unix_s);
