@@ -144,6 +144,23 @@ fn what_one_does_not_use_another_may_have_until_it_is_wanted() {
     assert!((0.4..0.7).contains(&of_all(&shard)), "{}", of_all(&shard));
 }
 
+/// Parts cost something only where they hold back a flood.
+#[test]
+fn tenants_that_flood_alike_write_as_much_as_one() {
+    let amplification = |tenants: u64| {
+        let mut shard = Shard::new(DEVICE_BYTES, config());
+        for number in 0..8 * DEVICE_BYTES / LEN as u64 {
+            shard.put(number, &[LEN], of((number % tenants) as u32, number, 0));
+            shard.pass(Duration::from_millis(1));
+        }
+        shard.settle();
+        shard.status().write_amplification.unwrap()
+    };
+    let (one, three) = (amplification(1), amplification(3));
+    println!("one tenant: {one:.2}, three: {three:.2}");
+    assert!(three < one + 0.05, "{one} and {three}");
+}
+
 #[test]
 fn who_has_no_share_has_what_the_others_leave() {
     let mut shares = Shares::none();
