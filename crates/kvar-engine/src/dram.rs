@@ -84,10 +84,6 @@ impl Resident {
 /// What had to leave: one block for another of its size, as a rule.
 pub(crate) type Evicted = SmallVec<[Gone; 1]>;
 
-/// The part of memory that is promised to no tenant: who has a small part, or none, must have room
-/// for what it puts and reads, or it would get nothing at all while the others use theirs.
-const UNPROMISED_SHARE: u64 = 8;
-
 /// What memory is wanted for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
@@ -234,8 +230,7 @@ impl Dram {
     /// How memory is divided, among these and whoever has anything in it.
     fn division(&self, also: TenantSet) -> Division<'_> {
         let among = self.resident.holders().and(self.reserved.holders());
-        let promised = self.limit_bytes - self.limit_bytes / UNPROMISED_SHARE;
-        self.shares.divide(promised, among.and(also))
+        self.shares.divide_memory(self.limit_bytes, among.and(also))
     }
 
     fn tenants(&self, are: impl Fn(&Orders) -> bool) -> TenantSet {

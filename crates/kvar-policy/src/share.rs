@@ -28,7 +28,7 @@
 //!
 //! What a reclaim may keep in the long run is three quarters ([`KEPT_SHARE_MAX`]), so this is what
 //! is divided: more could be promised and not held. The last quarter is whoever's writes come. In memory
-//! the engine leaves an eighth out for the same reason: who has a small part needs room to work in.
+//! an eighth is left out: who has a small part needs room to work in.
 //!
 //! What must always be true: nobody within its part loses a block while another is beyond and has
 //! one that may leave; with a single tenant nothing here decides anything.
@@ -176,6 +176,9 @@ impl Holdings {
 /// The greatest weight: beyond it nobody can tell the parts from all or nothing.
 pub const WEIGHT_MAX: u32 = 1_000_000;
 
+/// The part of memory that is promised to nobody.
+const UNPROMISED_PART: u64 = 8;
+
 /// What each tenant weighs against the others.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shares([u32; TENANTS]);
@@ -210,6 +213,13 @@ impl Shares {
     pub fn divide_flash(&self, capacity_bytes: u64, among: TenantSet) -> Division<'_> {
         let promised = (capacity_bytes as f64 * KEPT_SHARE_MAX) as u64;
         self.divide(promised, among)
+    }
+
+    /// Divides what is promised of a memory of so many bytes: all but a part in which who has a small
+    /// share, or none, can work; else it would get nothing at all while the others use theirs.
+    #[must_use]
+    pub fn divide_memory(&self, bytes: u64, among: TenantSet) -> Division<'_> {
+        self.divide(bytes - bytes / UNPROMISED_PART, among)
     }
 
     /// Divides so many bytes among these.

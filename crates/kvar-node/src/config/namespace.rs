@@ -137,7 +137,7 @@ fn not_whole(key: &str) -> String {
 }
 
 fn text_of(table: &DeTable<'_>, key: &str) -> Result<Option<String>, String> {
-    match table.get(key).map(|value| value.get_ref()) {
+    match table.get(key).map(toml::Spanned::get_ref) {
         None => Ok(None),
         Some(DeValue::String(text)) => Ok(Some(text.to_string())),
         Some(_) => Err(format!("{key}: expected a text in quotes")),
