@@ -55,5 +55,5 @@ say "building the Python wheel"
 # Mooncake wants an address that is not loopback's; what is sent to it stays on the machine all the same.
 net='ip link set lo up && ip link add lan0 type veth peer name lan1 && ip addr add 10.77.0.1/24 dev lan0 &&
   ip link set lan0 up && ip link set lan1 up && exec "$@"'
-PYTHONPATH=$work/site unshare --net --kill-child bash -c "$net" _ \
+PYTHONPATH=$work/site unshare --net --pid --fork --kill-child --mount-proc bash -c "$net" _ \
   "$tools/bin/python" "$here/run.py" --kvar "$KVAR_BIN" --tools "$tools/bin" --work "$work" "$@"

@@ -15,7 +15,8 @@
 //!   who leaves first:   Spent │ Clean, Volatile, by worth │ Held, by worth │ Awaited, by end of time
 //! ```
 //!
-//! Of Clean and Volatile residents the tail of the prompt that is worth least leaves before
+//! Of several tenants the one furthest beyond its part makes room (`Shares` of kvar-policy). Of its
+//! Clean and Volatile residents the tail of the prompt that is worth least leaves before
 //! others; a Held one is decided about while there is still room, and leaves undecided only when
 //! nothing else can; so does an Awaited one, which `handover` has more about. The only copy of a
 //! block that is leased stays until its lease ends.
@@ -29,7 +30,9 @@ use crate::mutation::{Check, is_disabled};
 use crate::shard::Handover;
 use kvar_base::{BlockId, Moment};
 use kvar_io::Shared;
-use kvar_policy::{BlockClass, Candidate, Cost, Keep, WorthOrder};
+use kvar_policy::{
+    BlockClass, Candidate, Cost, Division, Holdings, Keep, Shares, Tenant, TenantSet, WorthOrder,
+};
 use smallvec::SmallVec;
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -112,16 +115,52 @@ impl Resident {
 /// What had to leave: one block for another of its size, as a rule.
 pub(crate) type Evicted = SmallVec<[Gone; 1]>;
 
-/// All residents of a shard.
-pub(crate) struct Dram {
-    residents: FastMap<BlockId, Resident>,
-    /// Those that may leave at once, and those that are to be decided about.
+/// What memory is wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// A block that comes in, and stays until it is written.
+    Put,
+    /// A block or a part of one that is read.
+    Read,
+}
+
+/// A tenant's residents that may leave: at once, and when they were decided about.
+#[derive(Default)]
+struct Orders {
     leaving: WorthOrder<BlockId>,
     held: WorthOrder<BlockId>,
     /// Those whose reader is awaited, by when that ends; and those it came for, or never will, in
     /// the order in which they were put.
     awaited: BTreeSet<(Moment, u64, BlockId)>,
     spent: BTreeSet<(u64, BlockId)>,
+}
+
+impl Orders {
+    fn of(&mut self, state: State) -> Option<&mut WorthOrder<BlockId>> {
+        match state {
+            State::Clean | State::Volatile => Some(&mut self.leaving),
+            State::Held => Some(&mut self.held),
+            State::Dirty | State::Writing | State::Awaited | State::Spent => None,
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        let is_ordered = self.leaving.is_empty() && self.held.is_empty();
+        is_ordered && self.awaited.is_empty() && self.spent.is_empty()
+    }
+}
+
+/// All residents of a shard.
+pub(crate) struct Dram {
+    residents: FastMap<BlockId, Resident>,
+    /// By tenant, as far as one has ever had a resident.
+    orders: Vec<Orders>,
+    shares: Shares,
+    /// Bytes of residents, and of tickets and reads under way, by tenant.
+    resident: Holdings,
+    reserved: Holdings,
+    /// Bytes of residents that may leave, by tenant.
+    evictable: Holdings,
     /// Those that expire, by when.
     expiring: BTreeSet<(u32, BlockId)>,
     /// Bytes of residents, tickets and reads under way, in whole pages.
@@ -143,16 +182,24 @@ pub(crate) struct Gone {
     pub(crate) state: State,
     pub(crate) class: BlockClass,
     pub(crate) ephemeral: bool,
+    pub(crate) tenant: Tenant,
+}
+
+/// Most bytes of so many that puts may hold against eviction: a quarter is left to reads, which would
+/// otherwise find memory full of blocks that wait for a slow device.
+fn put_limit_bytes(limit_bytes: u64, block_bytes: u64) -> u64 {
+    (limit_bytes / 4 * 3).max(block_bytes)
 }
 
 impl Dram {
-    pub(crate) fn new(limit_bytes: u64) -> Self {
+    pub(crate) fn new(limit_bytes: u64, shares: Shares) -> Self {
         Self {
             residents: FastMap::default(),
-            leaving: WorthOrder::new(),
-            held: WorthOrder::new(),
-            awaited: BTreeSet::new(),
-            spent: BTreeSet::new(),
+            orders: Vec::new(),
+            shares,
+            resident: Holdings::default(),
+            reserved: Holdings::default(),
+            evictable: Holdings::default(),
             expiring: BTreeSet::new(),
             used_bytes: 0,
             evictable_bytes: 0,
@@ -179,10 +226,9 @@ impl Dram {
         self.limit_bytes
     }
 
-    /// Most bytes that puts may hold against eviction: a quarter is left to reads, which would
-    /// otherwise find memory full of blocks that wait for a slow device.
+    /// Most bytes that puts may hold against eviction.
     pub(crate) fn put_limit_bytes(&self, block_bytes: u64) -> u64 {
-        (self.limit_bytes / 4 * 3).max(block_bytes)
+        put_limit_bytes(self.limit_bytes, block_bytes)
     }
 
     /// Bytes that wait to be decided about.
@@ -204,7 +250,11 @@ impl Dram {
     /// The Awaited resident whose time ends first, of those that nobody was promised, and when
     /// that is.
     pub(crate) fn first_awaited(&self) -> Option<(Moment, BlockId)> {
-        self.awaited.first().map(|(until, _, id)| (*until, *id))
+        let firsts = self
+            .orders
+            .iter()
+            .filter_map(|orders| orders.awaited.first());
+        firsts.min().map(|(until, _, id)| (*until, *id))
     }
 
     /// Whether a flush would find something that is in memory alone.
@@ -212,60 +262,166 @@ impl Dram {
         self.alone > 0
     }
 
-    /// The Held resident that is worth least.
+    /// The Held resident that is worth least, of the tenant that holds most for its part.
     pub(crate) fn least_held(&self, keep: &Keep) -> Option<Candidate<BlockId>> {
-        self.held.least(keep.reuse(), keep.demand_bytes())
+        let candidates = self.tenants(|orders| !orders.held.is_empty());
+        let tenant = match candidates.len() {
+            0 => return None,
+            1 => candidates.iter().next(),
+            _ => self
+                .division(candidates)
+                .furthest(candidates, |tenant| self.held_by(tenant)),
+        }?;
+        let held = &self.orders.get(tenant.index())?.held;
+        held.least(keep.reuse(), keep.demand_bytes())
     }
 
-    /// The Held residents of a prompt, deepest first.
-    pub(crate) fn held_of(&self, arrival: u64) -> Vec<BlockId> {
-        self.held.of_request(arrival).collect()
+    /// The Held residents of a tenant's prompt, deepest first.
+    pub(crate) fn held_of(&self, tenant: Tenant, arrival: u64) -> Vec<BlockId> {
+        let orders = self.orders.get(tenant.index());
+        orders.map_or_else(Vec::new, |orders| orders.held.of_request(arrival).collect())
     }
 
-    /// Sets bytes aside for a ticket or a read; evicts for it. `None`, and nothing evicted, when
-    /// what cannot leave would come to more than `held_max`; otherwise what left.
-    pub(crate) fn reserve(&mut self, bytes: u64, held_max: u64, keep: &Keep) -> Option<Evicted> {
-        let mut gone = Evicted::new();
-        let held_bytes = self.used_bytes - self.evictable_bytes + bytes;
-        if held_bytes > held_max.min(self.limit_bytes) {
-            return None;
+    /// Bytes of a tenant, residents and reservations.
+    pub(crate) fn held_by(&self, tenant: Tenant) -> u64 {
+        self.resident.of(tenant) + self.reserved.of(tenant)
+    }
+
+    /// How memory is divided, among these and whoever has anything in it.
+    fn division(&self, also: TenantSet) -> Division<'_> {
+        let among = self.resident.holders().and(self.reserved.holders());
+        self.shares.divide_memory(self.limit_bytes, among.and(also))
+    }
+
+    fn tenants(&self, are: impl Fn(&Orders) -> bool) -> TenantSet {
+        let tenants = (0..).zip(&self.orders).filter(|(_, orders)| are(orders));
+        tenants
+            .filter_map(|(number, _)| Tenant::new(number))
+            .fold(TenantSet::default(), TenantSet::with)
+    }
+
+    /// Sets bytes aside for a tenant's ticket or read; evicts for it. `false` when what cannot leave
+    /// would come to too much: of all, or of this tenant within the room that the parts of the
+    /// others leave it. Reads may fill what there is, puts three quarters of it. What left is in
+    /// `gone` in either case.
+    pub(crate) fn reserve(
+        &mut self,
+        tenant: Tenant,
+        bytes: u64,
+        purpose: Purpose,
+        keep: &Keep,
+        gone: &mut Evicted,
+    ) -> bool {
+        let division = self.division(TenantSet::default().with(tenant));
+        let room = match division.is_shared() {
+            true => division.room(self.limit_bytes, tenant, |tenant| self.held_by(tenant)),
+            false => self.limit_bytes,
+        };
+        let fits = |room: u64, held: u64| {
+            let most = match purpose {
+                Purpose::Put => put_limit_bytes(room, bytes).min(room),
+                Purpose::Read => room,
+            };
+            held + bytes <= most
+        };
+        let own = self.held_by(tenant) - self.evictable.of(tenant);
+        if !fits(self.limit_bytes, self.used_bytes - self.evictable_bytes) || !fits(room, own) {
+            return false;
         }
         while self.used_bytes + bytes > self.limit_bytes {
-            gone.push(self.evict(keep)?);
+            match self.evict(tenant, bytes, keep) {
+                Some(one) => gone.push(one),
+                None => return false,
+            }
         }
         self.used_bytes += bytes;
-        Some(gone)
+        self.reserved.add(tenant, bytes);
+        true
     }
 
     /// Takes a reservation back.
-    pub(crate) fn release(&mut self, bytes: u64) {
+    pub(crate) fn release(&mut self, tenant: Tenant, bytes: u64) {
         self.used_bytes -= bytes;
+        self.reserved.take(tenant, bytes);
     }
 
-    /// Drops the resident that is the first to leave.
-    pub(crate) fn evict(&mut self, keep: &Keep) -> Option<Gone> {
+    /// Drops the resident that is the first to leave for so many bytes of a tenant's.
+    pub(crate) fn evict(&mut self, asking: Tenant, bytes: u64, keep: &Keep) -> Option<Gone> {
+        let candidates = self.tenants(|orders| !orders.is_empty());
+        let division = self.division(TenantSet::default().with(asking));
+        let held = |tenant| self.held_by(tenant) + if tenant == asking { bytes } else { 0 };
+        let leaves = division.leaves(asking, candidates, held)?;
+        self.evict_of(leaves, keep)
+    }
+
+    /// Drops a resident for the sake of a run of pages, although there are bytes enough. If nobody is
+    /// beyond its part and the asker has nothing that may leave, it is whoever holds most: or a
+    /// tenant whose blocks are of an odd size would never get one in.
+    pub(crate) fn evict_for_run(
+        &mut self,
+        asking: Tenant,
+        bytes: u64,
+        keep: &Keep,
+    ) -> Option<Gone> {
+        if let Some(gone) = self.evict(asking, 0, keep) {
+            return Some(gone);
+        }
+        let division = self.division(TenantSet::default().with(asking));
+        if division.is_beyond(asking, self.held_by(asking).saturating_sub(bytes)) {
+            return None;
+        }
+        let candidates = self.tenants(|orders| !orders.is_empty());
+        let leaves = division.furthest(candidates, |tenant| self.held_by(tenant))?;
+        self.evict_of(leaves, keep)
+    }
+
+    fn evict_of(&mut self, tenant: Tenant, keep: &Keep) -> Option<Gone> {
         let (reuse, now) = (keep.reuse(), keep.demand_bytes());
+        let orders = self.orders.get(tenant.index())?;
         let least = |order: &WorthOrder<BlockId>| order.least(reuse, now).map(|least| least.key);
-        let spent = self.spent.first().map(|(_, id)| *id);
+        let spent = orders.spent.first().map(|(_, id)| *id);
         let id = spent
-            .or_else(|| least(&self.leaving))
-            .or_else(|| least(&self.held))
-            .or_else(|| self.first_awaited().map(|(_, id)| id))?;
+            .or_else(|| least(&orders.leaving))
+            .or_else(|| least(&orders.held))
+            .or_else(|| orders.awaited.first().map(|(_, _, id)| *id))?;
         let resident = self.remove(&id)?;
         Some(Gone {
             id,
             state: resident.state,
             class: resident.class,
             ephemeral: resident.ephemeral,
+            tenant,
         })
     }
 
-    fn order_of(&mut self, state: State) -> Option<&mut WorthOrder<BlockId>> {
-        match state {
-            State::Clean | State::Volatile => Some(&mut self.leaving),
-            State::Held => Some(&mut self.held),
-            State::Dirty | State::Writing | State::Awaited | State::Spent => None,
+    fn orders(&mut self, tenant: Tenant) -> &mut Orders {
+        if self.orders.len() <= tenant.index() {
+            self.orders.resize_with(tenant.index() + 1, Orders::default);
         }
+        &mut self.orders[tenant.index()]
+    }
+
+    /// Whether every count is what counting anew gives: for tests. Cost: all residents.
+    pub(crate) fn recount(&self) -> Result<(), String> {
+        let (mut resident, mut evictable) = (Holdings::default(), Holdings::default());
+        for one in self.residents.values() {
+            resident.add(one.hints.tenant, one.bytes());
+            if one.may_leave() {
+                evictable.add(one.hints.tenant, one.bytes());
+            }
+        }
+        let used_bytes = resident.total() + self.reserved.total();
+        let holds = resident == self.resident
+            && evictable == self.evictable
+            && evictable.total() == self.evictable_bytes
+            && used_bytes == self.used_bytes;
+        holds.then_some(()).ok_or_else(|| {
+            format!(
+                "memory holds {resident:?} and counts {:?}; {evictable:?} of it may leave, counted \
+                 {:?}; {used_bytes} bytes are used, counted {}",
+                self.resident, self.evictable, self.used_bytes
+            )
+        })
     }
 
     /// Gives a resident its place among those that may leave, if it is one.
@@ -281,19 +437,18 @@ impl Dram {
         }
         let (arrival, depth) = (resident.arrival, resident.depth);
         let (class, used_at) = (resident.leaving_class(), resident.used_at);
+        let (number, until) = (resident.number, resident.awaited_until());
+        let tenant = resident.hints.tenant;
         self.evictable_bytes += bytes;
+        self.evictable.add(tenant, bytes);
         self.held_bytes += if state == State::Held { bytes } else { 0 };
+        let orders = self.orders(tenant);
         match state {
-            State::Awaited => {
-                let number = resident.number;
-                self.awaited.insert((resident.awaited_until(), number, *id));
-            }
-            State::Spent => {
-                self.spent.insert((resident.number, *id));
-            }
+            State::Awaited => drop(orders.awaited.insert((until, number, *id))),
+            State::Spent => drop(orders.spent.insert((number, *id))),
             _ => {}
         }
-        if let Some(order) = self.order_of(state) {
+        if let Some(order) = orders.of(state) {
             order.touch(*id, arrival, depth, class, used_at);
         }
     }
@@ -309,20 +464,18 @@ impl Dram {
         if !resident.may_leave() {
             return;
         }
+        let (number, until) = (resident.number, resident.awaited_until());
+        let tenant = resident.hints.tenant;
+        self.evictable_bytes -= bytes;
+        self.evictable.take(tenant, bytes);
+        self.held_bytes -= if state == State::Held { bytes } else { 0 };
+        let orders = self.orders(tenant);
         match state {
-            State::Awaited => {
-                let number = resident.number;
-                self.awaited
-                    .remove(&(resident.awaited_until(), number, *id));
-            }
-            State::Spent => {
-                self.spent.remove(&(resident.number, *id));
-            }
+            State::Awaited => drop(orders.awaited.remove(&(until, number, *id))),
+            State::Spent => drop(orders.spent.remove(&(number, *id))),
             _ => {}
         }
-        self.evictable_bytes -= bytes;
-        self.held_bytes -= if state == State::Held { bytes } else { 0 };
-        if let Some(order) = self.order_of(state) {
+        if let Some(order) = orders.of(state) {
             order.remove(id);
         }
     }
@@ -332,6 +485,9 @@ impl Dram {
         if resident.hints.expires_unix_s != 0 {
             self.expiring.insert((resident.hints.expires_unix_s, id));
         }
+        let (tenant, bytes) = (resident.hints.tenant, resident.bytes());
+        self.reserved.take(tenant, bytes);
+        self.resident.add(tenant, bytes);
         let before = self.residents.insert(id, resident);
         debug_assert!(
             before.is_none(),
@@ -345,6 +501,7 @@ impl Dram {
         let gone = self.residents.remove(id)?;
         self.expiring.remove(&(gone.hints.expires_unix_s, *id));
         self.used_bytes -= gone.bytes();
+        self.resident.take(gone.hints.tenant, gone.bytes());
         Some(gone)
     }
 
@@ -390,6 +547,7 @@ impl Dram {
         self.change(id, |resident| {
             resident.hints = RecordHints {
                 expires_unix_s: resident.hints.expires_unix_s,
+                tenant: resident.hints.tenant,
                 ..*hints
             };
             resident.class = resident.class.at_cost(cost);
@@ -449,14 +607,5 @@ impl Dram {
             .collect();
         found.sort_unstable();
         found.into_iter().map(|(_, id)| id).collect()
-    }
-
-    /// Drops every resident (not the reservations of tickets and reads).
-    pub(crate) fn clear(&mut self) -> usize {
-        let ids = self.in_order(|_, _| true);
-        ids.iter().for_each(|id| {
-            self.remove(id);
-        });
-        ids.len()
     }
 }

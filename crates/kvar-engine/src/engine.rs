@@ -10,6 +10,7 @@ use crate::shard::{
 };
 use kvar_base::{BlockId, LeaseToken, Moment, PutOutcome, SECTIONS_MAX};
 use kvar_io::{Arena, Completion, Device, Op};
+use kvar_policy::Tenant;
 use std::os::fd::RawFd;
 use std::time::Duration;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -202,9 +203,9 @@ impl Engine {
         self.shard.remove(token, ids);
     }
 
-    /// Removes every block; ends in [`Event::Done`] when flushed.
-    pub fn purge(&mut self, token: u64) {
-        self.shard.purge(token);
+    /// Removes every block of a tenant, or of all; ends in [`Event::Done`] when flushed.
+    pub fn purge(&mut self, token: u64, whose: Option<Tenant>) {
+        self.shard.purge(token, whose);
     }
 
     /// Ends in [`Event::Done`] when all that was acknowledged before is flushed.
@@ -293,6 +294,15 @@ impl Engine {
     #[must_use]
     pub fn bookkeeping(&self) -> usize {
         self.shard.bookkeeping()
+    }
+
+    /// Whether the bytes counted of each tenant are what counting anew gives: for tests. Cost: the
+    /// whole index, and all of memory.
+    ///
+    /// # Errors
+    /// What differs.
+    pub fn recount(&self) -> Result<(), String> {
+        self.shard.recount()
     }
 
     /// Operations under way.

@@ -6,8 +6,10 @@
 //!           | touched 1 | frequency 2 | sectioned 1
 //! tail    = length 24 (exact bytes - 1, or pages of a sectioned block) | stamp 8
 //! lengths = 3 x 3 bits: the logarithm of the blocks of the request that used it last
-//!           | 15 others | 3 x 2 bits: the kind of traffic its writer named | 2 spare
+//!           | 3 x 5 bits: whose the block is, by number | 3 x 2 bits: the kind of traffic its writer named | 2 spare
 //! ```
+//!
+//! What each tenant holds is counted as entries come, move and go.
 //!
 //! An id has two buckets; the second is found from the first and the tag, so that an entry can
 //! move without its id. A full pair relocates one entry once, then evicts the coldest of the six.
@@ -17,8 +19,8 @@
 use crate::layout::SLOTS_PER_BUCKET;
 use crate::snapshot::Snapshot;
 use crate::table::Table;
-use kvar_base::BlockId;
-use kvar_policy::{BlockClass, Kind};
+use kvar_base::{BlockId, page_round_up};
+use kvar_policy::{BlockClass, Holdings, Kind, Tenant, TenantSet};
 use xxhash_rust::xxh3::{xxh3_64, xxh3_128_with_seed};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -35,6 +37,11 @@ const LENGTH_MASK: u32 = (1 << LENGTH_BITS) - 1;
 const KIND_SHIFT: usize = 24;
 const KIND_BITS: usize = 2;
 const KIND_MASK: u32 = (1 << KIND_BITS) - 1;
+/// Tenants stand behind the lengths.
+const TENANT_SHIFT: usize = SLOTS * LENGTH_BITS;
+const TENANT_BITS: usize = 5;
+const TENANT_MASK: u32 = (1 << TENANT_BITS) - 1;
+const _: () = assert!(kvar_policy::TENANTS == 1 << TENANT_BITS);
 
 #[derive(
     Clone, Copy, Default, PartialEq, Eq, Debug, FromBytes, IntoBytes, Immutable, KnownLayout,
@@ -67,6 +74,21 @@ impl Bucket {
         let kind = (u32::from(kind) & KIND_MASK) << shift;
         self.lengths = self.lengths & !(KIND_MASK << shift) | kind;
     }
+
+    fn tenant(&self, slot: usize) -> Tenant {
+        let number = self.lengths >> (TENANT_SHIFT + slot * TENANT_BITS) & TENANT_MASK;
+        Tenant::new(number).unwrap_or_default()
+    }
+
+    fn set_tenant(&mut self, slot: usize, tenant: Tenant) {
+        let shift = TENANT_SHIFT + slot * TENANT_BITS;
+        let tenant = u32::from(tenant.number()) << shift;
+        self.lengths = self.lengths & !(TENANT_MASK << shift) | tenant;
+    }
+
+    fn is_used(&self, slot: usize) -> bool {
+        self.word[slot] & POSITION_MASK != 0
+    }
 }
 
 const _: () = assert!(size_of::<Bucket>() == 64);
@@ -98,9 +120,17 @@ pub struct Entry {
     pub kind: u8,
     /// Coarse moment of the last touch.
     pub stamp: u8,
+    /// Whose it is.
+    pub tenant: Tenant,
 }
 
 impl Entry {
+    /// Bytes it takes on the device, padding to pages included.
+    #[must_use]
+    pub fn stored_bytes(&self) -> u64 {
+        page_round_up(u64::from(self.len))
+    }
+
     /// What is known of its use.
     #[must_use]
     pub fn class(&self) -> BlockClass {
@@ -115,8 +145,8 @@ pub struct SlotRef {
     pub(crate) slot: usize,
 }
 
-/// What lies in a slot: check, word, tail, length of the request, kind of traffic.
-pub(crate) type RawSlot = (u64, u64, u32, u8, u8);
+/// What lies in a slot: check, word, tail, length of the request, kind of traffic, whose it is.
+pub(crate) type RawSlot = (u64, u64, u32, u8, u8, Tenant);
 
 /// What an insert had to give up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,6 +166,8 @@ pub struct Index {
     buckets: Table<Bucket>,
     seed: u64,
     entries: usize,
+    /// Bytes of the blocks it leads to, by tenant.
+    holdings: Holdings,
     snapshot: Option<Snapshot>,
 }
 
@@ -161,6 +193,7 @@ impl Index {
             buckets: Table::zeroed(buckets.max(1) as usize),
             seed,
             entries: 0,
+            holdings: Holdings::default(),
             snapshot: None,
         }
     }
@@ -175,6 +208,25 @@ impl Index {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.entries == 0
+    }
+
+    /// Bytes of the blocks it leads to, padding included, by tenant.
+    #[must_use]
+    pub fn holdings(&self) -> &Holdings {
+        &self.holdings
+    }
+
+    /// The same, counted anew: for tests. Cost: the whole table.
+    #[must_use]
+    pub fn counted_holdings(&self) -> Holdings {
+        let mut holdings = Holdings::default();
+        for bucket in 0..self.buckets.len() {
+            for slot in (0..SLOTS).filter(|slot| self.buckets[bucket].is_used(*slot)) {
+                let entry = self.entry(SlotRef { bucket, slot });
+                holdings.add(entry.tenant, entry.stored_bytes());
+            }
+        }
+        holdings
     }
 
     /// Memory of the table in bytes.
@@ -283,10 +335,13 @@ impl Index {
             length: bucket.length(at.slot),
             kind: bucket.kind(at.slot),
             stamp: tail as u8,
+            tenant: bucket.tenant(at.slot),
         }
     }
 
+    /// Writes an entry over whatever lies there.
     fn set(&mut self, at: SlotRef, tag: u64, entry: &Entry) {
+        self.uncount(at);
         let raw_len = if entry.sectioned {
             entry.len >> 12
         } else {
@@ -302,21 +357,39 @@ impl Index {
         bucket.tail[at.slot] = raw_len << 8 | u32::from(entry.stamp);
         bucket.set_length(at.slot, entry.length);
         bucket.set_kind(at.slot, entry.kind);
+        bucket.set_tenant(at.slot, entry.tenant);
+        self.count(at);
+    }
+
+    /// What lies in a slot has come.
+    fn count(&mut self, at: SlotRef) {
+        let entry = self.entry(at);
+        self.holdings.add(entry.tenant, entry.stored_bytes());
+    }
+
+    /// What lies in a slot is about to go.
+    fn uncount(&mut self, at: SlotRef) {
+        if self.buckets[at.bucket].is_used(at.slot) {
+            let gone = self.entry(at);
+            self.holdings.take(gone.tenant, gone.stored_bytes());
+        }
     }
 
     /// Adds or moves the entry of an id. `age` tells how old a stamp is; it is asked only when the
     /// six places of the id are full.
     pub fn insert(&mut self, id: &BlockId, entry: &Entry, age: impl Fn(u8) -> u8) -> Inserted {
-        self.insert_beside(id, entry, age, |_| false)
+        self.insert_beside(id, entry, age, |_| false, TenantSet::default())
     }
 
-    /// As [`insert`](Self::insert), but an entry whose position is `held` is not evicted.
+    /// As [`insert`](Self::insert), but an entry at a position that is `held` is not evicted, and one
+    /// of a tenant that is `spared` only if all that might go are such.
     pub fn insert_beside(
         &mut self,
         id: &BlockId,
         entry: &Entry,
         age: impl Fn(u8) -> u8,
         held: impl Fn(u32) -> bool,
+        spared: TenantSet,
     ) -> Inserted {
         debug_assert!(
             entry.position != 0 && u64::from(entry.position) <= POSITION_MASK && entry.len > 0
@@ -354,7 +427,13 @@ impl Index {
             .filter(|at| !held(self.entry(*at).position))
             .max_by_key(|at| {
                 let entry = self.entry(*at);
-                (!entry.touched, age(entry.stamp), 3 - entry.frequency)
+                let is_spared = spared.has(entry.tenant);
+                (
+                    !is_spared,
+                    !entry.touched,
+                    age(entry.stamp),
+                    3 - entry.frequency,
+                )
             });
         let Some(coldest) = coldest else {
             return Inserted::Held;
@@ -391,6 +470,7 @@ impl Index {
             bucket.tail[at.slot],
             bucket.length(at.slot),
             bucket.kind(at.slot),
+            bucket.tenant(at.slot),
         )
     }
 
@@ -429,11 +509,13 @@ impl Index {
     }
 
     fn clear_slot(&mut self, at: SlotRef) {
+        self.uncount(at);
         self.buckets[at.bucket].word[at.slot] = 0;
         self.buckets[at.bucket].check[at.slot] = 0;
         self.buckets[at.bucket].tail[at.slot] = 0;
         self.buckets[at.bucket].set_length(at.slot, 0);
         self.buckets[at.bucket].set_kind(at.slot, 0);
+        self.buckets[at.bucket].set_tenant(at.slot, Tenant::DEFAULT);
         self.entries -= 1;
     }
 
@@ -466,6 +548,7 @@ impl Index {
     pub fn clear(&mut self) {
         self.buckets.clear();
         self.entries = 0;
+        self.holdings = Holdings::default();
     }
 
     /// Drops entries whose position is not wanted; for loading a checkpoint, and for a segment
@@ -505,11 +588,12 @@ impl Index {
                     bucket: number,
                     slot,
                 }) {
-                    let (check, word, tail, length, kind) = instead;
+                    let (check, word, tail, length, kind, tenant) = instead;
                     (bucket.check[slot], bucket.word[slot]) = (check, word);
                     bucket.tail[slot] = tail;
                     bucket.set_length(slot, length);
                     bucket.set_kind(slot, kind);
+                    bucket.set_tenant(slot, tenant);
                 }
             }
             snapshot.taken = number + 1;
@@ -546,15 +630,14 @@ impl Index {
                 u32::from_le_bytes(bytes[48 + slot * 4..][..4].try_into().expect("four bytes"));
         }
         fresh.lengths = u32::from_le_bytes(bytes[60..].try_into().expect("four bytes"));
-        let used = |bucket: &Bucket| {
-            bucket
-                .word
-                .iter()
-                .filter(|word| **word & POSITION_MASK != 0)
-                .count()
-        };
+        let used = |bucket: &Bucket| (0..SLOTS).filter(|slot| bucket.is_used(*slot)).count();
         self.entries = self.entries + used(&fresh) - used(&self.buckets[bucket]);
+        let slots = (0..SLOTS).map(|slot| SlotRef { bucket, slot });
+        slots.clone().for_each(|at| self.uncount(at));
         self.buckets[bucket] = fresh;
+        slots
+            .filter(|at| fresh.is_used(at.slot))
+            .for_each(|at| self.count(at));
     }
 }
 

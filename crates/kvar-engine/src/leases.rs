@@ -333,10 +333,11 @@ impl Leases {
         true
     }
 
-    /// Everything is gone; how many blocks were promised.
-    pub(crate) fn lost_all(&mut self, segments: &Segments) -> u64 {
-        let ids: Vec<_> = self.pins.keys().copied().collect();
-        ids.iter().filter(|id| self.lost(segments, id)).count() as u64
+    /// All that is promised.
+    pub(crate) fn promised(&self) -> Vec<BlockId> {
+        let mut ids: Vec<_> = self.pins.keys().copied().collect();
+        ids.sort_unstable();
+        ids
     }
 
     /// Lets a lease last until `until`; the moment it lasts to now, or `None` if it has ended.

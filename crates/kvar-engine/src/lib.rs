@@ -56,14 +56,14 @@ pub use check::{CheckReport, Damage, InspectReport, SegmentReport, check, inspec
 pub use engine::{Engine, Loaded, arena_bytes, memory_bytes};
 pub use format::{FormatOptions, OpenError, format, format_probed, read_superblock};
 pub use index::{Entry, Index, Inserted};
-pub use kvar_policy::WriteRates;
+pub use kvar_policy::{Shares, TENANTS, Tenant, WEIGHT_MAX, WriteRates};
 pub use layout::{FormatError, Superblock};
 pub use leases::{LEASE_DEFAULT, LEASE_MAX};
 pub use recovery::RecoveryReport;
 pub use shard::{
     BlockStat, Change, Copy, Counters, Displaced, EngineConfig, Event, GetRequest, LeaseGrant,
-    LeaseRequest, PutHints, PutRequest, PutTicket, SectionRef, ShardStatus, ShutdownReport, Tier,
-    Touch,
+    LeaseRequest, PutHints, PutRequest, PutTicket, SectionRef, ShardStatus, ShutdownReport,
+    TenantCounters, TenantStatus, Tier, Touch,
 };
 pub use survey::{
     SurveyedBlock, SurveyedSegment, survey_arena_bytes, survey_blocks, survey_segments,

@@ -16,7 +16,8 @@ use crate::format::{OpenError, read};
 use crate::index::{BUCKET_BYTES, Entry, Inserted};
 use crate::layout::{
     CHUNK_BYTES, CHUNK_PAYLOAD_BYTES, CheckpointHead, NUMBERS_END, PAGE, PageKind, RECORD_BLOCK,
-    RECORD_PURGE, RECORD_TOMBSTONE, Record, SegmentState, Superblock, decode_chunk, decode_page,
+    RECORD_PURGE, RECORD_TENANT_PURGE, RECORD_TOMBSTONE, Record, SegmentState, Superblock,
+    decode_chunk, decode_page,
 };
 use crate::mutation::{Check, is_disabled};
 use crate::segments::SegmentPhase;
@@ -481,17 +482,24 @@ fn apply_below(
                     length: 0,
                     kind: Kind::of(record.hints().class).number(),
                     stamp: shard.keep.stamp(),
+                    tenant: record.tenant(),
                 };
                 shard.keep.demanded(page_round_up(u64::from(len)));
                 let age = shard.age();
                 let inserted = shard.index.insert(&record.id(), &entry, age);
                 report.bucket_evicted += u64::from(matches!(inserted, Inserted::Evicted(_)));
             }
-            RECORD_TOMBSTONE | RECORD_PURGE if is_disabled(Check::Tombstone) => {}
+            RECORD_TOMBSTONE | RECORD_PURGE | RECORD_TENANT_PURGE
+                if is_disabled(Check::Tombstone) => {}
             RECORD_TOMBSTONE => {
                 shard.index.remove(&record.id());
             }
             RECORD_PURGE => shard.index.clear(),
+            RECORD_TENANT_PURGE if shard.index.holdings().of(record.tenant()) == 0 => {}
+            RECORD_TENANT_PURGE => {
+                let tenant = record.tenant();
+                shard.index.retain(|entry| entry.tenant != tenant);
+            }
             _ => {}
         }
     }

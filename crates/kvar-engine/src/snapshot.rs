@@ -18,8 +18,9 @@
 
 use crate::fast_map::FastMap;
 use crate::index::{RawSlot, SlotRef};
+use kvar_policy::Tenant;
 
-const EMPTY: RawSlot = (0, 0, 0, 0, 0);
+const EMPTY: RawSlot = (0, 0, 0, 0, 0, Tenant::DEFAULT);
 
 /// A snapshot under way.
 #[derive(Default)]

@@ -200,7 +200,7 @@ fn removes_and_purges_win_and_are_counted() {
     assert_eq!(shard.status().leased_blocks, 1);
     shard.push_out_of_memory(1000);
     assert!(shard.is_there(2));
-    shard.engine.purge(99);
+    shard.engine.purge(99, None);
     shard.settle();
     assert_eq!(shard.counters().leased_removed, 2);
     let status = shard.status();

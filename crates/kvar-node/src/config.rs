@@ -15,8 +15,10 @@
 //! What is absent: opening files or sockets. Whether a size fits the disk is asked when the data
 //! file is opened.
 
+mod namespace;
 mod table;
 
+pub use namespace::NamespaceConfig;
 pub use table::SETTINGS;
 
 use kvar_base::{BLOCK_BYTES_MAX, ByteSize, PAGE_BYTES};
@@ -192,6 +194,8 @@ pub struct Config {
     pub key_file: Option<PathBuf>,
     /// Written when the node is ready.
     pub ready_file: Option<PathBuf>,
+    /// Namespaces beside the default one, and shares.
+    pub namespaces: Vec<NamespaceConfig>,
 }
 
 /// One setting: all that is known about it.
@@ -256,6 +260,7 @@ impl Default for Config {
             log_format: LogFormat::Text,
             key_file: None,
             ready_file: None,
+            namespaces: Vec::new(),
         };
         for setting in SETTINGS
             .iter()
@@ -309,12 +314,17 @@ impl Config {
     /// Where the device table is: beside the key file, with `.devices` for `.key`.
     #[must_use]
     pub fn table_path(&self) -> PathBuf {
+        self.beside_key("devices")
+    }
+
+    /// A file beside the key file, with another extension.
+    pub(crate) fn beside_key(&self, extension: &str) -> PathBuf {
         let key = self.key_path();
-        if key.extension().is_some_and(|extension| extension == "key") {
-            return key.with_extension("devices");
+        if key.extension().is_some_and(|found| found == "key") {
+            return key.with_extension(extension);
         }
         let mut path = key.into_os_string();
-        path.push(".devices");
+        path.push(format!(".{extension}"));
         path.into()
     }
 
@@ -344,6 +354,25 @@ impl Config {
             if self.data[..at].iter().any(|other| other.path == data.path) {
                 return wrong("data", format!("{} is named twice", data.path.display()));
             }
+        }
+        for (at, namespace) in self.namespaces.iter().enumerate() {
+            let name = &namespace.name;
+            if self.namespaces[..at]
+                .iter()
+                .any(|other| other.name == *name)
+            {
+                return wrong("namespace", format!("{name:?} is named twice"));
+            }
+        }
+        let beside = self.namespaces.iter().filter(|it| !it.is_default()).count();
+        if beside >= kvar_engine::TENANTS {
+            return wrong(
+                "namespace",
+                format!(
+                    "{beside} beside the default one are too many; a node has at most {}",
+                    kvar_engine::TENANTS - 1
+                ),
+            );
         }
         let shards = u64::from(self.shards.map_or(1, NonZeroU32::get)) * self.data.len() as u64;
         if self.dram.0 / shards < DRAM_BYTES_MIN {

@@ -1,9 +1,10 @@
 //! Settings as TOML and as a page of documentation.
 //!
-//! Keys are flat: a settings file is a list of `key = value` lines, and every error names the line.
+//! Keys are flat: a settings file is a list of `key = value` lines, and every error names the line. The
+//! one exception are namespaces, a table each.
 //! The sample and the reference page are printed from [`SETTINGS`], so they cannot fall behind.
 
-use crate::config::{Config, ConfigError, SETTINGS, unknown_key};
+use crate::config::{Config, ConfigError, NamespaceConfig, SETTINGS, unknown_key};
 use std::fmt::Write as _;
 use std::path::Path;
 use toml::de::{DeTable, DeValue};
@@ -30,6 +31,22 @@ impl Config {
             let (name, at) = (key.get_ref().as_ref(), Some(key.span().start));
             if !SETTINGS.iter().any(|setting| setting.key == name) {
                 return Err(wrong(at, unknown_key(name)));
+            }
+            if let DeValue::Array(tables) = value.get_ref()
+                && name == "namespace"
+                && tables
+                    .iter()
+                    .any(|it| matches!(it.get_ref(), DeValue::Table(_)))
+            {
+                self.namespaces.clear();
+                for table in tables {
+                    let at = Some(table.span().start);
+                    let namespace = NamespaceConfig::from_toml(table.get_ref());
+                    let namespace =
+                        namespace.map_err(|error| wrong(at, format!("{name}: {error}")))?;
+                    self.namespaces.push(namespace);
+                }
+                continue;
             }
             let is_list = |name| SETTINGS.iter().any(|it| it.key == name && it.is_list);
             let value = match value.get_ref() {
@@ -224,6 +241,28 @@ mod tests {
     }
 
     #[test]
+    fn namespaces_are_tables_or_a_list_and_mean_the_same() {
+        let read = |text: &str| {
+            let mut config = Config::default();
+            config.merge_toml(text, None).unwrap();
+            config.validate().unwrap();
+            config.namespaces
+        };
+        let tables = read(
+            "dram = \"1GiB\"\n[[namespace]]\nname = \"team-a\"\nshare = 2\n\
+             [[namespace]]\nname = \"b\"\nkey_file = \"/k\"\n[[namespace]]\nname = \"default\"\nshare = 0\n",
+        );
+        let list = "namespace = [\"team-a,share=2\", \"b,key_file=/k\", \"default,share=0\"]";
+        assert_eq!(tables, read(list));
+        let found: Vec<_> = tables.iter().map(|it| (&*it.name, it.share)).collect();
+        assert_eq!(found, [("team-a", 2), ("b", 1), ("default", 0)]);
+        assert_eq!(tables[1].key_file.as_deref(), Some(Path::new("/k")));
+        let config = Config::default();
+        let path = tables[0].key_path(&config);
+        assert_eq!(path, Path::new("./kvar-data.team-a.key"));
+    }
+
+    #[test]
     fn mistakes_name_the_line_and_the_way_out() {
         let check = |text: &str, parts: &[&str]| {
             let error = error_of(text);
@@ -270,6 +309,28 @@ mod tests {
         check("dram = [\"1GiB\"]", &["kvar.toml:1: dram:", "whole number"]);
         check("data = [\"/a\", \"/a=1GiB\"]", &["named twice"]);
         check("missing_device = \"maybe\"", &["start, refuse"]);
+        let namespace = |text: &str, parts: &[&str]| {
+            check(&format!("dram = \"1GiB\"\n\n[[namespace]]\n{text}"), parts);
+        };
+        namespace("", &["kvar.toml:3: namespace:", "a name is needed"]);
+        namespace("name = 1", &["kvar.toml:3:", "name", "text in quotes"]);
+        namespace("name = \"a/b\"", &["kvar.toml:3:", "\"a/b\"", "letters"]);
+        namespace("name = \"\"", &["kvar.toml:3:", "1 to 63"]);
+        namespace(
+            "name = \"a\"\nshares = 2",
+            &["kvar.toml:3:", "shares", "share"],
+        );
+        namespace("name = \"a\"\nshare = -1", &["share", "0 to 1000000"]);
+        namespace("name = \"a\"\nshare = \"much\"", &["share", "whole number"]);
+        namespace(
+            "name = \"a\"\n[[namespace]]\nname = \"a\"",
+            &["named twice"],
+        );
+        namespace(
+            "name = \"default\"\nkey_file = \"x\"",
+            &["setting key_file"],
+        );
+        check("namespace = [\"a,part=2\"]", &["part", "share=N"]);
         check("io_engine = \"spdk\"", &["auto, io_uring or threads"]);
     }
 

@@ -153,6 +153,25 @@ impl AddAssign for LinkCounters {
     }
 }
 
+/// What was asked of one namespace since start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct NamespaceCounters {
+    /// Blocks served.
+    pub hits: u64,
+    /// Blocks asked for and not served.
+    pub misses: u64,
+    /// Blocks stored.
+    pub stored: u64,
+}
+
+impl AddAssign for NamespaceCounters {
+    fn add_assign(&mut self, other: Self) {
+        self.hits += other.hits;
+        self.misses += other.misses;
+        self.stored += other.stored;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,16 +1,20 @@
-//! The key of the default namespace, and which device it belongs to.
+//! The key of a namespace, and which store it belongs to.
 //!
 //! ```text
 //!   <data>.key, mode 0600, TOML:
 //!     uuid = "32 hex"            the device this key was made with
 //!     namespace_key = "64 hex"   the secret: without it no block can be named
+//!
+//!   <data>.NAME.key, the same, and:
+//!     namespace = "NAME"         whose key it is; none: the default one's
+//!     number = 1                 what the devices know it by
 //! ```
 //!
 //! What must always be true: the file is made once, exclusively, and is on disk before the device
 //! is formatted; it is never overwritten. A file that others can read is refused, because a secret
 //! that leaked must be noticed and not used on.
 //!
-//! What is absent: rotating keys, and namespaces beside the default one.
+//! What is absent: rotating keys; which namespaces there are (`namespaces`).
 
 use kvar_base::{DeviceUuid, NamespaceKey};
 use serde::Deserialize;
@@ -27,8 +31,19 @@ const FILE_BYTES_MAX: u64 = 64 << 10;
 pub struct KeyFile {
     /// The device the key was made with.
     pub uuid: DeviceUuid,
-    /// The key of the default namespace.
+    /// The key.
     pub key: NamespaceKey,
+    /// Whose it is; `None`: the default namespace's.
+    pub namespace: Option<KeyName>,
+}
+
+/// Whose key it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyName {
+    /// The namespace.
+    pub name: String,
+    /// What devices know it by.
+    pub number: u8,
 }
 
 /// Why a key file cannot be used.
@@ -86,6 +101,8 @@ pub enum KeyFileError {
 struct Form {
     uuid: String,
     namespace_key: String,
+    namespace: Option<String>,
+    number: Option<u8>,
 }
 
 impl KeyFile {
@@ -95,6 +112,7 @@ impl KeyFile {
         Self {
             uuid,
             key: NamespaceKey::random(),
+            namespace: None,
         }
     }
 
@@ -141,7 +159,16 @@ impl KeyFile {
             .namespace_key
             .parse()
             .map_err(|error| damaged(format!("namespace_key: {error}")))?;
-        Ok(Self { uuid, key })
+        let namespace = match (form.namespace, form.number) {
+            (None, None) => None,
+            (Some(name), Some(number)) => Some(KeyName { name, number }),
+            _ => return Err(damaged("namespace and number belong together".into())),
+        };
+        Ok(Self {
+            uuid,
+            key,
+            namespace,
+        })
     }
 
     /// Writes it to a new file of mode 0600 and waits until it is on disk.
@@ -165,14 +192,20 @@ impl KeyFile {
                 .create_new(true)
                 .mode(0o600)
                 .open(&draft_path)?;
+            let whose = self.namespace.as_ref();
+            let name = whose.map_or("default", |whose| &whose.name);
             write!(
                 draft,
-                "# Key of this kvar node's default namespace. A secret: who has it can read and\n\
+                "# Key of this kvar node's {name} namespace. A secret: who has it can read and\n\
                  # write the stored blocks, who lost it can no longer name them.\n\
                  uuid = \"{}\"\nnamespace_key = \"{}\"\n",
                 self.uuid,
                 self.key.to_hex()
             )?;
+            if let Some(KeyName { name, number }) = whose {
+                // A name has no character that TOML would take for another.
+                write!(draft, "namespace = \"{name}\"\nnumber = {number}\n")?;
+            }
             draft.sync_all()?;
             std::fs::hard_link(&draft_path, path)
         })();

@@ -15,6 +15,7 @@
 //! |---|---|
 //! | `config`, `config_file` | what can be set, and where is it written? |
 //! | `key_file`, `storage` | what is opened at start, and what if it does not fit together? |
+//! | `namespaces` | who may connect, with which key, and how much is theirs? |
 //! | `node` | in which order does a node start and stop? |
 //! | `assemble`, `devices` | which devices are there, what lies where, what if one goes? |
 //! | `loading` | how is a shard read back while its thread serves already? |
@@ -43,6 +44,7 @@ mod links;
 mod loading;
 mod mail;
 mod metrics;
+mod namespaces;
 mod node;
 mod owner;
 mod report;
@@ -50,15 +52,16 @@ mod storage;
 mod thread;
 
 pub use admin::AdminError;
-pub use config::{Config, ConfigError, DataPath, MissingDevice};
+pub use config::{Config, ConfigError, DataPath, MissingDevice, NamespaceConfig};
 pub use config_file::{reference_page, sample};
 pub use device_door::{PROOF_HEADER, TIME_HEADER, proof as device_proof};
 pub use devices::{DeviceReport, DeviceView, Moved, Phase, TableError};
-pub use key_file::{KeyFile, KeyFileError};
+pub use key_file::{KeyFile, KeyFileError, KeyName};
 pub use loading::LoadingHook;
+pub use namespaces::NamespaceError;
 pub use node::{
     Hooks, LINK_BYTES, MEMORY_BASE_BYTES, MovingHook, Node, NodeHandle, Readiness, StartError,
     StopReport, Stopper, WallClock,
 };
-pub use report::{NodeFacts, NodeReport, ShardReport};
+pub use report::{NamespaceReport, NodeFacts, NodeReport, ShardReport};
 pub use storage::StorageError;

@@ -19,7 +19,7 @@ use crate::report::ThreadReport;
 use crossbeam_channel::{Receiver, Sender};
 use kvar_base::wake;
 use kvar_base::{BlockId, LeaseToken, MissReason, Moment, PutOutcome};
-use kvar_engine::{BlockStat, Copy, GetRequest, LeaseGrant, Loaded, PutRequest, PutTicket};
+use kvar_engine::{BlockStat, Copy, GetRequest, LeaseGrant, Loaded, PutRequest, PutTicket, Tenant};
 use kvar_transport::TcpStream;
 use mio::Waker;
 use std::net::SocketAddr;
@@ -69,7 +69,8 @@ pub(crate) enum Ask {
     PutAbort(PutTicket),
     Remove(Vec<BlockId>),
     Flush,
-    Purge,
+    /// Of one namespace, or of all.
+    Purge(Option<Tenant>),
     Stat(BlockId),
 }
 

@@ -20,6 +20,9 @@ struct Page {
     gauges: Vec<(&'static str, &'static str, Option<Unit>, f64)>,
     counters: Vec<(&'static str, &'static str, Option<Unit>, u64)>,
     labelled: Vec<Labelled>,
+    /// Each namespace: its name, and for each of [`NAMESPACE_GAUGES`] and [`NAMESPACE_COUNTERS`] a
+    /// value.
+    namespaces: Vec<(Labels, Vec<f64>, Vec<u64>)>,
     /// Each device: its labels, and for each of [`DEVICE_GAUGES`] a value.
     devices: Vec<(Labels, Vec<f64>)>,
     info: Vec<(&'static str, String)>,
@@ -52,6 +55,36 @@ const DEVICE_GAUGES: [(&str, &str); 7] = [
     (
         "kvar_device_write_budget_left",
         "Bytes of the write budget that are left, negative in debt; +Inf without a budget",
+    ),
+];
+
+/// What is said of each namespace.
+const NAMESPACE_GAUGES: [(&str, &str); 4] = [
+    (
+        "kvar_namespace_share",
+        "The namespace's weight; 0: what the others leave",
+    ),
+    (
+        "kvar_namespace_part",
+        "Its part of the store, 0 to 1, while all that hold anything want theirs",
+    ),
+    ("kvar_namespace_dram_used", "Bytes of its blocks in memory"),
+    (
+        "kvar_namespace_flash_used",
+        "Bytes of its blocks on devices",
+    ),
+];
+const NAMESPACE_COUNTERS: [(&str, &str); 5] = [
+    ("kvar_namespace_hits", "Blocks served"),
+    ("kvar_namespace_misses", "Blocks asked for and not served"),
+    ("kvar_namespace_stored", "Blocks stored"),
+    (
+        "kvar_namespace_evictions",
+        "Blocks that left the store because room was wanted",
+    ),
+    (
+        "kvar_namespace_kept",
+        "Blocks that reclaim wrote again because their namespace was within its part",
     ),
 ];
 
@@ -96,6 +129,20 @@ impl Collector for Page {
             let mut lines = encoder.encode_descriptor(name, help, None, kind)?;
             for (labels, values) in &self.devices {
                 ConstGauge::new(values[number]).encode(lines.encode_family(labels)?)?;
+            }
+        }
+        for (number, (name, help)) in NAMESPACE_GAUGES.iter().enumerate() {
+            let kind = ConstGauge::new(0_f64).metric_type();
+            let mut lines = encoder.encode_descriptor(name, help, None, kind)?;
+            for (labels, values, _) in &self.namespaces {
+                ConstGauge::new(values[number]).encode(lines.encode_family(labels)?)?;
+            }
+        }
+        for (number, (name, help)) in NAMESPACE_COUNTERS.iter().enumerate() {
+            let kind = ConstCounter::new(0_u64).metric_type();
+            let mut lines = encoder.encode_descriptor(name, help, None, kind)?;
+            for (labels, _, values) in &self.namespaces {
+                ConstCounter::new(values[number]).encode(lines.encode_family(labels)?)?;
             }
         }
         let one = ConstGauge::new(1_i64);
@@ -606,6 +653,26 @@ fn collect(report: &NodeReport<'_>) -> Page {
                     it.write_budget_left_bytes.unwrap_or(f64::INFINITY),
                 ];
                 (labels, values)
+            })
+            .collect(),
+        namespaces: report
+            .namespaces
+            .iter()
+            .map(|it| {
+                let gauges = vec![
+                    f64::from(it.share.unwrap_or(0)),
+                    it.part,
+                    it.dram_bytes as f64,
+                    it.flash_bytes as f64,
+                ];
+                let counters = vec![
+                    it.counters.hits,
+                    it.counters.misses,
+                    it.counters.stored,
+                    it.evicted,
+                    it.kept_entitled,
+                ];
+                (vec![("namespace", it.name.clone())], gauges, counters)
             })
             .collect(),
         info: vec![

@@ -19,6 +19,7 @@ use crate::devices::{Event, Fatal, Keeper, KeeperParts, Views};
 use crate::links::{Describe, LinkSettings};
 use crate::loading::{LoadFailed, LoadingHook};
 use crate::mail::{Mail, Post};
+use crate::namespaces::{NamespaceError, Namespaces};
 use crate::report::{NodeFacts, NodeReport, ThreadReport};
 use crate::storage::{Storage, StorageError};
 use crate::thread::{self, ThreadParts, WAKER};
@@ -44,9 +45,6 @@ pub const MEMORY_BASE_BYTES: u64 = 64 << 20;
 /// being received, one being parsed, and answers queued.
 pub const LINK_BYTES: u64 = 4 << 20;
 
-/// Name of the namespace that is there from the first start.
-const NAMESPACE: &str = "default";
-
 /// Why a node did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -56,6 +54,9 @@ pub enum StartError {
     /// What it stores in.
     #[error(transparent)]
     Storage(#[from] StorageError),
+    /// Its namespaces.
+    #[error(transparent)]
+    Namespaces(#[from] NamespaceError),
     /// Where it listens.
     #[error(transparent)]
     Listen(#[from] BindError),
@@ -155,6 +156,7 @@ pub struct NodeHandle {
 pub(crate) struct StatusSource {
     pub(crate) facts: Arc<NodeFacts>,
     pub(crate) views: Arc<Views>,
+    namespaces: Arc<Namespaces>,
     threads: u32,
     started: Instant,
 }
@@ -177,6 +179,7 @@ impl StatusSource {
         NodeReport::new(
             &self.facts,
             &self.views.latest(),
+            &self.namespaces,
             self.threads,
             reports,
             self.started.elapsed().as_secs(),
@@ -206,6 +209,7 @@ impl Node {
         let started = Instant::now();
         let clock = SystemClock::default();
         let mut storage = Storage::open(config, &clock)?;
+        let namespaces = Arc::new(Namespaces::open(config, &storage.key_file)?);
         let listener = Listener::bind(config.listen)?;
         let admin_socket = admin::bind(config.admin)?;
         let (listen, admin_address) = (listener.local_addr(), admin_socket.address);
@@ -255,6 +259,7 @@ impl Node {
         let status = Arc::new(StatusSource {
             facts: facts.clone(),
             views: views.clone(),
+            namespaces: namespaces.clone(),
             threads,
             started,
         });
@@ -262,8 +267,7 @@ impl Node {
         let settings = LinkSettings {
             limits,
             node: facts.uuid.clone(),
-            namespace: NAMESPACE.to_owned(),
-            key: key.clone(),
+            namespaces: namespaces.clone(),
             block_bytes_guess: config.expected_block_bytes.0,
             describe: status.clone(),
         };
@@ -271,6 +275,7 @@ impl Node {
         let (started_sender, loaded) = crossbeam_channel::bounded(1);
         let parts = KeeperParts {
             config: config.clone(),
+            shares: namespaces.shares(),
             storage,
             post: post.clone(),
             views,

@@ -320,7 +320,7 @@ impl Owner {
             Ask::PutAbort(ticket) => engine.put_abort(ticket),
             Ask::Remove(ids) => engine.remove(wait(Asked::Finish), &ids),
             Ask::Flush => engine.flush(wait(Asked::Finish)),
-            Ask::Purge => engine.purge(wait(Asked::Finish)),
+            Ask::Purge(whose) => engine.purge(wait(Asked::Finish), whose),
             Ask::Stat(id) => {
                 let stat = engine.stat(now, &id).ok_or(MissReason::Absent);
                 answers.push((origin, Answer::Stat(stat)));
@@ -406,7 +406,7 @@ pub(crate) fn away(ask: &Ask, reason: MissReason, text: &str) -> Option<Answer> 
         Ask::PutBegin(_) => Answer::PutBegun(Err(PutOutcome::Refused(Refusal::Busy))),
         Ask::PutCommit(_) => Answer::Put(PutOutcome::Refused(Refusal::Busy)),
         Ask::PutAbort(_) | Ask::ReleaseSome(..) => return None,
-        Ask::Remove(_) | Ask::Flush | Ask::Purge => Answer::Done(Err(text.to_owned())),
+        Ask::Remove(_) | Ask::Flush | Ask::Purge(_) => Answer::Done(Err(text.to_owned())),
         Ask::Stat(_) => Answer::Stat(Err(reason)),
     })
 }

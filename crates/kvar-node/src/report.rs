@@ -3,10 +3,11 @@
 //! A thread makes its report by itself when asked; whoever asks waits, the data plane never does.
 //! Sums over shards are made by whoever prints.
 
-use crate::counters::LinkCounters;
+use crate::counters::{LinkCounters, NamespaceCounters};
 use crate::devices::{DeviceReport, Phase, View};
+use crate::namespaces::{Namespace, Namespaces};
 use kvar_base::MapEpoch;
-use kvar_engine::{RecoveryReport, ShardStatus};
+use kvar_engine::{RecoveryReport, ShardStatus, TENANTS};
 use serde::Serialize;
 
 /// One thread at one moment.
@@ -15,6 +16,8 @@ pub(crate) struct ThreadReport {
     pub(crate) thread: u32,
     /// What its links did.
     pub(crate) links: LinkCounters,
+    /// What was asked of each namespace, by number.
+    pub(crate) namespaces: Vec<NamespaceCounters>,
     /// Its shards, one a device.
     pub(crate) shards: Vec<ShardReport>,
 }
@@ -85,6 +88,80 @@ impl NodeFacts {
     pub const EPOCH: MapEpoch = MapEpoch::SINGLE_NODE;
 }
 
+/// One namespace at one moment.
+#[derive(Clone, Debug, Serialize)]
+pub struct NamespaceReport {
+    /// Its name.
+    pub name: String,
+    /// What devices know it by.
+    pub number: u8,
+    /// Its weight against the others; null: it is not in the settings any more, so that what is left
+    /// of it leaves first.
+    pub share: Option<u32>,
+    /// Its part of the store, 0 to 1, while all that hold anything want theirs.
+    pub part: f64,
+    /// Bytes of its blocks in memory.
+    pub dram_bytes: u64,
+    /// Bytes of its blocks on devices.
+    pub flash_bytes: u64,
+    /// Blocks that left the store because room was wanted.
+    pub evicted: u64,
+    /// Blocks that reclaim wrote again because their namespace was within its part.
+    pub kept_entitled: u64,
+    /// What was asked of it.
+    #[serde(flatten)]
+    pub counters: NamespaceCounters,
+}
+
+impl NamespaceReport {
+    /// What shards and links say of one.
+    fn new(namespace: &Namespace, counters: &[NamespaceCounters], shards: &[ShardReport]) -> Self {
+        let number = namespace.tenant.number();
+        let mut report = Self {
+            name: namespace.name.clone(),
+            number,
+            share: namespace.share,
+            part: 0.0,
+            dram_bytes: 0,
+            flash_bytes: 0,
+            evicted: 0,
+            kept_entitled: 0,
+            counters: counters
+                .get(namespace.tenant.index())
+                .copied()
+                .unwrap_or_default(),
+        };
+        let tenants = shards.iter().flat_map(|shard| &shard.engine.tenants);
+        for its in tenants.filter(|its| its.tenant == number) {
+            report.dram_bytes += its.dram_bytes;
+            report.flash_bytes += its.flash_bytes;
+            report.evicted += its.counters.evicted;
+            report.kept_entitled += its.counters.kept_entitled;
+        }
+        report
+    }
+
+    fn all(
+        namespaces: &Namespaces,
+        counters: &[NamespaceCounters],
+        shards: &[ShardReport],
+    ) -> Vec<Self> {
+        let reports = namespaces.iter();
+        let mut reports: Vec<Self> = reports
+            .map(|namespace| Self::new(namespace, counters, shards))
+            .collect();
+        let holds = |report: &Self| report.dram_bytes + report.flash_bytes > 0;
+        let weight = |report: &Self| f64::from(report.share.unwrap_or(0));
+        let all: f64 = reports.iter().filter(|it| holds(it)).map(weight).sum();
+        for report in &mut reports {
+            // Of one that holds nothing: what it would have if it came.
+            let others = if holds(report) { 0.0 } else { weight(report) };
+            report.part = weight(report) / (all + others).max(1.0);
+        }
+        reports
+    }
+}
+
 /// A node at one moment: what `/v1/status` prints.
 #[derive(Clone, Debug, Serialize)]
 pub struct NodeReport<'a> {
@@ -132,6 +209,8 @@ pub struct NodeReport<'a> {
     pub threads_silent: u32,
     /// What the links of all threads did.
     pub links: LinkCounters,
+    /// Each namespace, the default one first.
+    pub namespaces: Vec<NamespaceReport>,
     /// Each shard.
     pub shards: Vec<ShardReport>,
 }
@@ -141,6 +220,7 @@ impl<'a> NodeReport<'a> {
     pub(crate) fn new(
         facts: &'a NodeFacts,
         view: &View,
+        namespaces: &Namespaces,
         threads: u32,
         mut reports: Vec<ThreadReport>,
         uptime_s: u64,
@@ -150,6 +230,11 @@ impl<'a> NodeReport<'a> {
         reports.sort_by_key(|report| report.thread);
         let threads_silent = threads.saturating_sub(reports.len() as u32);
         reports.iter().for_each(|report| links += report.links);
+        let mut of_namespace = vec![NamespaceCounters::default(); TENANTS];
+        for report in &reports {
+            let counters = of_namespace.iter_mut().zip(&report.namespaces);
+            counters.for_each(|(sum, more)| *sum += *more);
+        }
         let shards = reports.into_iter().flat_map(|report| report.shards);
         let mut shards: Vec<ShardReport> = shards.collect();
         shards.sort_by_key(|shard| (shard.device, shard.engine.shard));
@@ -193,6 +278,7 @@ impl<'a> NodeReport<'a> {
                 .collect(),
             threads_silent,
             links,
+            namespaces: NamespaceReport::all(namespaces, &of_namespace, &shards),
             shards,
         }
     }

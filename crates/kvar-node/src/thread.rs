@@ -342,6 +342,7 @@ impl Thread {
         ThreadReport {
             thread: self.number,
             links: self.links.counters(),
+            namespaces: self.links.namespace_counters(),
             shards: shards.collect(),
         }
     }

@@ -17,11 +17,17 @@
 //! * A block is written when it leaves DRAM ([`Admit::ByWorth`], what a node does while its write
 //!   budget is short) or at its put ([`Admit::All`], while there is room).
 //!
+//! * Where several tenants share it, memory makes room and reclaim keeps as in the engine: the tenant
+//!   furthest beyond its part first, and what is within a part stays.
+//!
 //! What it leaves out: as the engine model, and the write budget itself.
 
 use crate::engine_model::FlashShape;
 use crate::offline::{Admit, Store, Writes};
-use kvar_policy::{Asking, BlockClass, Keep, Kind, Said, StoreShape, WorthOrder};
+use kvar_policy::{
+    Asking, BlockClass, Candidate, Holdings, Keep, Kind, Losses, Said, Shares, StoreShape, Tenant,
+    TenantSet, WorthOrder,
+};
 use std::cmp::Reverse;
 use std::collections::{HashSet, VecDeque};
 
@@ -50,14 +56,41 @@ struct Segment {
     blocks: Vec<u32>,
 }
 
+/// A tenant's blocks in DRAM.
+#[derive(Default)]
+struct Orders {
+    unwritten: WorthOrder<u32>,
+    copies: WorthOrder<u32>,
+}
+
+impl Orders {
+    fn of(&mut self, segment: u64) -> &mut WorthOrder<u32> {
+        if segment == NOWHERE {
+            &mut self.unwritten
+        } else {
+            &mut self.copies
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.unwritten.is_empty() && self.copies.is_empty()
+    }
+}
+
 /// The store under replay.
 pub(crate) struct LearnedModel {
     admit: Admit,
     dram_blocks: u64,
     shape: FlashShape,
     blocks: Vec<Block>,
-    unwritten: WorthOrder<u32>,
-    copies: WorthOrder<u32>,
+    /// By tenant.
+    orders: Vec<Orders>,
+    shares: Shares,
+    /// Whose each block is; none: all are of one tenant.
+    tenants: Vec<Tenant>,
+    /// Blocks in DRAM and on flash, by tenant.
+    in_dram: Holdings,
+    on_flash: Holdings,
     /// Requests of which something was written: the rest follows.
     written: HashSet<u64>,
     segments: VecDeque<Segment>,
@@ -65,6 +98,8 @@ pub(crate) struct LearnedModel {
     looked_up: usize,
     /// Of the request under way.
     kind: Kind,
+    /// Whose request this is.
+    asking: Tenant,
     keep: Keep,
     writes: Writes,
 }
@@ -86,8 +121,11 @@ impl LearnedModel {
             dram_blocks,
             shape,
             blocks: vec![blank; distinct as usize],
-            unwritten: WorthOrder::new(),
-            copies: WorthOrder::new(),
+            orders: vec![Orders::default()],
+            shares: Shares::default(),
+            tenants: Vec::new(),
+            in_dram: Holdings::default(),
+            on_flash: Holdings::default(),
             written: HashSet::new(),
             segments: VecDeque::from([Segment {
                 opened_at: 0,
@@ -96,6 +134,7 @@ impl LearnedModel {
             oldest: 0,
             looked_up: 0,
             kind: Kind::default(),
+            asking: Tenant::DEFAULT,
             keep: Keep::new(&StoreShape {
                 capacity_bytes: capacity_blocks.saturating_mul(shape.block_bytes),
                 segments: shape.segments,
@@ -110,11 +149,48 @@ impl LearnedModel {
         &self.blocks[block as usize]
     }
 
-    fn order_of(&mut self, segment: u64) -> &mut WorthOrder<u32> {
-        if segment == NOWHERE {
-            &mut self.unwritten
-        } else {
-            &mut self.copies
+    /// The same, shared by tenants: whose each block is, and what they weigh.
+    pub(crate) fn shared(mut self, tenants: Vec<Tenant>, shares: Shares) -> Self {
+        let count = tenants.iter().map(|tenant| tenant.index() + 1).max();
+        self.orders.resize_with(count.unwrap_or(1), Orders::default);
+        (self.tenants, self.shares) = (tenants, shares);
+        self
+    }
+
+    fn tenant(&self, number: u32) -> Tenant {
+        let tenant = self.tenants.get(number as usize);
+        tenant.copied().unwrap_or_default()
+    }
+
+    /// The order in which a tenant's blocks in DRAM leave, of those on flash or of the others.
+    fn order_of(&mut self, number: u32, segment: u64) -> &mut WorthOrder<u32> {
+        let tenant = self.tenant(number);
+        self.orders[tenant.index()].of(segment)
+    }
+
+    fn dram_len(&self) -> u64 {
+        self.in_dram.total()
+    }
+
+    /// A block comes into DRAM, or leaves it.
+    fn set_in_dram(&mut self, number: u32, in_dram: bool) {
+        let tenant = self.tenant(number);
+        let before = std::mem::replace(&mut self.blocks[number as usize].in_dram, in_dram);
+        match (before, in_dram) {
+            (false, true) => self.in_dram.add(tenant, 1),
+            (true, false) => self.in_dram.take(tenant, 1),
+            _ => {}
+        }
+    }
+
+    /// A block comes to flash, or leaves it.
+    fn set_segment(&mut self, number: u32, segment: u64) {
+        let tenant = self.tenant(number);
+        let before = std::mem::replace(&mut self.blocks[number as usize].segment, segment);
+        match (before == NOWHERE, segment == NOWHERE) {
+            (true, false) => self.on_flash.add(tenant, 1),
+            (false, true) => self.on_flash.take(tenant, 1),
+            _ => {}
         }
     }
 
@@ -134,6 +210,7 @@ impl LearnedModel {
         let demand = self.keep.demand_bytes();
         // What is found on flash is read into DRAM; a put of something there is no read.
         let in_dram = before.in_dram || found || before.segment == NOWHERE;
+        self.set_in_dram(number, in_dram);
         self.blocks[number as usize] = Block {
             segment: before.segment,
             used_at: demand,
@@ -143,7 +220,7 @@ impl LearnedModel {
             in_dram,
         };
         if in_dram {
-            let order = self.order_of(before.segment);
+            let order = self.order_of(number, before.segment);
             order.touch(number, request, depth, class, demand);
         }
     }
@@ -169,41 +246,64 @@ impl LearnedModel {
         }
     }
 
+    /// Whose block leaves DRAM next, as `asking` wants room.
+    fn leaves(&self, asking: Tenant) -> Option<Tenant> {
+        let candidates = (0..).zip(&self.orders).filter(|(_, it)| !it.is_empty());
+        let candidates = candidates
+            .filter_map(|(number, _)| Tenant::new(number))
+            .fold(TenantSet::default(), TenantSet::with);
+        let among = self.in_dram.holders().with(asking);
+        let division = self.shares.divide_memory(self.dram_blocks, among);
+        let leaves = division.leaves(asking, candidates, |tenant| self.in_dram.of(tenant));
+        // Parts that are rounded down may leave all of them within.
+        leaves.or_else(|| division.furthest(candidates, |tenant| self.in_dram.of(tenant)))
+    }
+
     /// DRAM lets go until it holds what it may.
-    fn shrink_dram(&mut self) {
-        while (self.unwritten.len() + self.copies.len()) as u64 > self.dram_blocks {
-            let (reuse, now) = (self.keep.reuse(), self.keep.demand_bytes());
-            if let Some(copy) = self.copies.pop_least(reuse, now) {
-                self.blocks[copy.key as usize].in_dram = false;
-                continue;
-            }
-            let Some(least) = self.unwritten.pop_least(reuse, now) else {
+    fn shrink_dram(&mut self, asking: Tenant) {
+        while self.dram_len() > self.dram_blocks {
+            let Some(tenant) = self.leaves(asking) else {
                 return;
             };
-            self.blocks[least.key as usize].in_dram = false;
-            self.set_turnover();
-            let asking = self.asking(least.key);
-            let is_chain = self.written.contains(&least.request);
-            if is_chain || self.keep.is_worth(&asking) {
-                self.written.insert(least.request);
-                let rest: Vec<u32> = self.unwritten.of_request(least.request).collect();
-                self.append(least.key);
-                rest.into_iter()
-                    .for_each(|block| self.write_resident(block));
-            } else {
-                self.gone(least.key);
+            let (reuse, now) = (self.keep.reuse(), self.keep.demand_bytes());
+            let orders = &mut self.orders[tenant.index()];
+            if let Some(copy) = orders.copies.pop_least(reuse, now) {
+                self.set_in_dram(copy.key, false);
+                continue;
             }
+            let Some(least) = orders.unwritten.pop_least(reuse, now) else {
+                return;
+            };
+            self.set_in_dram(least.key, false);
+            self.decide_about(tenant, &least);
+        }
+    }
+
+    /// A block that flash does not hold has left DRAM.
+    fn decide_about(&mut self, tenant: Tenant, least: &Candidate<u32>) {
+        self.set_turnover();
+        let asking = self.asking(least.key);
+        let is_chain = self.written.contains(&least.request);
+        if is_chain || self.keep.is_worth(&asking) {
+            self.written.insert(least.request);
+            let unwritten = &self.orders[tenant.index()].unwritten;
+            let rest: Vec<u32> = unwritten.of_request(least.request).collect();
+            self.append(least.key);
+            rest.into_iter()
+                .for_each(|block| self.write_resident(block));
+        } else {
+            self.gone(least.key);
         }
     }
 
     /// Writes a block that stays in DRAM, too.
     fn write_resident(&mut self, number: u32) {
-        if !self.unwritten.remove(&number) {
+        if !self.order_of(number, NOWHERE).remove(&number) {
             return;
         }
         self.append(number);
         let block = *self.block(number);
-        let order = self.order_of(block.segment);
+        let order = self.order_of(number, block.segment);
         order.touch(
             number,
             block.request,
@@ -239,7 +339,7 @@ impl LearnedModel {
         let position = self.oldest + self.segments.len() as u64 - 1;
         if let Some(open) = self.segments.back_mut() {
             open.blocks.push(number);
-            self.blocks[number as usize].segment = position;
+            self.set_segment(number, position);
         }
     }
 
@@ -250,35 +350,69 @@ impl LearnedModel {
             return;
         };
         self.oldest += 1;
+        let capacity = self
+            .shape
+            .segments
+            .saturating_mul(self.shape.blocks_per_segment);
+        let mut losses = Losses::new(&self.shares, capacity, &self.on_flash);
+        let is_shared = self.on_flash.holders().len() > 1;
         let mut live = Vec::new();
         for block in segment.blocks {
             let Block { segment, depth, .. } = *self.block(block);
             if segment != number {
                 continue;
             }
-            self.blocks[block as usize].segment = NOWHERE;
-            if self.copies.remove(&block) {
+            if !is_shared && self.order_of(block, number).remove(&block) {
                 // DRAM has it: whether it is written again is decided when it leaves.
+                self.set_segment(block, NOWHERE);
                 let Block {
                     used_at,
                     request,
                     class,
                     ..
                 } = *self.block(block);
-                self.unwritten.touch(block, request, depth, class, used_at);
+                let order = self.order_of(block, NOWHERE);
+                order.touch(block, request, depth, class, used_at);
                 continue;
             }
+            losses.announce(self.tenant(block), 1);
             let worth = self.keep.worth(&self.asking(block));
             live.push((worth, Reverse(depth), Reverse(block)));
         }
         live.sort_by(|a, b| b.0.total_cmp(&a.0).then((b.1, b.2).cmp(&(a.1, a.2))));
         self.keep.keeper_mut().begin_reclaim();
         for (worth, _, Reverse(block)) in live {
-            // A reclaim that frees nothing would never end, as where a block fills a segment.
-            if !self.open_is_full() && self.keep.keeper_mut().keeps(worth, self.shape.block_bytes) {
+            let tenant = self.tenant(block);
+            let bytes = self.shape.block_bytes;
+            let is_entitled = losses.is_entitled(tenant, 1);
+            let was_copy = self.order_of(block, number).remove(&block);
+            self.set_segment(block, NOWHERE);
+            // A reclaim that frees nothing would never end, as where a block fills a segment. What
+            // DRAM has, too, waits there, but for what must stay.
+            let stays = !self.open_is_full()
+                && if is_entitled {
+                    self.keep.keeper_mut().keeps_entitled(bytes)
+                } else {
+                    !was_copy && self.keep.keeper_mut().keeps(worth, bytes)
+                };
+            if stays {
                 self.writes.again += 1;
                 self.place(block);
             } else {
+                losses.lost(tenant, 1);
+            }
+            let Block {
+                segment,
+                used_at,
+                request,
+                depth,
+                class,
+                ..
+            } = *self.block(block);
+            if was_copy {
+                let order = self.order_of(block, segment);
+                order.touch(block, request, depth, class, used_at);
+            } else if !stays {
                 self.gone(block);
             }
         }
@@ -293,6 +427,9 @@ impl Store for LearnedModel {
 
     fn lookup(&mut self, blocks: &[u32], request: u64) -> usize {
         self.looked_up = blocks.len();
+        if let Some(first) = blocks.first() {
+            self.asking = self.tenant(*first);
+        }
         let hits = blocks
             .iter()
             .take_while(|block| self.block(**block).is_here())
@@ -305,6 +442,9 @@ impl Store for LearnedModel {
 
     fn put(&mut self, blocks: &[u32], depth: usize, request: u64) {
         let length = self.looked_up.max(depth + blocks.len());
+        if let Some(first) = blocks.first() {
+            self.asking = self.tenant(*first);
+        }
         for (depth, block) in (depth as u32..).zip(blocks) {
             self.use_block(*block, request, depth, length, false);
         }
@@ -314,7 +454,7 @@ impl Store for LearnedModel {
         if self.admit == Admit::All {
             blocks.iter().for_each(|block| self.write_resident(*block));
         }
-        self.shrink_dram();
+        self.shrink_dram(self.asking);
     }
 
     fn writes(&self) -> Writes {

@@ -174,6 +174,9 @@ pub enum OfflineError {
         /// The model it is for.
         model: &'static str,
     },
+    /// None, or more than a store has tenants.
+    #[error("{0} traces cannot share a store: give 1 to {max}", max = kvar_policy::TENANTS)]
+    Traces(usize),
     /// More blocks than the model numbers.
     #[error("the trace names more than {max} blocks: replay a part of it", max = u32::MAX)]
     TooManyBlocks,
@@ -233,19 +236,7 @@ pub fn replay_offline_with<P: ReclaimPolicy>(
     options: &OfflineOptions,
     mut policy: impl FnMut() -> P,
 ) -> Result<OfflineReport, OfflineError> {
-    if !(0.0..=1.0).contains(&options.dram_share) {
-        return Err(OfflineError::DramShare(options.dram_share));
-    }
-    if !(1..=FlashShape::BLOCK_BYTES_MAX).contains(&options.block_bytes) {
-        return Err(OfflineError::BlockBytes(options.block_bytes));
-    }
-    if let Some(wrong) = options
-        .capacities
-        .iter()
-        .find(|capacity| !capacity.is_valid())
-    {
-        return Err(OfflineError::Capacity(*wrong));
-    }
+    check(options.dram_share, options.block_bytes, &options.capacities)?;
     if !(0.0..1.0).contains(&options.warmup_share) {
         return Err(OfflineError::WarmupShare(options.warmup_share));
     }
@@ -299,6 +290,24 @@ pub fn replay_offline_with<P: ReclaimPolicy>(
     })
 }
 
+/// Whether these can be replayed.
+pub(crate) fn check(
+    dram_share: f64,
+    block_bytes: u64,
+    capacities: &[Capacity],
+) -> Result<(), OfflineError> {
+    if !(0.0..=1.0).contains(&dram_share) {
+        return Err(OfflineError::DramShare(dram_share));
+    }
+    if !(1..=FlashShape::BLOCK_BYTES_MAX).contains(&block_bytes) {
+        return Err(OfflineError::BlockBytes(block_bytes));
+    }
+    match capacities.iter().find(|capacity| !capacity.is_valid()) {
+        Some(wrong) => Err(OfflineError::Capacity(*wrong)),
+        None => Ok(()),
+    }
+}
+
 /// Writes to flash, counted in blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Writes {
@@ -309,11 +318,11 @@ pub(crate) struct Writes {
 }
 
 impl Writes {
-    fn total(self) -> u64 {
+    pub(crate) fn total(self) -> u64 {
         self.put + self.again
     }
 
-    fn amplification(self) -> f64 {
+    pub(crate) fn amplification(self) -> f64 {
         if self.put == 0 {
             1.0
         } else {
@@ -337,27 +346,27 @@ pub(crate) trait Store {
 }
 
 /// The trace with its ids made dense.
-struct Numbered<'a> {
+pub(crate) struct Numbered<'a> {
     trace: &'a Trace,
-    blocks: Vec<u32>,
+    pub(crate) blocks: Vec<u32>,
     /// Where each request's blocks lie.
-    ranges: Vec<Range<usize>>,
-    distinct: u64,
+    pub(crate) ranges: Vec<Range<usize>>,
+    pub(crate) distinct: u64,
     /// Requests before the first that is counted.
     warmup_requests: usize,
 }
 
-#[derive(Default)]
-struct Tally {
-    hit_blocks: u64,
-    lookup_blocks: u64,
+#[derive(Clone, Default)]
+pub(crate) struct Tally {
+    pub(crate) hit_blocks: u64,
+    pub(crate) lookup_blocks: u64,
     hit_tokens: u64,
     input_tokens: u64,
-    writes: Writes,
+    pub(crate) writes: Writes,
 }
 
 impl<'a> Numbered<'a> {
-    fn new(trace: &'a Trace, warmup_share: f64) -> Result<Self, OfflineError> {
+    pub(crate) fn new(trace: &'a Trace, warmup_share: f64) -> Result<Self, OfflineError> {
         let mut numbers = HashMap::new();
         let (mut blocks, mut ranges) = (Vec::new(), Vec::with_capacity(trace.requests.len()));
         for request in &trace.requests {
@@ -394,7 +403,19 @@ impl<'a> Numbered<'a> {
     }
 
     fn replay(&self, store: &mut impl Store) -> Tally {
-        let mut tally = Tally::default();
+        let all = self.replay_by(store, 1, |_| 0);
+        all.into_iter().next().unwrap_or_default()
+    }
+
+    /// Replays, and tallies requests in so many groups; writes are of all, in each.
+    pub(crate) fn replay_by(
+        &self,
+        store: &mut impl Store,
+        groups: usize,
+        group: impl Fn(usize) -> usize,
+    ) -> Vec<Tally> {
+        let mut tallies = vec![Tally::default(); groups];
+        let mut warm = Writes::default();
         for (number, (request, range)) in self
             .trace
             .requests
@@ -403,7 +424,7 @@ impl<'a> Numbered<'a> {
             .enumerate()
         {
             if number == self.warmup_requests {
-                tally.writes = store.writes();
+                warm = store.writes();
             }
             let blocks = &self.blocks[range];
             store.set_traffic_class(request.traffic_class);
@@ -412,22 +433,25 @@ impl<'a> Numbered<'a> {
             if number < self.warmup_requests {
                 continue;
             }
+            let tally = &mut tallies[group(number)];
             tally.hit_blocks += hits as u64;
             tally.lookup_blocks += request.lookup_blocks as u64;
             tally.hit_tokens += request.hit_tokens(hits, self.trace.block_tokens);
             tally.input_tokens = tally.input_tokens.saturating_add(request.input_length);
         }
-        let (warm, all) = (tally.writes, store.writes());
-        tally.writes = Writes {
-            put: all.put - warm.put,
-            again: all.again - warm.again,
-        };
-        tally
+        let all = store.writes();
+        for tally in &mut tallies {
+            tally.writes = Writes {
+                put: all.put - warm.put,
+                again: all.again - warm.again,
+            };
+        }
+        tallies
     }
 }
 
 impl Tally {
-    fn block_hit_rate(&self) -> f64 {
+    pub(crate) fn block_hit_rate(&self) -> f64 {
         self.hit_blocks as f64 / self.lookup_blocks.max(1) as f64
     }
 

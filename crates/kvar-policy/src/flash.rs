@@ -64,6 +64,8 @@ pub struct FlashKeeper {
     turnover: u64,
     budget_bytes: f64,
     kept_bytes: u64,
+    /// Of these, kept for tenants within their parts: nothing was asked about their worth.
+    entitled_bytes: u64,
 }
 
 impl FlashKeeper {
@@ -78,6 +80,7 @@ impl FlashKeeper {
             turnover: 0,
             budget_bytes: 0.0,
             kept_bytes: 0,
+            entitled_bytes: 0,
         }
     }
 
@@ -112,7 +115,7 @@ impl FlashKeeper {
         let segment = self.segment_bytes as f64;
         self.budget_bytes =
             (self.budget_bytes + segment * KEPT_SHARE_MAX).min(segment * SAVED_SEGMENTS_MAX);
-        self.kept_bytes = 0;
+        (self.kept_bytes, self.entitled_bytes) = (0, 0);
     }
 
     /// Whether a live block of this worth and size is to be written again.
@@ -127,9 +130,30 @@ impl FlashKeeper {
         true
     }
 
-    /// The last block was asked about: the threshold moves.
+    /// Whether a live block stays whose tenant is within its part: whatever it is worth, and on the
+    /// account of reclaims to come. What such tenants hold may lie in one piece, so that whole
+    /// segments stay; over a turnover it is no more than what may be kept of it.
+    pub fn keeps_entitled(&mut self, bytes: u64) -> bool {
+        let kept_bytes = self.kept_bytes.saturating_add(bytes);
+        let debt_max = self.segment_bytes as f64 * self.segments as f64 * (1.0 - KEPT_SHARE_MAX);
+        if kept_bytes > self.segment_bytes || self.budget_bytes - (bytes as f64) < -debt_max {
+            return false;
+        }
+        self.kept_bytes = kept_bytes;
+        self.entitled_bytes += bytes;
+        self.budget_bytes -= bytes as f64;
+        true
+    }
+
+    /// The last block was asked about: the threshold moves, by what was asked about its worth.
     pub fn end_reclaim(&mut self, now: u64) {
-        let share = self.kept_bytes as f64 / self.segment_bytes.max(1) as f64;
+        let asked_bytes = self.segment_bytes.saturating_sub(self.entitled_bytes);
+        let kept_bytes = self.kept_bytes - self.entitled_bytes;
+        if asked_bytes == 0 {
+            self.reclaimed_at = Some(now);
+            return;
+        }
+        let share = kept_bytes as f64 / asked_bytes as f64;
         let step = (share - KEPT_SHARE_TARGET) * GAIN / self.segments as f64;
         self.threshold = (self.threshold * step.exp()).clamp(THRESHOLD_MIN, THRESHOLD_MAX);
         self.reclaimed_at = Some(now);
@@ -186,6 +210,30 @@ mod tests {
         assert!(kept.iter().sum::<usize>() <= 40 * 12 + 16, "{kept:?}");
         assert!(kept.contains(&12), "{kept:?}");
         assert_eq!(keeper.threshold(), THRESHOLD_MAX);
+    }
+
+    #[test]
+    fn what_tenants_are_entitled_to_stays_in_one_piece_and_is_paid_for_later() {
+        let mut keeper = FlashKeeper::new(8, SEGMENT);
+        let mut reclaim = |entitled: u64, worth: f64| {
+            keeper.begin_reclaim();
+            let stay = (0..entitled).filter(|_| keeper.keeps_entitled(1)).count();
+            let kept = (entitled..SEGMENT)
+                .filter(|_| keeper.keeps(worth, 1))
+                .count();
+            keeper.end_reclaim(0);
+            (stay, kept)
+        };
+        // Three quarters of the log lie together: they stay whole, the rest pays for it.
+        for _ in 0..20 {
+            let stayed: usize = (0..6).map(|_| reclaim(SEGMENT, 1.0).0).sum();
+            assert_eq!(stayed, 6 * 16);
+            assert_eq!(reclaim(0, 1.0).1, 0);
+            reclaim(0, 1.0);
+        }
+        // Nothing makes a log keep more than that for long.
+        let stayed: usize = (0..400).map(|_| reclaim(SEGMENT, 1.0).0).sum();
+        assert!(stayed <= 400 * 12 + 4 * 16, "{stayed}");
     }
 
     #[test]

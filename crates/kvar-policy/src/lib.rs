@@ -9,6 +9,7 @@
 //! | which blocks are written to flash, and which again? | those worth more than a threshold that finds itself | [`FlashKeeper`] |
 //! | was a block here before? | two bytes for each that was let go | [`GhostList`] |
 //! | all of these, for a store | one clock, one set of figures | [`Keep`] |
+//! | whose block leaves, where several share a store? | that of whoever is furthest beyond its part | [`Shares`] |
 //! | may flash be written at all? | within so many bytes a day | [`WriteBudget`] |
 //!
 //! What it is measured against, by replay alone:
@@ -38,6 +39,7 @@ mod keep;
 mod lru;
 mod reclaim;
 mod reuse;
+mod share;
 mod worth;
 
 pub use budget::{Admission, WriteBudget, WriteRates};
@@ -53,4 +55,5 @@ pub use reclaim::{
     SegmentFacts, Verdict,
 };
 pub use reuse::{ReuseModel, SAMPLE_MAX};
+pub use share::{Division, Holdings, Losses, Shares, TENANTS, Tenant, TenantSet, WEIGHT_MAX};
 pub use worth::{Candidate, WorthOrder};

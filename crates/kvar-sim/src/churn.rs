@@ -6,7 +6,7 @@
 
 use crate::dice::Dice;
 use crate::scenario::{Ran, Shape, Temper, build, fill, ran, step};
-use crate::world::{Replacement, Restart, Violation, World};
+use crate::world::{Replacement, Restart, Tenancy, Violation, World};
 use kvar_io::sim::{FaultRates, Survival};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
@@ -29,6 +29,7 @@ pub fn churn(seed: u64, turnovers: u64) -> Ran {
     let mut dice = Dice::new(seed);
     let (mut world, shape) = build(seed, Temper::Well, &mut dice);
     world.config.scrub_bytes_per_s = 1 << 30;
+    world.tenancy = Tenancy::ByNamespace;
     let shape = Shape {
         numbers: 300,
         namespaces: NAMESPACES,

@@ -16,7 +16,7 @@ use crate::dice::Dice;
 use crate::model::{Ending, Model};
 use crate::scenario::{Shape, Temper, fill, step, words_of};
 use crate::tally::Tally;
-use crate::world::{Restart, Violation, World};
+use crate::world::{Restart, Tenancy, Violation, World};
 use kvar_base::Moment;
 use kvar_engine::EngineConfig;
 use kvar_io::sim::{FaultRates, Image, SimDisk, SimOptions, WriteLog};
@@ -196,6 +196,7 @@ fn record(seed: u64) -> Result<Recording, Violation> {
     let config = EngineConfig {
         dram_bytes: dice.pick(&[1, 2, 4]) << 20,
         flush_after: Duration::from_millis(dice.pick(&[20, 100])),
+        shares: Tenancy::shares(),
         ..EngineConfig::default()
     };
     let options = SimOptions {
@@ -204,6 +205,7 @@ fn record(seed: u64) -> Result<Recording, Violation> {
         ..SimOptions::default()
     };
     let mut world = World::format(seed, 16 << 20, 16 << 10, options, config.clone());
+    world.tenancy = Tenancy::Mixed(1 + seed / 2 % 3);
     let shape = Shape {
         temper: Temper::Well,
         steps: 0,
@@ -233,6 +235,7 @@ fn record(seed: u64) -> Result<Recording, Violation> {
         },
     );
     let mut recorded = World::over(seed, disk, config.clone(), world.model.clone());
+    recorded.tenancy = world.tenancy;
     let ending = Ending {
         power_cut: true,
         everything_kept: true,

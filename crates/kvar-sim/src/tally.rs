@@ -57,6 +57,8 @@ pub const EXPECTED: &[&str] = &[
     "put/refused deadline",
     "remove/done",
     "purge/done",
+    "purge/of one tenant done",
+    "left/memory, for another tenant",
     "flush/done",
     "flush/failed",
     "lookup/present",

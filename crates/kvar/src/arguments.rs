@@ -71,6 +71,25 @@ Examples:
         command: DeviceCommand,
     },
 
+    /// The namespaces of a running node: who has how much of it.
+    #[command(after_help = "\
+A namespace has blocks and a key of its own, and a share that no other's flood can take. It comes with \
+the node's settings:
+  [[namespace]]
+  name = \"team-a\"
+  share = 2
+At the next start its key is written beside the data, as DATA.team-a.key; whoever has that file works in \
+that namespace.
+
+Examples:
+  kvar namespace list
+  kvar put greeting hello.txt --key-file ./kvar-data.team-a.key
+  kvar purge --yes --key-file ./kvar-data.team-a.key")]
+    Namespace {
+        #[command(subcommand)]
+        command: NamespaceCommand,
+    },
+
     /// How a node is.
     Status {
         #[command(flatten)]
@@ -151,7 +170,7 @@ Examples:
         json: bool,
     },
 
-    /// Drop every block of the node.
+    /// Drop every block of the namespace that the key file is of.
     Purge {
         #[command(flatten)]
         node: NodeArguments,
@@ -336,6 +355,19 @@ fn picture(text: &str) -> Result<PathBuf, String> {
     }
 }
 
+/// What to do with namespaces.
+#[derive(Debug, Subcommand)]
+pub(crate) enum NamespaceCommand {
+    /// Every namespace: its share, what it holds, what was asked of it.
+    List {
+        #[command(flatten)]
+        node: NodeArguments,
+        /// Print them as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
 /// What to do with settings.
 #[derive(Debug, Subcommand)]
 pub(crate) enum ConfigCommand {
@@ -351,7 +383,7 @@ pub(crate) enum ConfigCommand {
 /// The key to a node.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct KeyArguments {
-    /// The node's key file: DATA.key beside its data.
+    /// The namespace's key file, beside the node's data: DATA.key, or DATA.NAME.key of a namespace NAME.
     #[arg(
         long,
         value_name = "FILE",

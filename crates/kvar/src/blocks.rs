@@ -186,11 +186,11 @@ pub(crate) fn remove(
     print::line(&format!("removed {removed} of {}", all.len()))
 }
 
-/// Drops every block.
+/// Drops every block of the namespace.
 pub(crate) fn purge(node: &NodeArguments, yes: bool, as_json: bool) -> Outcome {
     if !yes {
         return Err(Failure::usage(
-            "purge drops every block of the node and cannot be undone; say so with --yes",
+            "purge drops every block of the namespace and cannot be undone; say so with --yes",
         ));
     }
     let connected = connect(node)?;
@@ -312,6 +312,15 @@ pub(crate) fn status(node: &NodeArguments, as_json: bool) -> Outcome {
         .flatten()
         .filter_map(|shard| shard["engine"]["write_in_flight_bytes_max"].as_u64())
         .sum();
+    let namespaces = status["namespaces"].as_array().into_iter().flatten();
+    let namespaces: Vec<String> = namespaces
+        .filter(|it| it["share"].is_u64())
+        .map(|it| {
+            let name = it["name"].as_str().unwrap_or("-");
+            format!("{name} (share {})", it["share"])
+        })
+        .collect();
+    let namespaces = namespaces.join(", ");
     let rows = [
         ("version", word("/version")),
         ("state", state),
@@ -348,6 +357,7 @@ pub(crate) fn status(node: &NodeArguments, as_json: bool) -> Outcome {
             "writes under way",
             format!("at most {}", ByteSize(in_flight)),
         ),
+        ("namespaces", namespaces),
         ("write amplification", amplification),
         ("hits", word("/links/get_hits")),
         ("puts stored", word("/links/puts/stored")),

@@ -19,15 +19,17 @@ pub(crate) struct Connected {
 
 /// Reads the key and connects.
 pub(crate) fn connect(node: &NodeArguments) -> Result<Connected, Failure> {
-    let key = KeyFile::read(&node.key.key_file)
-        .map_err(Failure::usage)?
-        .key;
-    let config = ClientConfig {
+    let KeyFile { key, namespace, .. } =
+        KeyFile::read(&node.key.key_file).map_err(Failure::usage)?;
+    let mut config = ClientConfig {
         deadline: node.deadline,
         connect_timeout: CONNECT_TIMEOUT,
         name: concat!("kvar ", env!("CARGO_PKG_VERSION")).to_owned(),
         ..ClientConfig::new(&node.endpoint, key.clone())
     };
+    if let Some(whose) = namespace {
+        config.namespace = whose.name;
+    }
     let client = Client::connect(config).map_err(failure)?;
     Ok(Connected {
         client,

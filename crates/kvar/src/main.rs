@@ -14,6 +14,7 @@ mod device_command;
 mod devices;
 mod failure;
 mod lease_command;
+mod namespace_command;
 mod node_bench_arguments;
 mod print;
 mod replay;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         Command::Stat { node, block, json } => blocks::stat(node, block, *json),
         Command::Bench { command } => bench_command::run(command),
         Command::Device { command } => devices::run(command),
+        Command::Namespace { command } => namespace_command::run(command),
         Command::Check { path, json } => device_command::check(path, *json),
         Command::Inspect { path, json } => device_command::inspect(path, *json),
         Command::Replay(arguments) => replay::run(arguments),

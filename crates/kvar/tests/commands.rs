@@ -57,6 +57,38 @@ fn a_block_goes_in_and_comes_out() {
 }
 
 #[test]
+fn a_key_file_says_which_namespace_a_command_works_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = Place::new(dir.path()).with(&["--namespace", "team-a,share=3"]);
+    let mut server = place.serve();
+    let default_key = server.key_file.clone();
+    let file = dir.path().join("hello.txt");
+    std::fs::write(&file, [7; 5000]).unwrap();
+    let file = file.to_str().unwrap();
+    assert_eq!(server.json("put", &["greeting", file])["outcome"], "stored");
+    server.key_file = dir.path().join("data.team-a.key");
+    assert_eq!(server.json("put", &["greeting", file])["outcome"], "stored");
+    assert_eq!(server.json("put", &["other", file])["outcome"], "stored");
+    let rows = server.json("namespace list", &[]);
+    let row = |at: usize| (rows[at]["name"].clone(), rows[at]["share"].clone());
+    assert_eq!(row(0), ("default".into(), 1.into()));
+    assert_eq!(row(1), ("team-a".into(), 3.into()));
+    assert_eq!(rows[1]["dram_bytes"], 2 * 8192);
+    let table = server.run("namespace list", &[]).stdout;
+    let table = String::from_utf8(table).unwrap();
+    assert!(
+        table.contains("team-a") && table.contains("75.0 %"),
+        "{table}"
+    );
+    let status = String::from_utf8(server.run("status", &[]).stdout).unwrap();
+    assert!(status.contains("team-a (share 3)"), "{status}");
+    assert_eq!(server.json("purge", &["--yes"])["purged"], 2);
+    server.key_file = default_key;
+    assert!(server.run("get", &["greeting"]).status.success());
+    assert_eq!(server.stop(), 0);
+}
+
+#[test]
 fn what_is_leased_stays_until_it_is_released() {
     let dir = tempfile::tempdir().unwrap();
     let server = Place::new(dir.path()).serve();

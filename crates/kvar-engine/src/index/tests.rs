@@ -24,6 +24,7 @@ fn entry(position: u32, stamp: u8) -> Entry {
         length: (position % 8) as u8,
         kind: (position % 4) as u8,
         stamp,
+        tenant: Tenant::new(position % 32).unwrap(),
     }
 }
 
@@ -61,6 +62,11 @@ proptest! {
                 }
             }
             prop_assert_eq!(index.len(), model.len());
+            let mut held = Holdings::default();
+            for entry in model.values() {
+                held.add(entry.tenant, entry.stored_bytes());
+            }
+            prop_assert_eq!(index.holdings(), &held);
         }
         for (number, entry) in &model {
             prop_assert_eq!(index.find(&id(*number)).map(|found| found.1), Some(*entry));
@@ -73,6 +79,8 @@ proptest! {
             prop_assert_eq!(copy.bucket_bytes(bucket), index.bucket_bytes(bucket));
         }
         prop_assert_eq!(copy.len(), index.len());
+        prop_assert_eq!(copy.holdings(), index.holdings());
+        prop_assert_eq!(copy.counted_holdings(), index.counted_holdings());
     }
 }
 
@@ -165,6 +173,7 @@ fn design_load_loses_at_most_one_put_in_a_thousand() {
         .count();
     assert!(lost * 1000 <= entries as usize, "{lost} of {entries}");
     assert!(index.bytes() <= 28 * entries as usize);
+    assert_eq!(*index.holdings(), index.counted_holdings());
 }
 
 #[test]

@@ -27,8 +27,8 @@ pub use checkpoint::{
 };
 pub use image::{ImagePlan, Section, Sections};
 pub use page::{
-    FLAG_SECTIONED, PageHead, PageKind, RECORD_BLOCK, RECORD_PURGE, RECORD_TOMBSTONE,
-    RECORDS_PER_PAGE, Record, RecordHints, decode_page, encode_page,
+    FLAG_SECTIONED, PageHead, PageKind, RECORD_BLOCK, RECORD_PURGE, RECORD_TENANT_PURGE,
+    RECORD_TOMBSTONE, RECORDS_PER_PAGE, Record, RecordHints, decode_page, encode_page,
 };
 pub use superblock::{FORMAT_VERSION, FormatError, Superblock, SuperblockCopy, superblock_offsets};
 

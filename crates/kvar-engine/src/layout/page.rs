@@ -18,6 +18,7 @@ use super::{NUMBERS_END, PAGE, page_fold};
 use crate::mutation::{Check, is_disabled};
 use kvar_base::check::crc64;
 use kvar_base::{BlockId, PAGE_BYTES, SECTIONS_MAX};
+use kvar_policy::Tenant;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -63,8 +64,10 @@ const _: () = assert!(PAGE_HEAD + RECORDS_PER_PAGE * size_of::<Record>() == PAGE
 pub const RECORD_BLOCK: u8 = 1;
 /// Tombstone of a remove.
 pub const RECORD_TOMBSTONE: u8 = 2;
-/// Everything recorded before is gone.
+/// Everything recorded before is gone, whosever it was.
 pub const RECORD_PURGE: u8 = 3;
+/// Everything recorded before of one tenant is gone.
+pub const RECORD_TENANT_PURGE: u8 = 4;
 /// Flag: the stored bytes begin with a section directory.
 pub const FLAG_SECTIONED: u8 = 1;
 /// Hint flag: written to be read once, soon, by another engine.
@@ -83,6 +86,8 @@ pub struct RecordHints {
     pub handover: bool,
     /// What computing it again costs, in microseconds; 0 not known.
     pub recompute_us: u32,
+    /// Whose it is.
+    pub tenant: Tenant,
 }
 
 /// What is stored about one block, tombstone or purge.
@@ -108,8 +113,7 @@ pub struct Record {
     /// Number of sections.
     pub sections: U16,
     expires_unix_s: U32,
-    /// Reserved in this version.
-    pub namespace: U32,
+    tenant: U32,
     depth: U32,
     class: u8,
     hint_flags: u8,
@@ -150,7 +154,22 @@ impl Record {
             class: self.class,
             handover: self.hint_flags & HINT_HANDOVER != 0,
             recompute_us: self.recompute_us.get(),
+            tenant: self.tenant(),
         }
+    }
+
+    /// Whose block it is, or whose blocks are purged.
+    #[must_use]
+    pub fn tenant(&self) -> Tenant {
+        // A number that cannot be was left out with its record.
+        Tenant::new(self.tenant.get()).unwrap_or_default()
+    }
+
+    /// The same record, of this tenant.
+    #[must_use]
+    pub fn of_tenant(mut self, tenant: Tenant) -> Self {
+        self.tenant = u32::from(tenant.number()).into();
+        self
     }
 
     /// Notes what the writer said.
@@ -160,6 +179,7 @@ impl Record {
         self.class = hints.class;
         self.hint_flags = if hints.handover { HINT_HANDOVER } else { 0 };
         self.recompute_us = hints.recompute_us.into();
+        self.tenant = u32::from(hints.tenant.number()).into();
     }
 
     /// Whether the stored bytes begin with a section directory.
@@ -170,11 +190,11 @@ impl Record {
 
     /// Whether its fields can be true on this device.
     fn is_sane(&self, superblock: &Superblock) -> bool {
-        if self.sequence() >= NUMBERS_END {
+        if self.sequence() >= NUMBERS_END || Tenant::new(self.tenant.get()).is_none() {
             return false;
         }
         match self.kind {
-            RECORD_TOMBSTONE | RECORD_PURGE => true,
+            RECORD_TOMBSTONE | RECORD_PURGE | RECORD_TENANT_PURGE => true,
             RECORD_BLOCK => {
                 let pages = u64::from(self.len.get()).div_ceil(PAGE_BYTES);
                 self.len.get() > 0

@@ -23,7 +23,7 @@ use crate::dram::{Gone, State};
 use crate::index::Entry;
 use crate::layout::RecordHints;
 use kvar_base::{BlockId, Moment, page_round_up};
-use kvar_policy::{Asking, BlockClass, Candidate, Kind, SWEEP_TICKS, Said};
+use kvar_policy::{Asking, BlockClass, Candidate, Kind, SWEEP_TICKS, Said, Tenant, TenantSet};
 use std::time::Duration;
 
 /// The part of memory that is kept for what can leave at once: writes on their way and copies of
@@ -67,14 +67,23 @@ impl Shard {
     /// A block left memory for want of room.
     pub(super) fn evicted(&mut self, gone: &Gone, fragmented: bool) {
         let id = gone.id;
+        let its = &mut self.by_tenant[gone.tenant.index()];
         match gone.state {
-            State::Clean => self.counters.dram_evicted_clean += 1,
-            State::Awaited => self.counters.evicted_awaited += 1,
+            State::Clean => {
+                its.left_memory += 1;
+                self.counters.dram_evicted_clean += 1;
+            }
+            State::Awaited => {
+                its.evicted += 1;
+                self.counters.evicted_awaited += 1;
+            }
             State::Spent => self.counters.evicted_spent += 1,
             state => {
+                its.evicted += 1;
                 self.counters.dram_evicted_gone += 1;
                 self.counters.evicted_ephemeral += u64::from(gone.ephemeral);
-                self.counters.evicted_undecided += u64::from(state == State::Held);
+                self.counters.evicted_undecided +=
+                    u64::from(state == State::Held && !gone.ephemeral);
                 self.keep.let_go(short(&id), gone.class);
             }
         }
@@ -130,7 +139,9 @@ impl Shard {
             self.counters.not_admitted += 1;
             return self.dram.set_state(&least.key, State::Volatile);
         }
-        let prompt = self.dram.held_of(least.request);
+        let resident = self.dram.get(&least.key);
+        let tenant = resident.map_or(Tenant::DEFAULT, |resident| resident.hints.tenant);
+        let prompt = self.dram.held_of(tenant, least.request);
         // The rest of the prompt may put the budget into debt: half a prompt is of no use.
         let bytes = self.resident_bytes(&least.key);
         if self.trouble.gave_up() || !self.budget.has_room(bytes, Self::budget_time(now)) {
@@ -151,6 +162,23 @@ impl Shard {
             }
             self.queue_resident(now, &id);
         }
+    }
+
+    /// Bytes of blocks that the device holds when full.
+    pub(super) fn capacity_bytes(&self) -> u64 {
+        u64::from(self.superblock.segments_per_shard) * self.superblock.payload_bytes()
+    }
+
+    /// Tenants whose blocks another's must not displace; none where there is no other.
+    pub(super) fn entitled_on_device(&self, than: Tenant) -> TenantSet {
+        let held = self.index.holdings();
+        if held.holders().without(than).is_empty() {
+            return TenantSet::default();
+        }
+        let among = held.holders().with(than);
+        let shares = &self.config.shares;
+        let division = shares.divide_flash(self.capacity_bytes(), among);
+        division.within(held).without(than)
     }
 
     /// Whether what is queued was decided to leave memory, and new blocks need its room.

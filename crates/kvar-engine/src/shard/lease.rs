@@ -164,6 +164,17 @@ impl Shard {
         }
     }
 
+    /// Blocks were purged: how many of them were promised.
+    pub(super) fn lose_purged_leases(&mut self) -> u64 {
+        let mut lost = 0;
+        for id in self.leases.promised() {
+            if self.find(&id).is_none() && self.dram.get(&id).is_none() {
+                lost += u64::from(self.lose_lease(&id));
+            }
+        }
+        lost
+    }
+
     /// A block is gone although it was promised; says whether it was.
     pub(super) fn lose_lease(&mut self, id: &BlockId) -> bool {
         let lost = self.leases.lost(&self.segments, id);

@@ -69,7 +69,7 @@ use crate::segments::Segments;
 use kvar_base::check::{Place, crc64, fold_place};
 use kvar_base::{BlockId, ContentCheck, MissReason, Moment, page_round_up};
 use kvar_io::{Arena, Completion, Op};
-use kvar_policy::{Keep, StoreShape, WriteBudget};
+use kvar_policy::{Keep, StoreShape, TENANTS, WriteBudget};
 use slab::Slab;
 use std::collections::{BTreeMap, VecDeque};
 
@@ -81,9 +81,9 @@ use read::{FlashRead, MoveRead};
 use reclaim::Reclaim;
 pub(crate) use reclaim::{directory_records, footer_records};
 use scrub::{Scrub, ScrubRead};
-use sections::{Directories, PartRead};
+use sections::{Directories, Part, PartRead};
 use shutdown::Shutdown;
-pub use status::{Counters, ShardStatus, ShutdownReport};
+pub use status::{Counters, ShardStatus, ShutdownReport, TenantCounters, TenantStatus};
 use sync::{FlushWaiter, Sync, UnflushedPuts};
 use trouble::Trouble;
 pub use types::{
@@ -168,8 +168,8 @@ pub(crate) struct Shard {
     retry_given_up: bool,
     // Reading.
     reading: FastMap<BlockId, read::Reading>,
-    /// Reads of sections: whose answer goes to which token.
-    parts: BTreeMap<(BlockId, u64), u64>,
+    /// Reads of sections, by block and number of the read.
+    parts: BTreeMap<(BlockId, u64), Part>,
     directories: Directories,
     reads_in_flight: usize,
     // Tidying.
@@ -195,6 +195,7 @@ pub(crate) struct Shard {
     /// The latest moment it was told of.
     now: Moment,
     counters: Counters,
+    by_tenant: [TenantCounters; TENANTS],
     /// Only where somebody asked for it.
     journal: Option<Vec<Change>>,
 }
@@ -222,7 +223,7 @@ impl Shard {
             segments: Segments::new(superblock),
             expiries: Expiries::new(superblock.segments_per_shard as usize),
             leases: Leases::new(config.dram_bytes, turnover, superblock.payload_bytes()),
-            dram: Dram::new(config.dram_bytes),
+            dram: Dram::new(config.dram_bytes, config.shares.clone()),
             unix_at_start_s: config.unix_at_start_s,
             last_call: Moment(0),
             now: Moment(0),
@@ -269,6 +270,7 @@ impl Shard {
             arrival_order: VecDeque::new(),
             next_arrival: 1,
             counters: Counters::default(),
+            by_tenant: [TenantCounters::default(); TENANTS],
             journal: None,
         }
     }
@@ -631,6 +633,7 @@ mod tests {
             length: 0,
             kind: 0,
             stamp: 0,
+            tenant: kvar_policy::Tenant::DEFAULT,
         };
         let age = shard.age();
         shard.index.insert(&id, &entry, age);

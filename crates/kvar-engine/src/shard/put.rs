@@ -16,13 +16,13 @@
 use super::types::{Event, PutRequest, PutTicket, Touch};
 use super::write::{Source, WriteItem};
 use super::{Shard, head_crc, sections_hold};
-use crate::dram::{Resident, State};
+use crate::dram::{Evicted, Purpose, Resident, State};
 use crate::layout::{ImagePlan, RecordHints};
 use crate::mutation::{self, Check};
 use kvar_base::check::version;
 use kvar_base::{MissReason, Moment, PutOutcome, Refusal, SECTIONS_MAX, page_round_up};
 use kvar_io::Buffer;
-use kvar_policy::Admission;
+use kvar_policy::{Admission, Tenant};
 use std::time::Duration;
 
 /// How long a put may stay without commit or abort after its deadline before its id is free again.
@@ -101,8 +101,8 @@ impl Shard {
         if plan.bytes > self.superblock.image_bytes_max() {
             return refused(Refusal::TooBig);
         }
-        let held_max = self.dram.put_limit_bytes(page_round_up(plan.bytes));
-        let Some(buffer) = self.reserve_buffer(plan.bytes as usize, held_max) else {
+        let (tenant, bytes) = (request.hints.tenant, plan.bytes as usize);
+        let Some(buffer) = self.reserve_buffer(tenant, bytes, Purpose::Put) else {
             return refused(Refusal::Busy);
         };
         let number = self.next_put;
@@ -119,12 +119,24 @@ impl Shard {
         })
     }
 
-    /// A buffer that counts as DRAM, evicting for it; `None` when what is there cannot leave.
-    /// What then cannot leave comes to `held_max` bytes at most.
-    pub(super) fn reserve_buffer(&mut self, bytes: usize, held_max: u64) -> Option<Buffer> {
+    /// A buffer that counts as a tenant's DRAM, evicting for it; `None` when what is there cannot
+    /// leave, or may not for this tenant.
+    pub(super) fn reserve_buffer(
+        &mut self,
+        tenant: Tenant,
+        bytes: usize,
+        purpose: Purpose,
+    ) -> Option<Buffer> {
         let padded = page_round_up(bytes as u64);
-        for gone in self.dram.reserve(padded, held_max, &self.keep)? {
+        let mut gone = Evicted::new();
+        let fits = self
+            .dram
+            .reserve(tenant, padded, purpose, &self.keep, &mut gone);
+        for gone in gone {
             self.evicted(&gone, false);
+        }
+        if !fits {
+            return None;
         }
         // Memory that evicted blocks still hold for a reader, or gaps between blocks of several
         // sizes, can keep a run of pages from being free although the bytes are.
@@ -132,8 +144,8 @@ impl Shard {
             if let Some(buffer) = self.allocate_block(bytes) {
                 return Some(buffer);
             }
-            let Some(gone) = self.dram.evict(&self.keep) else {
-                self.dram.release(padded);
+            let Some(gone) = self.dram.evict_for_run(tenant, padded, &self.keep) else {
+                self.dram.release(tenant, padded);
                 return None;
             };
             self.evicted(&gone, true);
@@ -151,8 +163,9 @@ impl Shard {
     pub(crate) fn put_abort(&mut self, ticket: PutTicket) {
         self.counters.puts_aborted += 1;
         self.end_filling(&ticket);
-        let PutTicket { buffer, .. } = ticket;
-        self.dram.release(buffer.padded_len() as u64);
+        let PutTicket { buffer, hints, .. } = ticket;
+        let padded = buffer.padded_len() as u64;
+        self.dram.release(hints.tenant, padded);
         drop(buffer);
     }
 
@@ -191,7 +204,7 @@ impl Shard {
             Ok(())
         };
         if let Err(outcome) = outcome {
-            self.dram.release(padded);
+            self.dram.release(told.tenant, padded);
             self.counters.count_put(outcome);
             self.events.push(Event::Put { token, outcome });
             return;
@@ -239,6 +252,7 @@ impl Shard {
             class: told.class,
             handover: told.handover,
             recompute_us: told.recompute_us,
+            tenant: told.tenant,
         };
         self.dram.insert(
             id,

@@ -17,12 +17,13 @@ use super::{
     Change, Copy, Displaced, Event, GetRequest, Pending, READS_IN_FLIGHT_MAX, SectionRef, Shard,
     Touch, verify_image,
 };
-use crate::dram::{Resident, State};
+use crate::dram::{Purpose, Resident, State};
 use crate::index::Entry;
 use crate::layout::{ImagePlan, RecordHints, Section};
 use kvar_base::check::{Place, version};
 use kvar_base::{BlockId, MissReason, Moment, page_round_up};
 use kvar_io::{Buffer, DeviceError, Op, Shared};
+use kvar_policy::Tenant;
 use smallvec::SmallVec;
 use std::ops::Range;
 
@@ -36,6 +37,7 @@ pub(super) struct Waiter {
 /// those who ask after the next put.
 pub(super) struct Reading {
     number: u64,
+    tenant: Tenant,
     /// One, as a rule.
     waiters: SmallVec<[Waiter; 1]>,
 }
@@ -122,7 +124,8 @@ impl Shard {
         if self.reads_in_flight >= READS_IN_FLIGHT_MAX {
             return self.miss(token, MissReason::Overloaded);
         }
-        let Some(buffer) = self.reserve_buffer(entry.len as usize, u64::MAX) else {
+        let (tenant, bytes) = (entry.tenant, entry.len as usize);
+        let Some(buffer) = self.reserve_buffer(tenant, bytes, Purpose::Read) else {
             return self.miss(token, MissReason::Overloaded);
         };
         self.reads_in_flight += 1;
@@ -132,6 +135,7 @@ impl Shard {
             id,
             Reading {
                 number,
+                tenant,
                 waiters: SmallVec::from_buf([Waiter {
                     token,
                     sections,
@@ -188,14 +192,14 @@ impl Shard {
         self.segments.get(segment).readers -= 1;
         let padded = page_round_up(u64::from(entry.len));
         if !is_wanted {
-            return self.dram.release(padded);
+            return self.dram.release(entry.tenant, padded);
         }
         let waiters = self
             .reading
             .remove(&id)
             .map_or_else(SmallVec::new, |reading| reading.waiters);
         let Brought::Block(plan) = brought else {
-            self.dram.release(padded);
+            self.dram.release(entry.tenant, padded);
             for waiter in waiters {
                 self.miss(waiter.token, MissReason::Corrupt);
             }
@@ -212,7 +216,7 @@ impl Shard {
         // Only what the index still knows becomes resident: a block that was dropped by reclaim
         // while it was read stays dropped.
         if self.dram.get(&id).is_some() || self.find(&id).is_none() {
-            return self.dram.release(padded);
+            return self.dram.release(entry.tenant, padded);
         }
         let touch = waiters
             .last()
@@ -221,6 +225,7 @@ impl Shard {
         let hints = RecordHints {
             depth: touch.depth,
             expires_unix_s: self.flash_expiry(&entry),
+            tenant: entry.tenant,
             ..RecordHints::default()
         };
         let leased = self.leases.holds(&id);
@@ -294,6 +299,23 @@ impl Shard {
                 Some(_) => {}
                 None => self.counters.leased_corrupt += u64::from(self.lose_lease(id)),
             }
+        }
+    }
+
+    /// Ends reads under way of a tenant's blocks, or of all.
+    pub(super) fn end_reads_of(&mut self, whose: Option<Tenant>, reason: MissReason) {
+        let is_concerned = |tenant: Tenant| whose.is_none_or(|whose| whose == tenant);
+        let whole = self.reading.iter();
+        let whole = whole.filter(|(_, reading)| is_concerned(reading.tenant));
+        let parts = self.parts.iter();
+        let parts = parts.filter(|(_, part)| is_concerned(part.tenant));
+        let mut ids: Vec<BlockId> = (whole.map(|(id, _)| *id))
+            .chain(parts.map(|((id, _), _)| *id))
+            .collect();
+        ids.sort_unstable();
+        ids.dedup();
+        for id in ids {
+            self.end_reads(&id, reason);
         }
     }
 

@@ -11,7 +11,8 @@
 //!
 //! Which blocks are kept is the policy's word; this file asks it about every block whose index
 //! entry still leads here, those worth most first; what is leased is kept without asking, and what
-//! has expired is not. While the write budget is short, what memory holds as well is not written
+//! has expired is not. Of several tenants those within their parts keep what they have, whatever it is
+//! worth (`Losses` of kvar-policy). While the write budget is short, what memory holds as well is not written
 //! again: it is decided about when it leaves memory. Until the footer is read, the largest share that may be kept is held free in the
 //! open segment and the prepared one, so that keeping never waits for the segment it is to free.
 
@@ -27,6 +28,7 @@ use crate::mutation::{Check, is_disabled};
 use crate::segments::{SegmentPhase, Spare};
 use kvar_base::{BlockId, PAGE_BYTES};
 use kvar_io::{DeviceError, Op};
+use kvar_policy::Losses;
 use std::cmp::Reverse;
 use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
@@ -221,6 +223,7 @@ impl Shard {
                 {
                     let hints = RecordHints {
                         expires_unix_s: self.flash_expiry(&entry),
+                        tenant: entry.tenant,
                         ..RecordHints::default()
                     };
                     live.push((id, entry, hints));
@@ -261,18 +264,30 @@ impl Shard {
         });
         (reclaim.left_bytes, reclaim.left_blocks) = (0, 0);
         let (most, room) = self.room_for_kept();
+        // Nobody's promise is broken where nothing is promised.
+        let has_leased = live.first().is_some_and(|(leased, ..)| *leased);
+        let entitled_most = if has_leased { most } else { room };
         let records_max = self.records_for_kept();
         let time = Self::budget_time(self.now);
         let has_room = self.budget.has_room(0, time);
         let has_plenty = self.budget.has_plenty(0, time);
+        live.retain(|(_, _, _, id, entry, hints)| {
+            let is_over = self.is_over(self.now, id, hints.expires_unix_s);
+            if is_over {
+                self.drop_expired(id, entry.position);
+            }
+            !is_over
+        });
+        let held = self.index.holdings();
+        let mut losses = Losses::new(&self.config.shares, self.capacity_bytes(), held);
+        for (.., entry, _) in &live {
+            losses.announce(entry.tenant, entry.stored_bytes());
+        }
         self.keep.keeper_mut().begin_reclaim();
         for (_, worth, _, id, entry, hints) in live {
             let leased = self.leases.protects(&id);
-            if self.is_over(self.now, &id, hints.expires_unix_s) {
-                self.drop_expired(&id, entry.position);
-                continue;
-            }
-            let bytes = stored_bytes(entry.len);
+            let bytes = entry.stored_bytes();
+            let entitled = losses.is_entitled(entry.tenant, bytes);
             // While the budget is short, memory keeps for a time what it holds, too; not at the end
             // of the process.
             let waits = !has_plenty
@@ -286,6 +301,8 @@ impl Shard {
                 false
             } else if leased {
                 after <= room
+            } else if entitled {
+                has_room && after <= entitled_most && self.keep.keeper_mut().keeps_entitled(bytes)
             } else {
                 // What was to be read once, a turnover ago, nobody waits for any more.
                 let is_wanted = !waits && !hints.handover && has_room && after <= most;
@@ -296,7 +313,9 @@ impl Shard {
                 reclaim.left_bytes += bytes;
                 reclaim.left_blocks += 1;
                 reclaim.kept.push_back((id, entry, hints));
+                self.by_tenant[entry.tenant.index()].kept_entitled += u64::from(entitled);
             } else {
+                losses.lost(entry.tenant, bytes);
                 self.index.remove_at(&id, entry.position);
                 self.note_displaced(entry.position, Displaced::Reclaim);
                 let state = if waits { State::Held } else { State::Volatile };
@@ -371,6 +390,7 @@ impl Shard {
             self.counters.reclaim_dropped += 1;
         }
         if self.dram.get(id).is_none() {
+            self.by_tenant[entry.tenant.index()].evicted += 1;
             self.let_go(id, entry.class());
             self.counters.leased_dropped += u64::from(self.lose_lease(id));
         }
@@ -413,6 +433,7 @@ impl Shard {
         freed.phase = SegmentPhase::Free;
         self.segments.free.push_back(segment);
         self.counters.segments_reclaimed += 1;
+        debug_assert_eq!(self.recount(), Ok(()), "after a reclaim");
     }
 
     fn positions_of(&self, segment: u32) -> Range<u32> {
@@ -422,9 +443,15 @@ impl Shard {
     /// Takes out the entries that lead to a segment, but for those at `named` positions.
     fn drop_strays(&mut self, segment: u32, named: &HashSet<u32>) {
         let positions = self.positions_of(segment);
-        let Self { index, journal, .. } = self;
+        let Self {
+            index,
+            journal,
+            by_tenant,
+            ..
+        } = self;
         let stray = index.retain(|entry| {
             let stays = !positions.contains(&entry.position) || named.contains(&entry.position);
+            by_tenant[entry.tenant.index()].evicted += u64::from(!stays);
             if let Some(journal) = journal.as_mut().filter(|_| !stays) {
                 journal.push(Change::Displaced {
                     position: entry.position,

@@ -15,7 +15,9 @@ use super::Shard;
 use super::sync::FlushWaiter;
 use super::types::Event;
 use super::write::Control;
+use crate::layout::{RECORD_PURGE, RECORD_TENANT_PURGE, RECORD_TOMBSTONE};
 use kvar_base::{BlockId, MissReason, PutOutcome};
+use kvar_policy::Tenant;
 
 impl Shard {
     pub(crate) fn remove(&mut self, token: u64, ids: &[BlockId]) {
@@ -29,8 +31,9 @@ impl Shard {
             // Also when nothing is known of it: an older record may still stand on the device,
             // and would come back at the next recovery.
             self.controls.push_back(Control {
-                kind: crate::layout::RECORD_TOMBSTONE,
+                kind: RECORD_TOMBSTONE,
                 id: *id,
+                tenant: Tenant::DEFAULT,
                 token,
             });
         }
@@ -38,37 +41,36 @@ impl Shard {
         self.start_controls(token, ids.len() as u64, found);
     }
 
-    pub(crate) fn purge(&mut self, token: u64) {
-        let on_flash_alone = self.index.len() as u64
-            - self
-                .dram
-                .iter()
-                .filter(|(id, _)| self.index.find(id).is_some())
-                .count() as u64;
-        let ids = self.dram.in_order(|_, _| true);
-        let found = on_flash_alone + ids.len() as u64;
+    /// Forgets all blocks of a tenant, or of all. Cost: for one of several the whole index.
+    pub(crate) fn purge(&mut self, token: u64, whose: Option<Tenant>) {
+        let is_concerned = |tenant: Tenant| whose.is_none_or(|whose| whose == tenant);
+        let ids = self
+            .dram
+            .in_order(|_, resident| is_concerned(resident.hints.tenant));
+        let in_both = ids.iter().filter(|id| self.index.find(id).is_some());
+        let in_memory_alone = (ids.len() - in_both.count()) as u64;
         for id in &ids {
             self.forget_resident(id);
         }
-        self.dram.clear();
-        self.index.clear();
-        self.counters.leased_removed += self.leases.lost_all(&self.segments);
-        let mut reading: Vec<_> = self
-            .reading
-            .keys()
-            .chain(self.parts.keys().map(|(id, _)| id))
-            .copied()
-            .collect();
-        reading.sort_unstable();
-        reading.dedup();
-        for id in reading {
-            self.end_reads(&id, MissReason::Removed);
-        }
+        let holders = self.index.holdings().holders();
+        let on_device = match whose {
+            Some(tenant) if !holders.without(tenant).is_empty() => {
+                self.index.retain(|entry| entry.tenant != tenant)
+            }
+            _ => {
+                let all = self.index.len();
+                self.index.clear();
+                all
+            }
+        };
+        self.counters.leased_removed += self.lose_purged_leases();
+        self.end_reads_of(whose, MissReason::Removed);
+        let found = in_memory_alone + on_device as u64;
         self.counters.purged += found;
-        let id = BlockId::new([0; 32]);
         self.controls.push_back(Control {
-            kind: crate::layout::RECORD_PURGE,
-            id,
+            kind: whose.map_or(RECORD_PURGE, |_| RECORD_TENANT_PURGE),
+            id: BlockId::new([0; 32]),
+            tenant: whose.unwrap_or_default(),
             token,
         });
         self.start_controls(token, 1, found);

@@ -23,12 +23,14 @@
 //! Left to others: whole blocks (`read`), which alone become resident.
 
 use super::{Copy, Pending, READS_IN_FLIGHT_MAX, SectionRef, Shard};
+use crate::dram::Purpose;
 use crate::fast_map::FastMap;
 use crate::index::Entry;
 use crate::layout::{ImagePlan, PAGE};
 use kvar_base::check::{Place, crc64, version};
 use kvar_base::{BlockId, ContentCheck, MissReason, page_round_up};
 use kvar_io::{DeviceError, Op};
+use kvar_policy::Tenant;
 use smallvec::SmallVec;
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -54,6 +56,13 @@ pub(super) struct PartRead {
     /// Bytes from the start of the image to the start of the read.
     from: u64,
     is_again: bool,
+}
+
+/// Who waits for a read of sections, and of whose block.
+#[derive(Clone, Copy)]
+pub(super) struct Part {
+    pub(super) token: u64,
+    pub(super) tenant: Tenant,
 }
 
 /// A section directory that was verified.
@@ -179,7 +188,8 @@ impl Shard {
             from: span.start,
             is_again: false,
         };
-        self.parts.insert((*id, number), token);
+        let tenant = entry.tenant;
+        self.parts.insert((*id, number), Part { token, tenant });
         self.reads_in_flight += 1;
         self.segments.get(segment).readers += 1;
         self.counters.part_reads += 1;
@@ -188,7 +198,8 @@ impl Shard {
     }
 
     fn read_part(&mut self, mut read: PartRead, span: Range<u64>) {
-        let Some(buffer) = self.reserve_buffer((span.end - span.start) as usize, u64::MAX) else {
+        let (tenant, bytes) = (read.entry.tenant, (span.end - span.start) as usize);
+        let Some(buffer) = self.reserve_buffer(tenant, bytes, Purpose::Read) else {
             return self.end_part(&read, Err(MissReason::Overloaded));
         };
         read.from = span.start;
@@ -207,7 +218,7 @@ impl Shard {
             unreachable!("a read ends as a read")
         };
         let padded = buffer.padded_len() as u64;
-        self.dram.release(padded);
+        self.dram.release(read.entry.tenant, padded);
         // A remove or purge answered whoever waited.
         if !self.parts.contains_key(&(read.id, read.number)) {
             return self.end_part(&read, Err(MissReason::Removed));
@@ -312,8 +323,8 @@ impl Shard {
     fn end_part(&mut self, read: &PartRead, outcome: Result<Copy, MissReason>) {
         self.reads_in_flight -= 1;
         self.segments.get(read.segment).readers -= 1;
-        if let Some(token) = self.parts.remove(&(read.id, read.number)) {
-            self.answer(token, outcome);
+        if let Some(part) = self.parts.remove(&(read.id, read.number)) {
+            self.answer(part.token, outcome);
         }
     }
 
@@ -325,8 +336,8 @@ impl Shard {
             .map(|((_, number), _)| *number)
             .collect();
         for number in numbers {
-            if let Some(token) = self.parts.remove(&(*id, number)) {
-                self.miss(token, reason);
+            if let Some(part) = self.parts.remove(&(*id, number)) {
+                self.miss(part.token, reason);
             }
         }
     }

@@ -2,6 +2,7 @@
 
 use super::Shard;
 use kvar_base::{MissReason, Moment, PutOutcome, Refusal};
+use kvar_policy::Tenant;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -182,6 +183,31 @@ impl Counters {
     }
 }
 
+/// What became of a tenant's blocks since the shard was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct TenantCounters {
+    /// Blocks that left the store because room was wanted.
+    pub evicted: u64,
+    /// Blocks that left memory and are on the device.
+    pub left_memory: u64,
+    /// Blocks that reclaim wrote again because their tenant was within its part.
+    pub kept_entitled: u64,
+}
+
+/// A tenant at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct TenantStatus {
+    /// Its number.
+    pub tenant: u8,
+    /// Bytes of its blocks in memory, those that are being put or read included.
+    pub dram_bytes: u64,
+    /// Bytes of its blocks on the device.
+    pub flash_bytes: u64,
+    /// What became of them.
+    #[serde(flatten)]
+    pub counters: TenantCounters,
+}
+
 /// A shard at one moment.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct ShardStatus {
@@ -249,6 +275,8 @@ pub struct ShardStatus {
     pub scrub_pass_segments: u64,
     /// Why the device takes no writes at the moment, if so.
     pub device_trouble: Option<String>,
+    /// Tenants that have anything here, or had since the start.
+    pub tenants: Vec<TenantStatus>,
 }
 
 /// What became of memory at shutdown.
@@ -310,6 +338,37 @@ impl Shard {
             unflushed_age_us: oldest.map_or(0, |age| age.as_micros().max(1) as u64),
             write_amplification: self.counters.write_amplification(),
             device_trouble: self.trouble.reason(),
+            tenants: self.tenants(),
         }
+    }
+
+    fn tenants(&self) -> Vec<TenantStatus> {
+        let tenants = (0..).zip(&self.by_tenant);
+        let tenants = tenants.filter_map(|(number, counters)| {
+            let tenant = Tenant::new(number)?;
+            let dram_bytes = self.dram.held_by(tenant);
+            let flash_bytes = self.index.holdings().of(tenant);
+            let is_known = dram_bytes + flash_bytes > 0 || *counters != TenantCounters::default();
+            is_known.then_some(TenantStatus {
+                tenant: tenant.number(),
+                dram_bytes,
+                flash_bytes,
+                counters: *counters,
+            })
+        });
+        tenants.collect()
+    }
+
+    /// Whether what is counted of each tenant is what counting anew gives: for tests. Cost: the
+    /// whole index, and all of memory.
+    pub(crate) fn recount(&self) -> Result<(), String> {
+        let found = self.index.counted_holdings();
+        if found != *self.index.holdings() {
+            return Err(format!(
+                "the index leads to {found:?} and counts {:?}",
+                self.index.holdings()
+            ));
+        }
+        self.dram.recount()
     }
 }

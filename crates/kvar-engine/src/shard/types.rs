@@ -5,7 +5,7 @@
 //! | [`EngineConfig`] | |
 //! | [`GetRequest`], with a [`Touch`] | [`Event::Get`] with a `Copy` of [`SectionRef`]s |
 //! | [`PutRequest`], with [`PutHints`] | a [`PutTicket`] to receive into, then [`Event::Put`] |
-//! | ids to remove, a flush, a purge | [`Event::Done`] |
+//! | ids to remove, a flush, a purge of all or of one tenant | [`Event::Done`] |
 //! | ids to be sure of: [`LeaseRequest`] | [`LeaseGrant`] |
 //! | an id to look at | [`BlockStat`] |
 //!
@@ -17,7 +17,7 @@
 use crate::layout::ImagePlan;
 use kvar_base::{BlockId, ContentCheck, LeaseToken, MissReason, Moment, PutOutcome};
 use kvar_io::{Buffer, Shared};
-use kvar_policy::WriteRates;
+use kvar_policy::{Shares, Tenant, WriteRates};
 use smallvec::SmallVec;
 use std::ops::Range;
 use std::time::Duration;
@@ -43,6 +43,8 @@ pub struct EngineConfig {
     pub handover_wait: Duration,
     /// Tell the device which segments are free before they are written again (never a file).
     pub discard: bool,
+    /// What each tenant weighs when memory and device are divided; all the same by default.
+    pub shares: Shares,
 }
 
 /// What a scrub reads by default: 250 GB a shard in 17 hours, at under 0.1 % of a core.
@@ -62,6 +64,7 @@ impl Default for EngineConfig {
             writes: WriteRates::default(),
             handover_wait: HANDOVER_WAIT,
             discard: false,
+            shares: Shares::default(),
         }
     }
 }
@@ -111,6 +114,8 @@ pub struct PutHints {
     /// To be written to the device within `flush_after` whatever the write budget says: somebody
     /// asked for that, as whoever moves blocks here.
     pub is_asked: bool,
+    /// Whose it is.
+    pub tenant: Tenant,
 }
 
 /// A lookup that wants what it finds to stay.

@@ -28,7 +28,7 @@ use crate::segments::OpenSegment;
 use crate::segments::Spare;
 use kvar_base::{BlockId, Moment, PAGE_BYTES, page_round_up};
 use kvar_io::{DeviceError, Lifetime, Op, Shared};
-use kvar_policy::BlockClass;
+use kvar_policy::{BlockClass, Tenant};
 use std::time::Duration;
 
 /// A gather write as the device sees it.
@@ -65,6 +65,8 @@ pub(super) struct WriteItem {
 pub(super) struct Control {
     pub(super) kind: u8,
     pub(super) id: BlockId,
+    /// Whose blocks a purge of one tenant is about.
+    pub(super) tenant: Tenant,
     pub(super) token: u64,
 }
 
@@ -143,7 +145,7 @@ impl Shard {
             self.next_sequence += 1;
             open.record(
                 placed.area,
-                Record::bare(control.kind, &control.id, sequence),
+                Record::bare(control.kind, &control.id, sequence).of_tenant(control.tenant),
             );
             self.recorded_controls.push_back((sequence, control.token));
         }
@@ -407,6 +409,8 @@ impl Shard {
             open.record(area, record);
         }
         let age = self.age();
+        let tenant = item.hints.tenant;
+        let spared = self.entitled_on_device(tenant);
         let entry = Entry {
             check64,
             position,
@@ -417,10 +421,11 @@ impl Shard {
             length: class.length(),
             kind: class.kind().number(),
             stamp,
+            tenant,
         };
         let Self { index, leases, .. } = self;
         let held = |position| leases.holds_position(position);
-        let inserted = index.insert_beside(&item.id, &entry, age, held);
+        let inserted = index.insert_beside(&item.id, &entry, age, held, spared);
         let placed = inserted != Inserted::Held;
         if placed {
             self.expiries.add(segment, *page, item.hints.expires_unix_s);
@@ -435,6 +440,7 @@ impl Shard {
         }
         if let Inserted::Evicted(other) = inserted {
             self.counters.bucket_evicted += 1;
+            self.by_tenant[other.tenant.index()].evicted += 1;
             self.note_displaced(other.position, Displaced::Bucket);
         }
         match item.source {

@@ -286,7 +286,7 @@ impl Store {
         for number in known {
             self.oracle.unsettle(number);
         }
-        self.engine.purge(token);
+        self.engine.purge(token, None);
     }
 
     pub fn flush(&mut self) {

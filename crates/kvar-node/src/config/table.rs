@@ -2,7 +2,10 @@
 //!
 //! What must always be true: a default can be read by its own reader; help says why this default.
 
-use super::{DataPath, LIST_SEPARATOR, LogFormat, MissingDevice, SHARDS_MAX, SPIN_US_MAX, Setting};
+use super::{
+    DataPath, LIST_SEPARATOR, LogFormat, MissingDevice, NamespaceConfig, SHARDS_MAX, SPIN_US_MAX,
+    Setting,
+};
 use kvar_base::ByteSize;
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -368,6 +371,26 @@ pub const SETTINGS: &[Setting] = &[
         is_list: false,
         set: |config, text| {
             config.ready_file = (!text.is_empty()).then(|| PathBuf::from(text));
+            Ok(())
+        },
+    },
+    Setting {
+        key: "namespace",
+        default: "",
+        form: "name[,share=N][,key_file=path]",
+        help: "A namespace beside the default one: blocks and keys of its own, and a share of memory \
+               and devices (a weight, 1 by default; 0: what the others leave) that no other's \
+               flood can take. Given several times; in a file a table each: [[namespace]] with \
+               name, share and key_file, behind all other settings. The name default sets the \
+               default one's share. The key file is written beside the data, as DATA.NAME.key, at the \
+               first start with that name. At most 31; a name that is gone keeps its place.",
+        is_switch: false,
+        is_list: true,
+        set: |config, text| {
+            let texts = text.split(LIST_SEPARATOR).filter(|text| !text.is_empty());
+            config.namespaces = texts
+                .map(NamespaceConfig::parse)
+                .collect::<Result<_, _>>()?;
             Ok(())
         },
     },

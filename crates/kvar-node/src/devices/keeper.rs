@@ -43,7 +43,7 @@ use crate::node::{MovingHook, WallClock};
 use crate::storage::{OpenDevice, Storage};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use kvar_base::{Clock as _, DeviceUuid, Moment, SystemClock};
-use kvar_engine::{EngineConfig, Superblock, WriteRates, memory_bytes};
+use kvar_engine::{EngineConfig, Shares, Superblock, WriteRates, memory_bytes};
 use kvar_io::Target;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -151,6 +151,8 @@ pub(crate) struct Fatal {
 /// What the keeper is given.
 pub(crate) struct KeeperParts {
     pub(crate) config: Config,
+    /// What each namespace weighs.
+    pub(crate) shares: Shares,
     pub(crate) storage: Storage,
     pub(crate) post: Post,
     pub(crate) views: Arc<Views>,
@@ -207,6 +209,7 @@ struct Live {
 /// See the module.
 pub(crate) struct Keeper {
     config: Config,
+    shares: Shares,
     table: DeviceTable,
     /// Whether a mark in the table is not on disk yet.
     is_unsaved: bool,
@@ -259,6 +262,7 @@ impl Keeper {
             clock_due: parts.clock.now().after(WALL_CLOCK_EVERY),
             wall_clock: parts.wall_clock,
             config: parts.config,
+            shares: parts.shares,
             table,
             is_unsaved: false,
             post: parts.post,
@@ -388,6 +392,7 @@ impl Keeper {
             scrub_bytes_per_s: self.config.scrub.0,
             discard: self.config.discard,
             handover_wait: self.config.handover_wait,
+            shares: self.shares.clone(),
         };
         let one = memory_bytes(&config, &superblock);
         let (mut engines, mut watches) = (Vec::new(), Vec::new());
@@ -469,7 +474,7 @@ impl Keeper {
                 operation: u64::from(live.number),
             };
             self.post
-                .send(engine.thread, Mail::Ask(origin, *engine, Ask::Purge));
+                .send(engine.thread, Mail::Ask(origin, *engine, Ask::Purge(None)));
         }
     }
 

@@ -20,7 +20,7 @@ use super::request::{Get, Item, ItemState, Kind, Open, Put, PutState};
 use crate::mail::{Ask, Ticket};
 use crate::report::NodeFacts;
 use kvar_base::{BLOCK_BYTES_MAX, MissReason, Moment, PutOutcome, Refusal};
-use kvar_engine::{Copy, GetRequest, Touch};
+use kvar_engine::{Copy, GetRequest, Tenant, Touch};
 use kvar_transport::{Link as _, SharedPieces, TcpLink};
 use kvar_wire::{
     Body, Failure, FailureCode, GetAnswer, GetOutcome, Header, Message, NodeHandshake, NodeStep,
@@ -67,6 +67,8 @@ pub(crate) struct Conversation {
     pub(super) key: LinkKey,
     pub(super) peer: SocketAddr,
     pub(super) phase: Phase,
+    /// The namespace it works in, once it is serving.
+    pub(super) tenant: Tenant,
     pub(super) open: HashMap<u64, Open>,
     /// Sum of the open requests' weights.
     pub(super) open_weight: u32,
@@ -93,6 +95,7 @@ impl Conversation {
             key,
             peer,
             phase: Phase::Handshake(Box::new(NodeHandshake::new(nonce))),
+            tenant: Tenant::DEFAULT,
             open: HashMap::new(),
             open_weight: 0,
             waiting_gets: VecDeque::new(),
@@ -156,12 +159,14 @@ impl Conversation {
             }
             Phase::Handshake(handshake) => {
                 let settings = &desk.settings;
-                let key_of =
-                    |name: &str| (name == settings.namespace).then(|| settings.key.clone());
+                let find = |name: &str| settings.namespaces.find(name);
+                let key_of = |name: &str| find(name).map(|(_, key)| key);
                 match handshake.on_message(message, key_of, &settings.node, settings.limits) {
                     NodeStep::Send(challenge) => self.send(desk, header.request, &challenge),
                     NodeStep::Open(welcome, peer) => {
                         tracing::debug!(peer = %self.peer, client = %peer.client, "link open");
+                        // The handshake found it a moment ago.
+                        self.tenant = find(&peer.namespace).map_or(Tenant::DEFAULT, |it| it.0);
                         self.phase = Phase::Serving;
                         self.link
                             .set_bounds(kvar_wire::MESSAGE_BYTES_MAX, kvar_wire::PAYLOAD_BYTES_MAX);
@@ -333,6 +338,7 @@ impl Conversation {
         reason: MissReason,
     ) {
         desk.counters.get_misses.add(reason);
+        desk.of_namespace[self.tenant.index()].misses += 1;
         self.send(
             desk,
             request,
@@ -377,6 +383,7 @@ impl Conversation {
         }
         self.block_bytes_seen = self.block_bytes_seen.max(Some(bytes as u64));
         desk.counters.get_hits += 1;
+        desk.of_namespace[self.tenant.index()].hits += 1;
         desk.counters.payload_bytes_out += bytes as u64;
         let token = desk.number();
         let source = SharedPieces {
@@ -393,6 +400,8 @@ impl Conversation {
     /// Answers a put and closes it.
     pub(super) fn answer_put(&mut self, desk: &mut Desk, request: u64, outcome: PutOutcome) {
         self.close(desk, request);
+        let is_stored = outcome == PutOutcome::Stored;
+        desk.of_namespace[self.tenant.index()].stored += u64::from(is_stored);
         desk.counters.puts.add(outcome);
         self.send(desk, request, &PutAnswer { outcome });
     }

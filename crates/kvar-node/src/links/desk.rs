@@ -3,11 +3,13 @@
 //! A link never calls an engine. It leaves an ask here, under an operation number; the thread's
 //! loop takes asks to their owners and brings the answers back under the same number.
 
-use crate::counters::LinkCounters;
+use crate::counters::{LinkCounters, NamespaceCounters};
 use crate::devices::{Note, Routes};
 use crate::mail::{Ask, EngineKey};
+use crate::namespaces::Namespaces;
 use crate::report::ThreadReport;
-use kvar_base::{BlockId, Clock as _, Moment, NamespaceKey, SystemClock};
+use kvar_base::{BlockId, Clock as _, Moment, SystemClock};
+use kvar_engine::TENANTS;
 use kvar_wire::Limits;
 use slab::Slab;
 use std::collections::BTreeSet;
@@ -60,9 +62,8 @@ pub(crate) struct LinkSettings {
     pub(crate) limits: Limits,
     /// The node's name towards clients.
     pub(crate) node: String,
-    /// The only namespace there is.
-    pub(crate) namespace: String,
-    pub(crate) key: NamespaceKey,
+    /// Who may connect.
+    pub(crate) namespaces: Arc<Namespaces>,
     /// Bytes a read is assumed to bring until its link has seen a block.
     pub(crate) block_bytes_guess: u64,
     /// Makes the node's status.
@@ -84,6 +85,8 @@ pub(crate) struct Desk {
     pub(crate) outgoing: Vec<Outgoing>,
     pub(crate) timers: BTreeSet<(Moment, LinkKey, u64)>,
     pub(crate) counters: LinkCounters,
+    /// The same of each namespace, by number.
+    pub(crate) of_namespace: [NamespaceCounters; TENANTS],
     pub(crate) settings: LinkSettings,
     /// Heads are encoded here, one at a time.
     pub(crate) scratch: Vec<u8>,
@@ -101,6 +104,7 @@ impl Desk {
             outgoing: Vec::new(),
             timers: BTreeSet::new(),
             counters: LinkCounters::default(),
+            of_namespace: [NamespaceCounters::default(); TENANTS],
             settings,
             scratch: Vec::new(),
             now: clock.now(),

@@ -39,7 +39,7 @@ impl Conversation {
             };
             return self.send(desk, request, &answer);
         }
-        let touch_request = touch_request(desk, lease.touch_request);
+        let touch_request = touch_request(desk, self.tenant, lease.touch_request);
         let routes = desk.routes.clone();
         let (parts, positions) = split(&lease.ids, &routes);
         if parts.is_empty() {

@@ -111,6 +111,11 @@ impl Links {
         }
     }
 
+    /// What was asked of each namespace, by number.
+    pub(crate) fn namespace_counters(&self) -> Vec<crate::counters::NamespaceCounters> {
+        self.desk.of_namespace.to_vec()
+    }
+
     /// Takes a connection; with `refusal` only to say why not.
     pub(crate) fn accept(
         &mut self,

@@ -10,7 +10,7 @@ use crate::devices::{Note, Routes};
 use crate::mail::{Answer, Ask};
 use crate::report::ThreadReport;
 use kvar_base::{BlockId, MissReason, PutOutcome, Refusal};
-use kvar_engine::{BlockStat, PutHints, PutRequest, Tier};
+use kvar_engine::{BlockStat, PutHints, PutRequest, Tenant, Tier};
 use kvar_transport::Link as _;
 use kvar_wire::{
     Bitmap, Finished, FlushAnswer, GetAnswer, GetOutcome, LeaseAnswer, LookupAnswer, Message, Pong,
@@ -122,7 +122,7 @@ impl Conversation {
         if let Some(reason) = miss {
             return self.send(desk, request, &LookupAnswer::Miss(reason));
         }
-        let touch_request = touch_request(desk, lookup.touch_request);
+        let touch_request = touch_request(desk, self.tenant, lookup.touch_request);
         let (parts, positions) = split(&lookup.ids, &desk.routes);
         let kind = Kind::Lookup(Lookup {
             leading_only: lookup.leading_only,
@@ -182,6 +182,7 @@ impl Conversation {
         if let Some(reason) = miss {
             for item in 0..get.items.len() {
                 desk.counters.get_misses.add(reason);
+                desk.of_namespace[self.tenant.index()].misses += 1;
                 let outcome = GetOutcome::Miss(reason);
                 self.send(
                     desk,
@@ -210,7 +211,7 @@ impl Conversation {
                 })
                 .collect(),
             left: count as u32,
-            touch_request: touch_request(desk, get.touch_request),
+            touch_request: touch_request(desk, self.tenant, get.touch_request),
         });
         if let Some(operation) = self.open(desk, request, Some(get.deadline_us), kind) {
             self.line_up(request, operation.opening, count);
@@ -259,7 +260,8 @@ impl Conversation {
             self.incoming = Incoming::AtTheDoor { request };
         }
         let hints = PutHints {
-            request: touch_request(desk, put.hints.request),
+            request: touch_request(desk, self.tenant, put.hints.request),
+            tenant: self.tenant,
             ..engine_hints(put.hints)
         };
         let sections = put
@@ -343,7 +345,9 @@ impl Conversation {
         let mut asks: Vec<To> = match which {
             Which::Remove => removals(ids, &routes),
             Which::Flush => engines().map(|key| To::Engine(*key, Ask::Flush)).collect(),
-            Which::Purge => engines().map(|key| To::Engine(*key, Ask::Purge)).collect(),
+            Which::Purge => engines()
+                .map(|key| To::Engine(*key, Ask::Purge(Some(self.tenant))))
+                .collect(),
         };
         if asks.is_empty() {
             asks.push(To::Nobody(Ask::Flush));
@@ -527,11 +531,12 @@ pub(super) fn orphan(desk: &mut Desk, answer: Answer) {
 
 /// Zero means that the client leaves recency to the node: every call is a prompt of its own, under a
 /// number that no client of ours chooses.
-pub(super) fn touch_request(desk: &Desk, given: u64) -> u64 {
+pub(super) fn touch_request(desk: &Desk, tenant: Tenant, given: u64) -> u64 {
     if given == 0 {
         1 << 63 | desk.now.0
     } else {
-        given
+        // What one namespace calls a request is not what another calls so.
+        given ^ u64::from(tenant.number()) << 56
     }
 }
 
@@ -555,6 +560,7 @@ fn engine_hints(hints: kvar_wire::PutHints) -> PutHints {
         recompute_us,
         handover,
         is_asked: false,
+        tenant: Tenant::DEFAULT,
     }
 }
 

@@ -26,13 +26,15 @@ fn ask(store: &mut LearnedModel, blocks: std::ops::Range<u32>, request: u64) -> 
 
 /// Every block is where the model thinks, once, and no more than fit.
 fn check(store: &LearnedModel) {
-    let dram = store.unwritten.len() + store.copies.len();
-    assert!(dram as u64 <= store.dram_blocks);
+    let lengths = store.orders.iter();
+    let dram: usize = lengths.map(|it| it.unwritten.len() + it.copies.len()).sum();
+    assert!(dram as u64 <= store.dram_blocks && dram as u64 == store.dram_len());
     for (number, block) in (0..).zip(&store.blocks) {
         let on_flash = block.segment != NOWHERE;
-        assert_eq!(store.copies.contains(&number), block.in_dram && on_flash);
+        let orders = &store.orders[store.tenant(number).index()];
+        assert_eq!(orders.copies.contains(&number), block.in_dram && on_flash);
         assert_eq!(
-            store.unwritten.contains(&number),
+            orders.unwritten.contains(&number),
             block.in_dram && !on_flash
         );
         if on_flash {

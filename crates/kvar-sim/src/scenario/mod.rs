@@ -23,7 +23,7 @@ pub(crate) use steps::{fill, step};
 
 use crate::dice::Dice;
 use crate::tally::Tally;
-use crate::world::{Replacement, Restart, Violation, World};
+use crate::world::{Replacement, Restart, Tenancy, Violation, World};
 use kvar_engine::layout::CHUNK_BYTES;
 use kvar_engine::{EngineConfig, WriteRates};
 use kvar_io::sim::{FaultRates, SimOptions, Survival};
@@ -278,6 +278,7 @@ pub(crate) fn build(seed: u64, temper: Temper, dice: &mut Dice) -> (World, Shape
         scrub_bytes_per_s: dice.pick(&[0, 4, 64, 4096]) << 20,
         writes: write_rates(seed),
         handover_wait: HANDOVER_WAIT,
+        shares: Tenancy::shares(),
         ..EngineConfig::default()
     };
     let expected_block_bytes = dice.pick(&[4, 8, 16, 16, 32, 64]) << 10;
@@ -302,10 +303,10 @@ pub(crate) fn build(seed: u64, temper: Temper, dice: &mut Dice) -> (World, Shape
         cuts_in_checkpoints: dice.once_in(5),
         replaces: dice.once_in(4),
     };
-    (
-        World::format(seed, bytes, expected_block_bytes, options, config),
-        shape,
-    )
+    let mut world = World::format(seed, bytes, expected_block_bytes, options, config);
+    // Half of the runs are of one tenant; the others of up to four.
+    world.tenancy = Tenancy::Mixed([1, 2, 1, 3, 1, 4, 1, 2][(seed / 2 % 8) as usize]);
+    (world, shape)
 }
 
 fn live(

@@ -92,7 +92,11 @@ pub(crate) fn step(world: &mut World, dice: &mut Dice, shape: &Shape) -> Result<
             let ms = dice.pick(&[600, 2500, 2500, 40_000]);
             world.turn(Duration::from_millis(ms))?;
         }
-        97 if shape.purges && dice.once_in(20) => world.purge()?,
+        97 if shape.purges && dice.once_in(20) => {
+            // All, or what one of several tenants has.
+            let whose = world.tenancy.of(number);
+            world.purge((number % 3 > 0).then_some(whose))?;
+        }
         97 => world.let_go()?,
         96 => world.stat(number)?,
         _ => world.turn(Duration::from_millis(dice.below(60)))?,

@@ -4,7 +4,7 @@
 //! What must always be true: faults are heard before the journal, and the journal before the
 //! answers, so that whatever excuses a miss is known when the miss is judged.
 
-use super::{Held, Step, Violation, Waiting, World, wrong};
+use super::{Held, Memory, Step, Violation, Waiting, World, wrong};
 use crate::model::{Now, Presence};
 use crate::payload;
 use crate::promises::Reason;
@@ -63,15 +63,15 @@ impl World {
             .ok_or_else(|| Violation(format!("the journal speaks of {id}, which nobody put")))
     }
 
-    /// Applies the journal. `reserving`: bytes of memory in use before the call, and how many more
-    /// it wants at most.
-    pub(super) fn hear_journal(&mut self, reserving: Option<(u64, u64)>) -> Step {
+    /// Applies the journal. `reserving`: memory before the call that wants some of it.
+    pub(super) fn hear_journal(&mut self, mut reserving: Option<Memory>) -> Step {
         let journal = self.engine().journal();
         if journal.is_empty() {
             return Ok(());
         }
         let now = self.now;
-        let mut used_bytes = reserving.map_or(0, |(used, _)| used);
+        let memory = reserving.as_ref();
+        let mut used_bytes = memory.map_or(0, |memory| memory.used_bytes);
         for change in journal {
             match change {
                 Change::Cached { id } => {
@@ -106,7 +106,7 @@ impl World {
                     };
                     let leaving = leaving.map_or(0, |put| payload::stored_bytes(&put.lengths));
                     let is_known = matches!(block.now, Now::Known(_));
-                    let wanted = reserving.map_or(0, |(_, wanted)| wanted);
+                    let wanted = reserving.as_ref().map_or(0, |memory| memory.wanted_bytes);
                     let has_room = used_bytes + wanted <= self.config.dram_bytes;
                     // Within a turn only reads of sections want memory, a part of a block each.
                     if !fragmented && has_room && reserving.is_some() && !self.model.lenient {
@@ -115,6 +115,24 @@ impl World {
                              more were wanted",
                             self.config.dram_bytes
                         ));
+                    }
+                    let tenant = self.tenancy.of(number);
+                    if let Some(memory) = &mut reserving {
+                        let may_go = tenant == memory.asking
+                            || memory.is_beyond(tenant, self.config.dram_bytes);
+                        if !may_go && !fragmented && !self.model.lenient {
+                            return wrong(format!(
+                                "block {number} of tenant {tenant}, which is within its part, left memory for \
+                                 another's: {memory:?}"
+                            ));
+                        }
+                        if tenant != memory.asking {
+                            self.tally.count("left/memory, for another tenant");
+                        }
+                        let held = memory.held.entry(tenant).or_default();
+                        // Where that is not known, no more is judged of this tenant.
+                        let left = if is_known { leaving } else { 0 };
+                        *held = held.saturating_sub(left);
                     }
                     // Where it is not known which put left, neither is how much room it made.
                     used_bytes = if is_known {
@@ -275,10 +293,12 @@ impl World {
                             self.model.buried(number, from);
                         }
                     }
-                    Waiting::Purge { from } if done => {
-                        self.tally.count("purge/done");
-                        let known: Vec<u64> = self.model.blocks.keys().copied().collect();
-                        for number in known {
+                    Waiting::Purge { from, whose } if done => {
+                        self.tally.count(match whose {
+                            None => "purge/done",
+                            Some(_) => "purge/of one tenant done",
+                        });
+                        for number in self.purged(whose) {
                             self.model.buried(number, from);
                         }
                     }

@@ -2,7 +2,7 @@
 //!
 //! What must always be true: a call whose answer comes at once is judged at once.
 
-use super::{OpenPut, PutEnd, Step, Violation, Waiting, WantedPut, World, wrong};
+use super::{OpenPut, PutEnd, Step, Violation, Waiting, WantedPut, World, tenant, wrong};
 use crate::model::{Handover, Presence, Put};
 use crate::payload;
 use crate::promises::Reason;
@@ -52,6 +52,7 @@ impl World {
             },
             handover: (said / 6).is_multiple_of(HANDOVER_ONE_IN),
             is_asked: false,
+            tenant: tenant(self.tenancy.of(number)),
         };
         let request = PutRequest {
             id,
@@ -61,7 +62,7 @@ impl World {
             deadline,
         };
         let now = self.now;
-        let used_bytes = self.engine().status(now).dram_bytes;
+        let memory = self.memory(number, payload::stored_bytes(&lengths));
         let begun = self.engine().put_begin(now, &request);
         self.note(format!(
             "put {number} nonce {nonce:x} {lengths:?}{}{}{}{} -> {:?}",
@@ -71,7 +72,7 @@ impl World {
             ttl_s.map_or_else(String::new, |ttl_s| format!(" for {ttl_s} s")),
             begun.as_ref().map(|_| "comes")
         ));
-        self.hear_journal(Some((used_bytes, payload::stored_bytes(&lengths))))?;
+        self.hear_journal(Some(memory))?;
         let presence = self.model.presence(number);
         let visible = presence == Presence::There;
         let filling = self
@@ -254,9 +255,9 @@ impl World {
             },
         };
         let now = self.now;
-        let used_bytes = self.engine().status(now).dram_bytes;
+        let memory = self.memory(number, stored_bytes.unwrap_or(u64::MAX / 2));
         self.engine().get(now, token, request);
-        self.hear_journal(Some((used_bytes, stored_bytes.unwrap_or(u64::MAX / 2))))?;
+        self.hear_journal(Some(memory))?;
         self.hear()
     }
 
@@ -344,17 +345,24 @@ impl World {
         self.hear()
     }
 
-    pub(crate) fn purge(&mut self) -> Step {
-        self.note("purge");
+    /// Blocks of a tenant, or of all.
+    pub(super) fn purged(&self, whose: Option<u64>) -> Vec<u64> {
+        let known = self.model.blocks.keys().copied();
+        let is_concerned =
+            |number: &u64| whose.is_none_or(|whose| whose == self.tenancy.of(*number));
+        known.filter(is_concerned).collect()
+    }
+
+    pub(crate) fn purge(&mut self, whose: Option<u64>) -> Step {
+        self.note(format!("purge of {whose:?}"));
         let from = self.model.next_order;
-        let known: Vec<u64> = self.model.blocks.keys().copied().collect();
-        for number in known {
+        for number in self.purged(whose) {
             self.model.removed(number);
             self.hear_left(number, Some(Reason::Removed))?;
         }
         self.shelf_is_stale();
-        let token = self.token(Waiting::Purge { from });
-        self.engine().purge(token);
+        let token = self.token(Waiting::Purge { from, whose });
+        self.engine().purge(token, whose.map(tenant));
         self.disk_is_durable = false;
         self.hear()
     }

@@ -58,6 +58,7 @@ impl World {
         let now = self.now;
         self.check_promises()?;
         self.check_counts()?;
+        self.engine().recount()?;
         let (allocated, dram_bytes) = (
             self.arena.allocated_bytes() as u64,
             self.engine().status(now).dram_bytes,

@@ -14,6 +14,7 @@ mod scrub;
 
 pub(crate) use devices::Replacement;
 
+use crate::churn::NAMESPACE_BLOCKS;
 use crate::device::Harm;
 use crate::model::{Model, Presence};
 use crate::payload;
@@ -21,12 +22,12 @@ use crate::tally::Tally;
 use devices::Shelved;
 use kvar_base::{BlockId, Moment};
 use kvar_engine::{
-    Copy, Engine, EngineConfig, FormatOptions, PutHints, PutTicket, RecoveryReport, Superblock,
-    format, read_superblock,
+    Copy, Engine, EngineConfig, FormatOptions, PutHints, PutTicket, RecoveryReport, Shares,
+    Superblock, TENANTS, Tenant, format, read_superblock,
 };
 use kvar_io::Arena;
 use kvar_io::sim::{FaultRates, Image, SimDisk, SimOptions, Survival};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -116,10 +117,78 @@ enum Waiting {
     },
     Purge {
         from: u64,
+        whose: Option<u64>,
     },
     Flush {
         from: u64,
     },
+}
+
+/// Whose the blocks are, by number.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Tenancy {
+    /// So many tenants, a prompt in turn each.
+    Mixed(u64),
+    /// Every namespace of the churn is one.
+    ByNamespace,
+}
+
+impl Default for Tenancy {
+    fn default() -> Self {
+        Self::Mixed(1)
+    }
+}
+
+impl Tenancy {
+    pub(crate) fn of(self, number: u64) -> u64 {
+        match self {
+            Self::Mixed(tenants) => number / 8 % tenants,
+            Self::ByNamespace => number / NAMESPACE_BLOCKS,
+        }
+    }
+
+    /// What a tenant weighs: they differ.
+    pub(crate) fn weight(tenant: u64) -> u64 {
+        tenant + 1
+    }
+
+    /// The same for the store.
+    pub(crate) fn shares() -> Shares {
+        let mut shares = Shares::none();
+        for number in 0..TENANTS as u32 {
+            let tenant = Tenant::new(number).expect("there are so many");
+            shares.set(tenant, Self::weight(u64::from(number)) as u32);
+        }
+        shares
+    }
+}
+
+pub(crate) fn tenant(number: u64) -> Tenant {
+    Tenant::new(number as u32).expect("a run has few tenants")
+}
+
+/// Memory as a call that wants some of it finds it.
+#[derive(Clone, Debug)]
+pub(crate) struct Memory {
+    used_bytes: u64,
+    /// At most.
+    wanted_bytes: u64,
+    asking: u64,
+    /// Bytes by tenant.
+    held: BTreeMap<u64, u64>,
+}
+
+impl Memory {
+    /// Whether a tenant has more than its part, of what an eighth is kept out of.
+    fn is_beyond(&self, tenant: u64, limit_bytes: u64) -> bool {
+        let held = |tenant: u64| self.held.get(&tenant).copied().unwrap_or_default();
+        let among = self.held.iter().filter(|(_, bytes)| **bytes > 0);
+        let among = among.map(|(tenant, _)| *tenant).chain([self.asking]);
+        let among: BTreeSet<u64> = among.collect();
+        let weights: u64 = among.iter().map(|one| Tenancy::weight(*one)).sum();
+        let promised = limit_bytes - limit_bytes / 8;
+        held(tenant) > promised * Tenancy::weight(tenant) / weights
+    }
 }
 
 /// A copy that a slow reader holds.
@@ -188,6 +257,8 @@ pub struct World {
     expected_block_bytes: u64,
     /// Something was written to the device in this life: a segment is open.
     has_placed: bool,
+    /// Whose the blocks are.
+    pub(crate) tenancy: Tenancy,
     trace: VecDeque<String>,
     pub(crate) trace_steps: usize,
 }
@@ -260,6 +331,7 @@ impl World {
             formats: 0,
             expected_block_bytes: 0,
             has_placed: false,
+            tenancy: Tenancy::default(),
             trace: VecDeque::new(),
             trace_steps: TRACE_STEPS,
         };
@@ -296,6 +368,21 @@ impl World {
         self.engine
             .as_mut()
             .expect("the store is open between restarts")
+    }
+
+    /// Memory as it is, for a call about this block that wants so much of it at most.
+    fn memory(&mut self, number: u64, wanted_bytes: u64) -> Memory {
+        let now = self.now;
+        let status = self.engine().status(now);
+        let held = status.tenants.iter();
+        Memory {
+            used_bytes: status.dram_bytes,
+            wanted_bytes,
+            asking: self.tenancy.of(number),
+            held: held
+                .map(|it| (u64::from(it.tenant), it.dram_bytes))
+                .collect(),
+        }
     }
 
     fn token(&mut self, waiting: Waiting) -> u64 {

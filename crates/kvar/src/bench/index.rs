@@ -96,6 +96,7 @@ fn table(entries: u64) -> Vec<Row> {
             length: 0,
             kind: 0,
             stamp: number as u8,
+            tenant: kvar_engine::Tenant::DEFAULT,
         };
         if let Inserted::Evicted(_) = index.insert(&id(number), &entry, |stamp| stamp) {
             evicted += 1;

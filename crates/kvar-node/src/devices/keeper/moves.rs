@@ -225,6 +225,7 @@ impl Keeper {
                 class: hints.class,
                 recompute_us: hints.recompute_us,
                 handover: hints.handover,
+                tenant: hints.tenant,
                 is_asked: true,
             },
             durable: false,
