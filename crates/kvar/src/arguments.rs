@@ -215,6 +215,7 @@ Examples:
 With --offline: the production policy over the trace, no node.
   kvar replay conversation.jsonl.zst --offline --capacity 5% --capacity 10% --model engine
   kvar replay conversation.jsonl.zst --offline --capacity 5% --policy optimum
+  kvar replay conversation.jsonl.zst --offline --model engine --capacity 20% --flood 4 --share 2 --share 1
 
 A crash test: what was acknowledged is journalled, and asked for again after a restart.
   kvar replay trace.jsonl --block-bytes 64KiB --journal acks.txt     (kill -9 the node meanwhile)

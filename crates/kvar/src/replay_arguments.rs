@@ -127,7 +127,24 @@ pub(crate) struct ReplayArguments {
         requires = "offline"
     )]
     pub(crate) dram_share: f64,
+    /// Offline, --model engine: another trace in the same store, as a namespace of its own; repeatable.
+    /// Prints what each reaches alone on its share, beside the others, and beside them with shares.
+    #[arg(long, value_name = "TRACE", requires = "offline")]
+    pub(crate) beside: Vec<PathBuf>,
+    /// The same with so many one-time blocks for each block the trace asks for.
+    #[arg(long, value_name = "TIMES", requires = "offline", value_parser = times)]
+    pub(crate) flood: Option<f64>,
+    /// Weight of each trace in turn: TRACE, those --beside it, the flood. 1 where none is given.
+    #[arg(long, value_name = "N", requires = "offline", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(crate) share: Vec<u32>,
     /// Print the report as JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+fn times(text: &str) -> Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|times| (0.01..=1000.0).contains(times))
+        .ok_or_else(|| format!("{text:?} is no number from 0.01 to 1000"))
 }

@@ -159,11 +159,44 @@ fn what_is_for_offline_replay_says_so() {
         ["--policy", "lru"],
         ["--admission", "all"],
         ["--dram-share", "0.1"],
+        ["--beside", "other.jsonl"],
+        ["--flood", "4"],
     ] {
         let mut command = with(&["replay", "trace.jsonl", "--block-bytes", "4KiB"]);
         command.args(words);
         fails(command, 2, &["--offline"]);
     }
+}
+
+#[test]
+fn offline_replay_shows_what_a_share_is_worth_beside_a_flood() {
+    let dir = tempfile::tempdir().unwrap();
+    let trace = dir.path().join("trace.jsonl");
+    write_trace(&trace, 300, 1);
+    let replay = |words: &[&str]| {
+        let mut command = with(&["replay", trace.to_str().unwrap(), "--offline"]);
+        command.args(words);
+        command
+    };
+    let shared = "--model engine --admission all --capacity 50% --flood 8";
+    let shared: Vec<&str> = shared.split(' ').collect();
+    let output = finish(replay(&[&shared[..], &["--share", "9", "--json"]].concat()));
+    assert!(output.status.success());
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rate = |key: &str| report["rows"][0][key].as_f64().unwrap();
+    assert!(
+        rate("with_shares") > rate("without_shares") + 0.05,
+        "{report}"
+    );
+    assert_eq!(report["rows"].as_array().unwrap().len(), 2);
+    let table = String::from_utf8(finish(replay(&shared)).stdout).unwrap();
+    assert!(
+        table.contains("flood 8") && table.contains("with shares"),
+        "{table}"
+    );
+    fails(replay(&["--flood", "8"]), 2, &["--model engine"]);
+    fails(replay(&["--share", "8"]), 2, &["--beside"]);
+    fails(replay(&["--flood", "0"]), 2, &["0.01 to 1000"]);
 }
 
 #[test]

@@ -1,3 +1,8 @@
+//! Names, numbers and keys over starts with changing settings.
+//!
+//! What must always be true: a number is never another name's; what does not fit together is refused
+//! with a way out, and a kill between two files costs nothing.
+
 use super::*;
 use tempfile::TempDir;
 

@@ -1,3 +1,8 @@
+//! Parts and losses, by hand and by chance.
+//!
+//! What must always be true: nobody within its part loses a block while another is beyond and has one
+//! that may leave; parts never come to more than there is.
+
 use super::*;
 use proptest::prelude::*;
 use std::collections::BTreeMap;

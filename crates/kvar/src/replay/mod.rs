@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `source` | opening a trace |
 //! | `offline` | the policy alone |
+//! | `shared` | the policy alone, several traces in one store |
 //! | `online` | a node: look up, get, check, put |
 //! | `order` | which requests may run beside each other |
 //! | `tally` | what is counted, and the report |
@@ -15,6 +16,7 @@ mod offline;
 mod online;
 mod order;
 mod payload;
+mod shared;
 mod source;
 mod tally;
 mod verify;
@@ -46,6 +48,14 @@ pub(crate) fn run(arguments: &ReplayArguments) -> Outcome {
             OfflinePolicy::Optimum => Policy::Optimum,
             OfflinePolicy::Recent => Policy::Recent,
         };
+        let is_shared = !arguments.beside.is_empty() || arguments.flood.is_some();
+        if is_shared {
+            return shared::run(arguments, trace, &trace_options);
+        }
+        if !arguments.share.is_empty() {
+            let what = "--share weighs several traces: give --beside TRACE or --flood TIMES, too";
+            return Err(Failure::usage(what));
+        }
         return offline::run(offline::OfflineRequest {
             policy,
             admit: match arguments.admission {
