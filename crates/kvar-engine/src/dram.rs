@@ -53,6 +53,8 @@ pub(crate) struct Resident {
     pub(crate) hints: RecordHints,
     /// Promised to somebody.
     pub(crate) leased: bool,
+    /// Here only until it is written: it comes from the tier above, and nobody used it since.
+    pub(crate) passes: bool,
 }
 
 impl Resident {
@@ -297,6 +299,7 @@ impl Dram {
             resident.depth = depth;
             resident.class = class;
             resident.used_at = used_at;
+            resident.passes = false;
             if resident.state == State::Volatile && !resident.ephemeral {
                 resident.state = State::Held;
             }

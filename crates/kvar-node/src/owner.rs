@@ -293,6 +293,7 @@ impl Owner {
                         ttl: ask.ttl,
                         request: ask.touch_request,
                         first_depth: ask.first_depth,
+                        over_gaps: ask.over_gaps,
                     },
                 );
                 answers.push((origin, Answer::Leased(grant)));
@@ -398,6 +399,7 @@ pub(crate) fn away(ask: &Ask, reason: MissReason, text: &str) -> Option<Answer> 
         Ask::Lookup { ids, .. } => Answer::Lookup(vec![false; ids.len()]),
         Ask::Lease(_) => Answer::Leased(LeaseGrant {
             leading: 0,
+            gaps: Vec::new(),
             reason: Some(reason),
             until: Moment(0),
         }),

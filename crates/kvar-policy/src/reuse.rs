@@ -178,6 +178,34 @@ impl ReuseModel {
             }
             self.forget(now);
         }
+        self.recompute_if_due(now);
+    }
+
+    /// A block came from elsewhere: that is no use of it, and how long it was alone there is not
+    /// counted here. Its interval begins anew.
+    pub fn restart(&mut self, id: u64, class: BlockClass, now: u64) {
+        let id = mix(id);
+        if id.trailing_zeros() >= self.sample_zeros {
+            self.open.insert(id, Open { since: now, class });
+            self.order.push_back((id, now));
+            self.forget(now);
+        }
+        self.recompute_if_due(now);
+    }
+
+    /// A block that is not here was asked for: its interval ends, as with a use. Where it is used
+    /// then, another model counts.
+    pub fn end(&mut self, id: u64, now: u64) {
+        let id = mix(id);
+        if id.trailing_zeros() >= self.sample_zeros
+            && let Some(before) = self.open.remove(&id)
+        {
+            let bucket = self.bucket(now.saturating_sub(before.since));
+            self.ended[before.class.number()][bucket] += 1.0;
+        }
+    }
+
+    fn recompute_if_due(&mut self, now: u64) {
         let interval = self.capacity() / RECOMPUTES_PER_CAPACITY;
         self.uses_since = self.uses_since.saturating_add(1);
         let is_due = now.saturating_sub(self.computed_at) as f64 >= interval;

@@ -32,7 +32,7 @@ const AHEAD_SHARE: u64 = 8;
 const WRITTEN_KEPT: usize = 256;
 
 /// What the policy calls a block: ids are keyed hashes, so any eight bytes will do.
-fn short(id: &BlockId) -> u64 {
+pub(super) fn short(id: &BlockId) -> u64 {
     u64::from_le_bytes(id.as_bytes()[..8].try_into().expect("eight bytes"))
 }
 

@@ -33,6 +33,7 @@ impl Shard {
         let until = now.after(request.ttl.min(LEASE_MAX));
         let mut grant = LeaseGrant {
             leading: 0,
+            gaps: Vec::new(),
             reason: None,
             until,
         };
@@ -54,6 +55,11 @@ impl Shard {
                 depth,
             };
             if let Err(reason) = self.touch(now, id, touch) {
+                if request.over_gaps && reason == MissReason::Absent {
+                    grant.gaps.push(grant.leading);
+                    grant.leading += 1;
+                    continue;
+                }
                 grant.reason = Some(reason);
                 break;
             }
@@ -66,8 +72,9 @@ impl Shard {
             grant.leading += 1;
         }
         self.looked_up(request.request);
-        self.counters.leased_blocks += u64::from(grant.leading);
-        if grant.leading > 0 {
+        let promised = u64::from(grant.leading) - grant.gaps.len() as u64;
+        self.counters.leased_blocks += promised;
+        if promised > 0 {
             self.counters.leases_granted += u64::from(!known);
         } else if !known {
             self.leases.end(&self.segments, request.token);

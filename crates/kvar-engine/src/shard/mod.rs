@@ -28,6 +28,7 @@
 //! | `trouble` | what if the device refuses? |
 //! | `scrub` | is what lies on the device still what was written? |
 //! | `reclaim`, `checkpoint` | which segment becomes free again; how is recovery kept short? |
+//! | `demote`, `take` | what goes to the tier below; what comes from the one above? |
 //! | `shutdown`, `status` | how does it end; what does it say of itself? |
 //! | `journal` | for tests: where did every block go? |
 
@@ -48,8 +49,10 @@ mod trouble;
 mod write;
 
 mod checkpoint;
+mod demote;
 mod reclaim;
 mod scrub;
+mod take;
 
 mod shutdown;
 mod status;
@@ -84,8 +87,8 @@ pub use status::{Counters, ShardStatus, ShutdownReport};
 use sync::{FlushWaiter, Sync, UnflushedPuts};
 use trouble::Trouble;
 pub use types::{
-    BlockStat, Copy, EngineConfig, Event, GetRequest, LeaseGrant, LeaseRequest, PutHints,
-    PutRequest, PutTicket, SectionRef, Tier, Touch,
+    BlockStat, Copy, Demoted, Demotion, EngineConfig, Event, GetRequest, LeaseGrant, LeaseRequest,
+    Moved, PutHints, PutRequest, PutTicket, SectionRef, Standing, Tier, Touch,
 };
 use write::{Control, WriteGroup, WriteItem};
 
@@ -171,6 +174,11 @@ pub(crate) struct Shard {
     reads_in_flight: usize,
     // Tidying.
     reclaim: Option<Reclaim>,
+    /// Whether there is a tier below or above.
+    standing: Standing,
+    /// What is on offer to the tier below, by token.
+    offers: FastMap<u64, demote::Offer>,
+    next_offer: u64,
     scrub: Scrub,
     checkpoint: Option<CheckpointWrite>,
     pub(crate) checkpoint_number: u64,
@@ -253,6 +261,9 @@ impl Shard {
             directories: Directories::default(),
             reads_in_flight: 0,
             reclaim: None,
+            standing: Standing::default(),
+            offers: FastMap::default(),
+            next_offer: 1,
             scrub: Scrub::default(),
             checkpoint: None,
             checkpoint_number: 0,
@@ -334,7 +345,10 @@ impl Shard {
         let expires = match (self.dram.get(id), &found) {
             (Some(resident), _) => resident.hints.expires_unix_s,
             (None, Some((_, entry))) => self.flash_expiry(entry),
-            (None, None) => return Err(MissReason::Absent),
+            (None, None) => {
+                self.note_missed(id);
+                return Err(MissReason::Absent);
+            }
         };
         if self.is_over(now, id, expires) {
             return Err(MissReason::Expired);

@@ -68,6 +68,8 @@ pub(super) struct MoveRead {
     pub(super) place: Place,
     pub(super) segment: u32,
     pub(super) hints: RecordHints,
+    /// It is to be offered to the tier below, not written again.
+    pub(super) goes_down: bool,
     pub(super) is_again: bool,
 }
 
@@ -238,6 +240,7 @@ impl Shard {
                 used_at: self.keep.demand_bytes(),
                 hints,
                 leased,
+                passes: false,
             },
         );
     }
@@ -324,7 +327,7 @@ impl Shard {
 }
 
 /// The sections asked for.
-fn cut(
+pub(super) fn cut(
     sections: &[Section],
     version: u64,
     image: &Shared,

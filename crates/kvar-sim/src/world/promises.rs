@@ -58,6 +58,7 @@ impl World {
             ttl,
             request: 0,
             first_depth: 0,
+            over_gaps: false,
         };
         let now = self.now;
         let grant = self.engine().lease(now, &request);
