@@ -50,7 +50,7 @@ mod storage;
 mod thread;
 
 pub use admin::AdminError;
-pub use config::{Config, ConfigError, DataPath, MissingDevice};
+pub use config::{Config, ConfigError, DataPath, DeviceTier, MissingDevice};
 pub use config_file::{reference_page, sample};
 pub use device_door::{PROOF_HEADER, TIME_HEADER, proof as device_proof};
 pub use devices::{DeviceReport, DeviceView, Moved, Phase, TableError};
@@ -60,5 +60,5 @@ pub use node::{
     Hooks, LINK_BYTES, MEMORY_BASE_BYTES, MovingHook, Node, NodeHandle, Readiness, StartError,
     StopReport, Stopper, WallClock,
 };
-pub use report::{NodeFacts, NodeReport, ShardReport};
+pub use report::{NodeFacts, NodeReport, ShardReport, TierReport};
 pub use storage::StorageError;

@@ -197,6 +197,9 @@ impl Shard {
         if let Some(why) = is_over {
             return self.drop_not_demoted(&id, &entry, why);
         }
+        if self.shutdown.is_some() {
+            return self.wait_for_below(id, entry, hints);
+        }
         let version = kvar_base::check::version(plan.sections.iter().map(|it| it.check));
         match cut(&plan.sections, version, &buffer.freeze(), None) {
             Ok(copy) => self.offer(id, entry, hints, copy),
