@@ -28,6 +28,7 @@ use crate::layout::{ImagePlan, RecordHints};
 use crate::mutation::{Check, is_disabled};
 use kvar_base::{BlockId, Moment};
 use kvar_io::{Buffer, Op};
+use std::collections::{HashSet, VecDeque};
 use std::time::Duration;
 
 /// How long a reclaim may offer blocks: a 64 MiB segment to a device that takes 32 MiB a second.
@@ -54,14 +55,15 @@ pub(super) struct Offer {
 #[derive(Default)]
 pub(super) struct Descent {
     /// What is still to be offered.
-    pub(super) waiting: std::collections::VecDeque<(BlockId, Entry, RecordHints)>,
-    /// Reads for offers under way.
-    reading: usize,
-    reading_bytes: u64,
+    pub(super) waiting: VecDeque<(BlockId, Entry, RecordHints)>,
+    /// What is being read to be offered.
+    reads: Vec<(BlockId, Entry, RecordHints)>,
     /// When the first offer was made.
     since: Option<Moment>,
     /// Since when the log has nowhere to write.
     stalled_since: Option<Moment>,
+    /// What was promised meanwhile and is written on instead.
+    stays: HashSet<BlockId>,
     /// Nobody is below any more.
     is_alone: bool,
     /// It was given up: what is still being read is dropped.
@@ -121,8 +123,10 @@ impl Shard {
             };
             let bytes = stored_bytes(entry.len);
             let offered: u64 = self.offers.values().map(|offer| offer.bytes).sum();
-            let under_way = self.offers.len() + descent.reading;
-            let fits = offered + descent.reading_bytes + bytes <= OFFERED_BYTES_MAX;
+            let reading = descent.reads.iter().map(|(_, entry, _)| stored_bytes(entry.len));
+            let reading: u64 = reading.sum();
+            let under_way = self.offers.len() + descent.reads.len();
+            let fits = offered + reading + bytes <= OFFERED_BYTES_MAX;
             if under_way > 0 && (!fits || under_way >= OFFERS_MAX) {
                 return;
             }
@@ -135,11 +139,8 @@ impl Shard {
     }
 
     fn begin_offer(&mut self, id: BlockId, entry: Entry, hints: RecordHints) {
-        if !self.still_leads(&id, &entry) {
+        if !self.still_leads(&id, &entry) || self.stays(&id) {
             return;
-        }
-        if self.leases.protects(&id) {
-            return self.keep_after_all(id, entry, hints);
         }
         let resident = self.dram.get(&id);
         let resident = resident.filter(|resident| resident.state == State::Clean);
@@ -159,8 +160,7 @@ impl Shard {
         self.segments.get(segment).readers += 1;
         self.counters.device_read_bytes += bytes;
         if let Some(reclaim) = &mut self.reclaim {
-            reclaim.descent.reading += 1;
-            reclaim.descent.reading_bytes += bytes;
+            reclaim.descent.reads.push((id, entry, hints));
         }
         let read = MoveRead {
             id,
@@ -186,12 +186,11 @@ impl Shard {
             id, entry, hints, ..
         } = *read;
         let is_over = self.reclaim.as_mut().and_then(|reclaim| {
-            reclaim.descent.reading -= 1;
-            reclaim.descent.reading_bytes -= stored_bytes(entry.len);
+            reclaim.descent.reads.retain(|read| read.0 != id);
             reclaim.descent.is_over
         });
         // What fails its check has lost its entry already.
-        let Some(plan) = plan.filter(|_| self.still_leads(&id, &entry)) else {
+        let Some(plan) = plan.filter(|_| self.still_leads(&id, &entry) && !self.stays(&id)) else {
             return;
         };
         if let Some(why) = is_over {
@@ -244,13 +243,9 @@ impl Shard {
         let Offer {
             id, entry, hints, ..
         } = offer;
-        // Given up, removed, or moved on: nothing here is about it any more.
-        if offer.is_given_up || !self.still_leads(&id, &entry) {
+        // Given up, removed, moved on, or promised meanwhile: nothing here is about it any more.
+        if offer.is_given_up || !self.still_leads(&id, &entry) || self.stays(&id) {
             return;
-        }
-        if self.leases.protects(&id) {
-            // Promised meanwhile: here, too, whatever is below.
-            return self.keep_after_all(id, entry, hints);
         }
         let why = match outcome {
             Demoted::Stored | Demoted::Exists => {
@@ -279,12 +274,49 @@ impl Shard {
         }
     }
 
-    /// What was promised meanwhile is written on like everything that is promised, if it finds room.
-    fn keep_after_all(&mut self, id: BlockId, entry: Entry, hints: RecordHints) {
-        let bytes = stored_bytes(entry.len);
-        if let Some(reclaim) = &mut self.reclaim {
+    fn stays(&self, id: &BlockId) -> bool {
+        let reclaim = self.reclaim.as_ref();
+        reclaim.is_some_and(|reclaim| reclaim.descent.stays.contains(id))
+    }
+
+    /// What is known of a block on its way down.
+    fn descending(&self, id: &BlockId) -> Option<(Entry, RecordHints)> {
+        let descent = &self.reclaim.as_ref()?.descent;
+        let waiting = descent.waiting.iter().find(|it| it.0 == *id);
+        let waiting = waiting.map(|(_, entry, hints)| (*entry, *hints));
+        let read = descent.reads.iter().find(|it| it.0 == *id);
+        let read = read.map(|(_, entry, hints)| (*entry, *hints));
+        let live = |offer: &&Offer| offer.id == *id && !offer.is_given_up;
+        let offered = self.offers.values().find(live);
+        let offered = offered.map(|offer| (offer.entry, offer.hints));
+        let found = waiting.or(read).or(offered)?;
+        (self.still_leads(id, &found.0) && !self.stays(id)).then_some(found)
+    }
+
+    /// Whether a block can be promised: one on its way down must find a place at the head of the log,
+    /// too, which what is written meanwhile may have taken already.
+    pub(super) fn may_stay(&self, id: &BlockId) -> bool {
+        let Some((entry, _)) = self.descending(id) else {
+            return true;
+        };
+        self.reclaim.as_ref().is_some_and(|reclaim| {
+            let (room, _) = self.room_for_kept();
+            reclaim.left_bytes() + stored_bytes(entry.len) <= room
+                && reclaim.left_blocks() < self.records_for_kept()
+        })
+    }
+
+    /// A block was promised: if it is on its way down it is written on like everything that is promised,
+    /// whatever becomes of the offer.
+    pub(super) fn keep_promised(&mut self, id: &BlockId) {
+        if let Some((entry, hints)) = self.descending(id)
+            && let Some(reclaim) = &mut self.reclaim
+        {
+            let bytes = stored_bytes(entry.len);
             self.budget.spend(bytes);
-            reclaim.keep(id, entry, hints, bytes);
+            reclaim.descent.waiting.retain(|waiting| waiting.0 != *id);
+            reclaim.descent.stays.insert(*id);
+            reclaim.keep(*id, entry, hints, bytes);
         }
     }
 
@@ -392,10 +424,8 @@ impl Shard {
             let offer = &self.offers[&token];
             left.push_back((offer.id, offer.entry, offer.hints));
         }
-        for (id, entry, hints) in left {
-            if self.still_leads(&id, &entry) && self.leases.protects(&id) {
-                self.keep_after_all(id, entry, hints);
-            } else {
+        for (id, entry, _) in left {
+            if !self.stays(&id) {
                 self.drop_not_demoted(&id, &entry, why);
             }
         }
@@ -408,7 +438,7 @@ impl Shard {
         };
         let descent = &reclaim.descent;
         descent.waiting.is_empty()
-            && descent.reading == 0
+            && descent.reads.is_empty()
             && (self.offers.values().all(|offer| offer.is_given_up)
                 || is_disabled(Check::FlushedBelow))
     }

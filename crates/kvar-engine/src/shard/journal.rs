@@ -112,5 +112,7 @@ impl Shard {
             + self.reading.len()
             + self.parts.len()
             + self.pending.len()
+            // One that waits for a flush has nothing under way for a moment.
+            + usize::from(self.checkpoint.is_some())
     }
 }

@@ -100,6 +100,9 @@ impl Shard {
             (None, None) => return false,
         };
         let place = place.filter(|_| matches!(charge, Charge::Flash(_)));
+        if place.is_some() && !self.may_stay(id) {
+            return false;
+        }
         let wanted = Wanted {
             id: *id,
             charge,
@@ -108,6 +111,7 @@ impl Shard {
         let pinned = self.leases.pin(&self.segments, token, wanted);
         if pinned {
             self.dram.set_leased(id, true);
+            self.keep_promised(id);
         }
         pinned
     }

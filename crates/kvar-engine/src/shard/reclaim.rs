@@ -87,6 +87,14 @@ impl Reclaim {
         self.kept.push_back((id, entry, hints));
     }
 
+    pub(super) fn left_bytes(&self) -> u64 {
+        self.left_bytes
+    }
+
+    pub(super) fn left_blocks(&self) -> usize {
+        self.left_blocks
+    }
+
     fn left(&mut self, bytes: u64) {
         self.left_bytes = self.left_bytes.saturating_sub(bytes);
         self.left_blocks = self.left_blocks.saturating_sub(1);
@@ -318,7 +326,7 @@ impl Shard {
     }
 
     /// Blocks for which there is a record: tombstones may have taken those of the open segment.
-    fn records_for_kept(&self) -> usize {
+    pub(super) fn records_for_kept(&self) -> usize {
         let next = self.segments.prepared.is_some() || self.segments.preparing.is_some();
         match &self.segments.open {
             Some(_) if next => usize::MAX,
@@ -329,7 +337,7 @@ impl Shard {
 
     /// Bytes of what is kept that there is room for, of what nobody was promised and of all: with no
     /// segment open (right after a start on a full device) there is nowhere to go.
-    fn room_for_kept(&self) -> (u64, u64) {
+    pub(super) fn room_for_kept(&self) -> (u64, u64) {
         let Some(open) = &self.segments.open else {
             return (0, 0);
         };

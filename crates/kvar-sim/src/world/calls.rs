@@ -354,6 +354,7 @@ impl World {
         self.model.unix_s = self.unix_s();
         let now = self.now;
         self.model.promises.begin_moment(now);
+        self.answer_from_below();
         self.engine().turn(now);
         self.hear_disk(false);
         self.hear()?;

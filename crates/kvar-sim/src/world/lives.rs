@@ -24,6 +24,7 @@ impl World {
     /// The disk is well again; the store answers everything and comes to rest.
     pub(crate) fn settle(&mut self) -> Step {
         self.note("settle");
+        self.below.iter_mut().for_each(|below| below.at_once = true);
         self.disk.clear_faults();
         self.disk.set_rates(FaultRates::default());
         while !self.open_puts.is_empty() {
@@ -38,6 +39,7 @@ impl World {
                 self.waiting.is_empty() && engine.in_flight() == 0 && engine.bookkeeping() == 0;
             if at_rest {
                 self.let_go()?;
+                self.below.iter_mut().for_each(|below| below.at_once = false);
                 return self.check_memory();
             }
         }
@@ -145,6 +147,7 @@ impl World {
             Restart::Kill
                 if self.struck_known == 0
                     && !self.was_busy
+                    && self.below.is_none()
                     && self.config.writes == WriteRates::default() =>
             {
                 let age = 2 * self.config.flush_after;
@@ -272,6 +275,7 @@ impl World {
         let (mut engine, report) = opened?;
         engine.keep_journal();
         self.engine = Some(engine);
+        self.stand_above();
         self.recovery = report.clone();
         (self.harm.refused, self.was_busy, self.has_placed) = (false, false, false);
         self.life_began = self.turns;

@@ -6,6 +6,7 @@
 //! that agrees with how full things were; memory comes back.
 
 mod answers;
+mod below;
 mod calls;
 mod devices;
 mod lives;
@@ -18,6 +19,7 @@ use crate::device::Harm;
 use crate::model::{Model, Presence};
 use crate::payload;
 use crate::tally::Tally;
+use below::Below;
 use devices::Shelved;
 use kvar_base::{BlockId, Moment};
 use kvar_engine::{
@@ -26,7 +28,7 @@ use kvar_engine::{
 };
 use kvar_io::Arena;
 use kvar_io::sim::{FaultRates, Image, SimDisk, SimOptions, Survival};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
@@ -189,6 +191,10 @@ pub struct World {
     expected_block_bytes: u64,
     /// Something was written to the device in this life: a segment is open.
     has_placed: bool,
+    /// There may be a tier below.
+    below: Option<Below>,
+    /// Blocks that reclaim gave up since the last answers.
+    given_up_now: BTreeSet<u64>,
     trace: VecDeque<String>,
     pub(crate) trace_steps: usize,
 }
@@ -261,6 +267,8 @@ impl World {
             formats: 0,
             expected_block_bytes: 0,
             has_placed: false,
+            below: None,
+            given_up_now: BTreeSet::new(),
             trace: VecDeque::new(),
             trace_steps: TRACE_STEPS,
         };

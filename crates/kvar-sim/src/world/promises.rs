@@ -132,6 +132,8 @@ impl World {
                             self.store_bytes(),
                         )
                         || charge == Charge::Device && self.segment_is_promised(number, bytes)
+                        // On its way down, and there is no room to write it on.
+                        || charge == Charge::Device && self.below.is_some()
                 }
                 _ => false,
             };
