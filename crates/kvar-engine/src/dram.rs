@@ -55,6 +55,8 @@ pub(crate) struct Resident {
     pub(crate) leased: bool,
     /// Here only until it is written: it comes from the tier above, and nobody used it since.
     pub(crate) passes: bool,
+    /// Flushed in the tier below: it may go at any time, and is not written here again.
+    pub(crate) is_below: bool,
 }
 
 impl Resident {
@@ -68,7 +70,8 @@ impl Resident {
 
     /// In memory alone, and nobody said that it may stay so.
     pub(crate) fn is_alone(&self) -> bool {
-        matches!(self.state, State::Held | State::Volatile) && !self.ephemeral
+        let is_only_here = matches!(self.state, State::Held | State::Volatile);
+        is_only_here && !self.ephemeral && !self.is_below
     }
 
     fn may_leave(&self) -> bool {
@@ -108,6 +111,7 @@ pub(crate) struct Gone {
     pub(crate) state: State,
     pub(crate) class: BlockClass,
     pub(crate) ephemeral: bool,
+    pub(crate) is_below: bool,
 }
 
 impl Dram {
@@ -199,6 +203,7 @@ impl Dram {
             state: resident.state,
             class: resident.class,
             ephemeral: resident.ephemeral,
+            is_below: resident.is_below,
         })
     }
 
@@ -271,6 +276,14 @@ impl Dram {
         self.change(id, |resident| resident.state = state);
     }
 
+    /// The device gave its copy up, and the tier below has one.
+    pub(crate) fn set_below(&mut self, id: &BlockId) {
+        self.change(id, |resident| {
+            resident.state = State::Volatile;
+            resident.is_below = true;
+        });
+    }
+
     /// Whether somebody was promised this resident.
     pub(crate) fn set_leased(&mut self, id: &BlockId, leased: bool) {
         self.change(id, |resident| resident.leased = leased);
@@ -300,7 +313,8 @@ impl Dram {
             resident.class = class;
             resident.used_at = used_at;
             resident.passes = false;
-            if resident.state == State::Volatile && !resident.ephemeral {
+            let is_safe = resident.ephemeral || resident.is_below;
+            if resident.state == State::Volatile && !is_safe {
                 resident.state = State::Held;
             }
         });

@@ -3,7 +3,9 @@
 mod shard;
 
 use kvar_base::{BlockId, LeaseToken, Moment};
-use kvar_engine::{Demoted, EngineConfig, Event, LeaseRequest, PutHints, Standing, WriteRates};
+use kvar_engine::{
+    Demoted, EngineConfig, Event, GetRequest, LeaseRequest, PutHints, Standing, Touch, WriteRates,
+};
 use shard::{Shard, config, id};
 use std::collections::HashMap;
 use std::time::Duration;
@@ -62,7 +64,10 @@ impl Tiers {
                 continue;
             }
             self.next_token += 1;
-            let taken = self.below.engine.take(self.below.now, self.next_token, &block);
+            let taken = self
+                .below
+                .engine
+                .take(self.below.now, self.next_token, &block);
             match taken {
                 Ok(()) => drop(self.under_way.insert(self.next_token, token)),
                 Err(outcome) => self.answer(token, outcome),
@@ -123,10 +128,34 @@ fn what_the_first_tier_has_no_room_for_is_in_the_second() {
     let counters = tiers.above.counters();
     assert!(counters.demoted > 500, "{counters:?}");
     assert_eq!(counters.reclaim_dropped, 0, "{counters:?}");
-    assert_eq!(tiers.below.counters().taken, counters.demoted - counters.demoted_exists);
+    assert_eq!(
+        tiers.below.counters().taken,
+        counters.demoted - counters.demoted_exists
+    );
     for number in 0..1500 {
         assert!(tiers.somewhere(number), "block {number} is nowhere");
     }
+}
+
+#[test]
+fn what_memory_holds_of_blocks_that_are_below_is_not_written_again() {
+    let mut tiers = Tiers::new();
+    tiers.put(0..900);
+    // Read again, so that memory holds the oldest as well as the device.
+    for number in 0..60 {
+        assert!(tiers.somewhere(number));
+    }
+    tiers.put(2000..2200);
+    tiers.rest();
+    let before = tiers.above.counters();
+    assert!(before.demoted > 100);
+    tiers.above.engine.flush(99);
+    tiers.rest();
+    let after = tiers.above.counters();
+    assert_eq!(after.block_write_bytes, before.block_write_bytes);
+    let above = tiers.above;
+    let kept = above.shut_down();
+    assert!(kept.recovery.blocks > 0);
 }
 
 #[test]
@@ -161,15 +190,23 @@ fn a_block_stays_readable_above_until_the_tier_below_has_flushed_it() {
     tiers.below.now = tiers.above.now;
     tiers.below.engine.take(tiers.below.now, 77, block).unwrap();
     assert!(there(&mut tiers));
-    assert_eq!(tiers.below.engine.lookup(tiers.below.now, &[block.id], 0), [true]);
+    assert_eq!(
+        tiers.below.engine.lookup(tiers.below.now, &[block.id], 0),
+        [true]
+    );
     let mut is_flushed = false;
     while !is_flushed {
         tiers.below.now = tiers.below.now.after(STEP);
         tiers.below.engine.turn(tiers.below.now);
         let heard = tiers.below.hear();
-        is_flushed = heard.iter().any(|it| matches!(it, Event::Put { token: 77, .. }));
+        is_flushed = heard
+            .iter()
+            .any(|it| matches!(it, Event::Put { token: 77, .. }));
     }
-    tiers.above.engine.demoted(tiers.above.now, *token, Demoted::Stored);
+    tiers
+        .above
+        .engine
+        .demoted(tiers.above.now, *token, Demoted::Stored);
     assert_eq!(tiers.above.counters().demoted, 1);
     let mut below = tiers.below.restart();
     assert_eq!(below.engine.lookup(below.now, &[block.id], 0), [true]);
@@ -204,7 +241,10 @@ fn a_tier_below_that_never_answers_costs_one_reclaim_two_seconds_and_no_put() {
         let busy_since = tiers.above.now;
         tiers.above.put(number, &[LEN], PutHints::default());
         let waited = tiers.above.now.since(busy_since);
-        assert!(waited < Duration::from_millis(500), "a put waited {waited:?}");
+        assert!(
+            waited < Duration::from_millis(500),
+            "a put waited {waited:?}"
+        );
         number += 1;
         assert!(number < 5000, "{:?}", tiers.above.counters());
     }
@@ -216,11 +256,18 @@ fn a_tier_below_that_never_answers_costs_one_reclaim_two_seconds_and_no_put() {
         tiers.above.put(number, &[LEN], PutHints::default());
     }
     tiers.above.settle();
-    assert_eq!(tiers.above.counters().offered, offered, "more was offered to a tier that is late");
+    assert_eq!(
+        tiers.above.counters().offered,
+        offered,
+        "more was offered to a tier that is late"
+    );
     // It answers at last: from now on it is asked again.
     tiers.below.now = tiers.above.now;
     for (token, _) in std::mem::take(&mut tiers.above.offers) {
-        tiers.above.engine.demoted(tiers.above.now, token, Demoted::Stored);
+        tiers
+            .above
+            .engine
+            .demoted(tiers.above.now, token, Demoted::Stored);
     }
     tiers.put(20_000..20_600);
     assert!(tiers.above.counters().demoted > 0);
@@ -267,7 +314,10 @@ fn a_removed_block_is_not_offered_any_more_and_one_on_offer_is_not_dropped_twice
     let offers = std::mem::take(&mut tiers.above.offers);
     let mut offered = offers.len();
     for (token, _) in offers {
-        tiers.above.engine.demoted(tiers.above.now, token, Demoted::Stored);
+        tiers
+            .above
+            .engine
+            .demoted(tiers.above.now, token, Demoted::Stored);
     }
     for _ in 0..50 {
         tiers.above.pass(STEP);
@@ -297,7 +347,10 @@ fn what_is_leased_on_its_way_down_stays_above_too() {
         first_depth: 0,
         over_gaps: false,
     };
-    assert_eq!(tiers.above.engine.lease(tiers.above.now, &request).leading, 1);
+    assert_eq!(
+        tiers.above.engine.lease(tiers.above.now, &request).leading,
+        1
+    );
     tiers.put(1000..1400);
     let now = tiers.above.now;
     assert!(tiers.above.counters().demoted > 100);
@@ -407,13 +460,67 @@ fn a_stop_leaves_what_was_not_offered_where_it_is() {
     let before: Vec<u64> = (0..number).filter(|it| tiers.above.is_there(*it)).collect();
     // The tier below stops a moment earlier, and says so.
     for (token, _) in std::mem::take(&mut tiers.above.offers) {
-        tiers.above.engine.demoted(tiers.above.now, token, Demoted::Gone);
+        tiers
+            .above
+            .engine
+            .demoted(tiers.above.now, token, Demoted::Gone);
     }
     let mut above = tiers.above.shut_down();
     for number in before {
         assert!(above.is_there(number), "block {number} was dropped");
     }
     assert_eq!(above.now.max(Moment(1)), above.now);
+}
+
+/// Blocks of a device that was retired arrived as strangers that had just been used.
+#[test]
+fn a_block_that_is_moved_is_as_old_and_as_often_used_as_it_was() {
+    let read = |shard: &mut Shard, number: u64| {
+        let request = GetRequest {
+            id: id(number),
+            sections: None,
+            deadline: Moment(u64::MAX),
+            touch: Touch::NONE,
+        };
+        shard.engine.get(shard.now, 5, request);
+        for _ in 0..1000 {
+            for event in shard.hear() {
+                if let Event::Get { outcome, .. } = event {
+                    return outcome.unwrap();
+                }
+            }
+            shard.now = shard.now.after(Duration::from_micros(100));
+            shard.engine.turn(shard.now);
+        }
+        panic!("never answered");
+    };
+    let mut from = Shard::new(SMALL, small());
+    from.put(1, &[LEN], PutHints::default());
+    (0..2).for_each(|_| assert!(from.is_there(1)));
+    let fresh = read(&mut from, 1).moved;
+    from.push_out_of_memory(1);
+    let copy = read(&mut from, 1);
+    assert_eq!((copy.moved.class.uses(), fresh.class.uses()), (2, 2));
+    assert!(copy.moved.age_bytes > fresh.age_bytes);
+    let tier = from.engine.stat(from.now, &id(1)).unwrap().tier;
+    assert_eq!(tier, kvar_engine::Tier::Flash, "nobody used it");
+    assert_eq!(read(&mut from, 1).moved, copy.moved);
+
+    let mut to = Shard::new(SMALL, small());
+    for number in 100..400 {
+        to.put(number, &[LEN], PutHints::default());
+    }
+    let hints = PutHints {
+        moved: Some(copy.moved),
+        is_asked: true,
+        ..PutHints::default()
+    };
+    to.put(1, &[LEN], hints);
+    to.settle();
+    let there = read(&mut to, 1).moved;
+    assert_eq!(there.class, copy.moved.class);
+    // As old as this shard's clock can tell.
+    assert!(there.age_bytes >= 3 << 20, "{there:?}");
 }
 
 #[test]

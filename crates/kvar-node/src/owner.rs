@@ -25,9 +25,9 @@
 
 use crate::loading::{Opened, Progress};
 use crate::mail::{Answer, Ask, EngineKey, Origin, Ticket};
-use kvar_engine::{Demoted, Demotion, Standing};
 use crate::report::ShardReport;
 use kvar_base::{MissReason, Moment, PutOutcome, Refusal};
+use kvar_engine::{Demoted, Demotion, Standing};
 use kvar_engine::{
     Engine, Event, LeaseGrant, LeaseRequest, Loaded, RecoveryReport, ShardStatus, ShutdownReport,
 };

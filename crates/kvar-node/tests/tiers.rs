@@ -157,7 +157,11 @@ fn what_the_fast_device_has_no_room_for_is_a_hit_from_the_big_one() {
         // A machine that is busy may have been too slow for some; they are counted.
         let lost = lost(&node);
         let found = present(&node, &ids);
-        assert!(found.len() + lost >= ids.len(), "{} and {lost}", found.len());
+        assert!(
+            found.len() + lost >= ids.len(),
+            "{} and {lost}",
+            found.len()
+        );
         assert!(lost < ids.len() / 10, "{lost} were lost");
         let LookupAnswer::Each(bitmap) = lookup(&node, &ids, false) else {
             panic!("each was asked for")
@@ -172,7 +176,10 @@ fn what_the_fast_device_has_no_room_for_is_a_hit_from_the_big_one() {
         // Both tiers say what they are.
         let status: Value = serde_json::from_str(&http(&node, "/v1/status").1).unwrap();
         let tiers = status["tiers"].as_array().unwrap();
-        assert_eq!((&tiers[0]["tier"], &tiers[1]["tier"]), (&"fast".into(), &"big".into()));
+        assert_eq!(
+            (&tiers[0]["tier"], &tiers[1]["tier"]),
+            (&"fast".into(), &"big".into())
+        );
         assert!(tiers[1]["blocks"].as_u64().unwrap() > u64::from(BLOCKS) / 3);
         let memory = |at: usize| tiers[at]["dram_bytes_max"].as_u64().unwrap();
         assert!(memory(0) > memory(1));
@@ -240,7 +247,10 @@ fn a_lease_over_both_tiers_promises_the_whole_chain_and_gives_back_what_is_behin
     // A gap: what is behind it is promised by nobody.
     chain.insert(13, BlockId::new([0xee; 32]));
     let answer = lease(&chain, 2);
-    assert_eq!((answer.leading, answer.reason), (13, Some(MissReason::Absent)));
+    assert_eq!(
+        (answer.leading, answer.reason),
+        (13, Some(MissReason::Absent))
+    );
     let until = Instant::now() + PATIENCE;
     while leased(&node) != 40 {
         assert!(Instant::now() < until, "{} are leased", leased(&node));
@@ -341,7 +351,11 @@ fn either_tier_may_go_and_come() {
     fill(&node, &last);
     let retire = json!({ "action": "retire", "device": fast });
     let (code, answer) = post_devices(&node, &retire);
-    assert_eq!((code, &answer["state"]), (200, &"leaving".into()), "{answer}");
+    assert_eq!(
+        (code, &answer["state"]),
+        (200, &"leaving".into()),
+        "{answer}"
+    );
     let until = Instant::now() + PATIENCE;
     while device(&node, &fast)["state"] != "retired" {
         assert!(Instant::now() < until, "{}", device(&node, &fast));
@@ -384,7 +398,10 @@ fn a_big_device_that_is_not_there_at_start_costs_its_blocks_alone() {
 #[test]
 fn the_settings_say_which_tier_and_say_no_to_a_wrong_one() {
     let parse = |text: &str| DataPath::parse(text).unwrap();
-    assert_eq!(parse("/a=1GiB,big"), data(Path::new("/a"), 1024, DeviceTier::Big));
+    assert_eq!(
+        parse("/a=1GiB,big"),
+        data(Path::new("/a"), 1024, DeviceTier::Big)
+    );
     assert_eq!(parse("/a,fast").tier, Some(DeviceTier::Fast));
     assert_eq!((parse("/a").tier, parse("/a=1GiB").tier), (None, None));
     // A path may have a comma.

@@ -31,7 +31,11 @@ fn count(status: &serde_json::Value, name: &str) -> u64 {
 fn a_kill_loses_nothing_that_was_settled_in_either_tier() {
     let dir = tempfile::tempdir().unwrap();
     let mut place = Place::new(dir.path()).with(&["--flush-after", "100ms", "--dram", "64MiB"]);
-    let size = place.flags.iter().position(|flag| flag == "--size").unwrap();
+    let size = place
+        .flags
+        .iter()
+        .position(|flag| flag == "--size")
+        .unwrap();
     place.flags.drain(size..size + 2);
     place = place.with(&["--flash-write-budget", "unlimited"]);
     place.data = vec![
@@ -45,7 +49,15 @@ fn a_kill_loses_nothing_that_was_settled_in_either_tier() {
     let mut command = server.command("replay");
     command
         .arg(&trace)
-        .args(["--block-bytes", "64KiB", "--pace", "real", "--deadline", "5s", "--json"])
+        .args([
+            "--block-bytes",
+            "64KiB",
+            "--pace",
+            "real",
+            "--deadline",
+            "5s",
+            "--json",
+        ])
         .arg("--journal")
         .arg(&journal);
     let running = std::thread::spawn(move || finish(command));
@@ -83,11 +95,20 @@ fn a_kill_loses_nothing_that_was_settled_in_either_tier() {
     let reasons = ["not_worth", "limit", "busy", "late", "gone", "failed"];
     let lost = reasons.map(|reason| count(&status, &format!("not_demoted_{reason}")));
     let lost = lost.iter().sum::<u64>() + count(&status, "bucket_evicted");
-    assert!(hits.as_u64().unwrap() + lost >= settled, "{lost} lost, {report}");
+    assert!(
+        hits.as_u64().unwrap() + lost >= settled,
+        "{lost} lost, {report}"
+    );
     assert!(lost < settled / 10, "{lost} lost, {report}");
-    assert_eq!((&report["wrong_bytes"], &report["removed_but_back"]), (&0.into(), &0.into()));
+    assert_eq!(
+        (&report["wrong_bytes"], &report["removed_but_back"]),
+        (&0.into(), &0.into())
+    );
     let status = server.json("status", &[]);
-    assert!(status["tiers"][1]["blocks"].as_u64().unwrap() > 500, "{status}");
+    assert!(
+        status["tiers"][1]["blocks"].as_u64().unwrap() > 500,
+        "{status}"
+    );
     assert_eq!(server.stop(), 0);
     assert!(place.log().contains("dropped_blocks=0"), "{}", place.log());
 }

@@ -50,7 +50,10 @@ impl Shard {
     /// A block left memory for want of room.
     pub(super) fn evicted(&mut self, gone: &Gone, fragmented: bool) {
         let id = gone.id;
-        if gone.state == State::Clean {
+        if gone.is_below {
+            self.counters.dram_evicted_clean += 1;
+            self.keep.let_go(short(&id), gone.class);
+        } else if gone.state == State::Clean {
             self.counters.dram_evicted_clean += 1;
         } else {
             self.counters.dram_evicted_gone += 1;

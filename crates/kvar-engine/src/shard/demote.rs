@@ -123,7 +123,10 @@ impl Shard {
             };
             let bytes = stored_bytes(entry.len);
             let offered: u64 = self.offers.values().map(|offer| offer.bytes).sum();
-            let reading = descent.reads.iter().map(|(_, entry, _)| stored_bytes(entry.len));
+            let reading = descent
+                .reads
+                .iter()
+                .map(|(_, entry, _)| stored_bytes(entry.len));
             let reading: u64 = reading.sum();
             let under_way = self.offers.len() + descent.reads.len();
             let fits = offered + reading + bytes <= OFFERED_BYTES_MAX;
@@ -330,7 +333,7 @@ impl Shard {
         self.counters.demoted_bytes += if existed { 0 } else { stored_bytes(entry.len) };
         match self.dram.get(id).map(|resident| resident.state) {
             // The copy in memory may go at any time: nothing is lost with it.
-            Some(State::Clean) => self.dram.set_state(id, State::Volatile),
+            Some(State::Clean) => self.dram.set_below(id),
             Some(_) => {}
             None => {
                 self.let_go(id, entry.class());
@@ -355,7 +358,11 @@ impl Shard {
         *counter += 1;
         self.note_displaced(entry.position, Displaced::Reclaim);
         let is_short = !self.budget.has_plenty(0, Self::budget_time(self.now));
-        let state = if is_short { State::Held } else { State::Volatile };
+        let state = if is_short {
+            State::Held
+        } else {
+            State::Volatile
+        };
         self.drop_flash_copy(id, entry, state);
     }
 

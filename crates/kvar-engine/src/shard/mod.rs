@@ -353,7 +353,7 @@ impl Shard {
         if self.is_over(now, id, expires) {
             return Err(MissReason::Expired);
         }
-        if !self.has_looked_up(touch.request) {
+        if touch != Touch::NONE && !self.has_looked_up(touch.request) {
             let blocks = self.request_blocks(touch.request, touch.depth);
             let bytes = self.use_block(id, found, touch, blocks);
             self.keep.demanded(bytes);

@@ -266,6 +266,7 @@ impl Shard {
                 hints,
                 leased: false,
                 passes,
+                is_below: false,
             },
         );
         if passes {

@@ -14,8 +14,8 @@
 //! where they lie; what fails twice is gone.
 
 use super::{
-    Change, Copy, Displaced, Event, GetRequest, Pending, READS_IN_FLIGHT_MAX, SectionRef, Shard,
-    Touch, verify_image,
+    Change, Copy, Displaced, Event, GetRequest, Moved, Pending, READS_IN_FLIGHT_MAX, SectionRef,
+    Shard, Touch, verify_image,
 };
 use crate::dram::{Resident, State};
 use crate::index::Entry;
@@ -91,12 +91,18 @@ impl Shard {
             return self.miss(token, reason);
         }
         if let Some(resident) = self.dram.get(&id) {
-            let outcome = cut(
+            let mut outcome = cut(
                 &resident.sections,
                 resident.version,
                 &resident.image,
                 sections,
             );
+            if let Ok(copy) = &mut outcome {
+                copy.moved = Moved {
+                    class: resident.class,
+                    age_bytes: self.keep.demand_bytes().saturating_sub(resident.used_at),
+                };
+            }
             self.counters.dram_hits += u64::from(outcome.is_ok());
             return self.answer(token, outcome);
         }
@@ -202,19 +208,27 @@ impl Shard {
         let sections = plan.sections;
         let version = version(sections.iter().map(|section| section.check));
         let image = buffer.freeze();
+        let known = self.find(&id).map_or(entry, |(_, now)| now);
+        let moved = Moved {
+            class: known.class(),
+            age_bytes: self.keep.age_bytes(known.stamp),
+        };
         for waiter in &waiters {
             let outcome = cut(&sections, version, &image, waiter.sections.clone());
+            let outcome = outcome.map(|copy| Copy { moved, ..copy });
             self.counters.flash_hits += u64::from(outcome.is_ok());
             self.answer(waiter.token, outcome);
         }
         // Only what the index still knows becomes resident: a block that was dropped by reclaim
         // while it was read stays dropped.
+        // Nor what nobody used.
+        let used_by = waiters.iter().rfind(|waiter| waiter.touch != Touch::NONE);
+        let Some(touch) = used_by.map(|waiter| waiter.touch) else {
+            return self.dram.release(padded);
+        };
         if self.dram.get(&id).is_some() || self.find(&id).is_none() {
             return self.dram.release(padded);
         }
-        let touch = waiters
-            .last()
-            .map_or_else(Touch::default, |waiter| waiter.touch);
         let arrival = self.arrival(touch.request);
         let hints = RecordHints {
             depth: touch.depth,
@@ -241,6 +255,7 @@ impl Shard {
                 hints,
                 leased,
                 passes: false,
+                is_below: false,
             },
         );
     }
@@ -356,5 +371,6 @@ pub(super) fn cut(
         version,
         sections,
         bytes: image.clone(),
+        moved: Moved::default(),
     })
 }

@@ -22,7 +22,7 @@
 //!
 //! Left to others: whole blocks (`read`), which alone become resident.
 
-use super::{Copy, Pending, READS_IN_FLIGHT_MAX, SectionRef, Shard};
+use super::{Copy, Moved, Pending, READS_IN_FLIGHT_MAX, SectionRef, Shard};
 use crate::fast_map::FastMap;
 use crate::index::Entry;
 use crate::layout::{ImagePlan, PAGE};
@@ -270,6 +270,7 @@ impl Shard {
             version: known.version,
             sections,
             bytes: buffer.freeze(),
+            moved: Moved::default(),
         };
         self.end_part(&read, Ok(copy));
     }

@@ -136,7 +136,8 @@ impl Shard {
         let index = &self.index;
         let volatile = self.dram.in_order(|id, resident| {
             let may_leave = matches!(resident.state, State::Volatile | State::Held | State::Clean);
-            may_leave && !resident.ephemeral && index.find(id).is_none()
+            let is_safe = resident.ephemeral || resident.is_below;
+            may_leave && !is_safe && index.find(id).is_none()
         });
         for id in volatile {
             self.queue_resident(now, &id);

@@ -62,12 +62,21 @@ impl Default for EngineConfig {
 }
 
 /// What a touch says about its block.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Touch {
     /// A number shared by all calls about one prompt, unique among prompts; 0: this call alone.
     pub request: u64,
     /// Position in the chain.
     pub depth: u32,
+}
+
+impl Touch {
+    /// Nobody uses the block: it is read to be moved. It stays as young as it was, and is not brought
+    /// into memory.
+    pub const NONE: Self = Self {
+        request: u64::MAX,
+        depth: u32::MAX,
+    };
 }
 
 /// A read.
@@ -278,6 +287,8 @@ pub struct Copy {
     pub sections: SmallVec<[SectionRef; 1]>,
     /// The stored image; sections lie in it.
     pub bytes: Shared,
+    /// What was known of its use when it was read; of a part of a block nothing.
+    pub moved: Moved,
 }
 
 impl Copy {

@@ -4,8 +4,9 @@
 
 use kvar_base::{BlockId, ContentCheck, DeviceUuid, MissReason, Moment, PutOutcome};
 use kvar_engine::{
-    Counters, Demotion, Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest,
-    RecoveryReport, ShardStatus, Superblock, Touch, arena_bytes, format, read_superblock,
+    Counters, Demotion, Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints,
+    PutRequest, RecoveryReport, ShardStatus, Superblock, Touch, arena_bytes, format,
+    read_superblock,
 };
 use kvar_io::Arena;
 use kvar_io::sim::{Image, SimDisk, SimOptions, Survival};

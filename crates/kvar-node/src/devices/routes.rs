@@ -399,7 +399,11 @@ mod tests {
         for (part, engine) in both.engines().iter().enumerate() {
             let is_big = [1, 2].contains(&(engine.serial / 100));
             assert_eq!(both.tier_of_part(part) == DeviceTier::Big, is_big);
-            let standing = if is_big { Standing::Below } else { Standing::Above };
+            let standing = if is_big {
+                Standing::Below
+            } else {
+                Standing::Above
+            };
             assert_eq!(both.standing(*engine), standing);
             assert_eq!(lower.standing(*engine), Standing::Only);
         }

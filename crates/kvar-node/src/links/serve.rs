@@ -400,10 +400,7 @@ impl Conversation {
                 .collect()
         };
         // What is on its way down must not outlive its removal: see docs/internals/tiers.md.
-        let (fast, big) = (
-            asks_of(&[DeviceTier::Fast]),
-            asks_of(&[DeviceTier::Big]),
-        );
+        let (fast, big) = (asks_of(&[DeviceTier::Fast]), asks_of(&[DeviceTier::Big]));
         let in_turn = which != Which::Flush && !fast.is_empty() && !big.is_empty();
         let (mut asks, mut then) = match in_turn {
             // Blocks of a device that leaves may move from the one tier to the other, either way.

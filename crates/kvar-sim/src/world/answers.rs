@@ -238,7 +238,9 @@ impl World {
             {
                 Some(Reason::Dropped)
             }
-            Displaced::Reclaim | Displaced::Bucket | Displaced::Expired | Displaced::Demoted => None,
+            Displaced::Reclaim | Displaced::Bucket | Displaced::Expired | Displaced::Demoted => {
+                None
+            }
         };
         self.hear_left(number, excuse)
     }

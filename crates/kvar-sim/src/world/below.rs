@@ -40,6 +40,13 @@ pub(super) struct Below {
     pub(super) at_once: bool,
 }
 
+impl Below {
+    /// Whether a block was said to be stored here.
+    pub(super) fn has(&self, number: u64) -> bool {
+        self.stored.contains(&number)
+    }
+}
+
 impl World {
     /// From now on there is a tier below.
     pub(crate) fn put_something_below(&mut self, seed: u64) {
@@ -84,7 +91,9 @@ impl World {
         self.tally.count("below/offered");
         let turns = self.turns;
         let Some(below) = &mut self.below else {
-            return wrong(format!("block {number} is offered and there is nobody below"));
+            return wrong(format!(
+                "block {number} is offered and there is nobody below"
+            ));
         };
         let outcome = match below.dice.below(40) {
             0..28 => Demoted::Stored,
@@ -161,7 +170,9 @@ impl World {
     pub(super) fn check_is_below(&mut self, position: u32) -> Step {
         let number = self.model.positions.get(&position).copied();
         let stored = self.below.as_ref().map(|below| &below.stored);
-        let is_there = number.zip(stored).is_some_and(|(it, stored)| stored.contains(&it));
+        let is_there = number
+            .zip(stored)
+            .is_some_and(|(it, stored)| stored.contains(&it));
         if !is_there && !self.model.lenient {
             return wrong(format!(
                 "position {position} (block {number:?}) is given up for the tier below, which was not said to \

@@ -39,7 +39,9 @@ impl World {
                 self.waiting.is_empty() && engine.in_flight() == 0 && engine.bookkeeping() == 0;
             if at_rest {
                 self.let_go()?;
-                self.below.iter_mut().for_each(|below| below.at_once = false);
+                self.below
+                    .iter_mut()
+                    .for_each(|below| below.at_once = false);
                 return self.check_memory();
             }
         }
@@ -312,10 +314,12 @@ impl World {
             // Of blocks in doubt it is not known whether the device has them, too.
             let history_lost = self.harm.history_lost;
             let (mut in_memory_alone, mut unsure) = (0, 0);
-            for block in self.model.blocks.values_mut() {
+            for (number, block) in &mut self.model.blocks {
                 if block.is_visible() && !block.on_device {
                     in_memory_alone += 1;
-                    unsure += u64::from(history_lost && block.is_in_doubt());
+                    // What is below counts as kept.
+                    let below = self.below.as_ref().is_some_and(|it| it.has(*number));
+                    unsure += u64::from(below || history_lost && block.is_in_doubt());
                 }
             }
             // What was over may have been forgotten since the report was made.

@@ -195,7 +195,7 @@ impl Keeper {
             id: block.block.id,
             sections: None,
             deadline: now.after(STEP_DEADLINE),
-            touch: Touch::default(),
+            touch: Touch::NONE,
         });
         self.step(at, from, ask, block, Step::Reading);
     }
@@ -228,7 +228,7 @@ impl Keeper {
                 recompute_us: hints.recompute_us,
                 handover: hints.handover,
                 is_asked: true,
-                moved: None,
+                moved: Some(copy.moved),
             },
             durable: false,
             deadline: now.after(STEP_DEADLINE),
