@@ -98,7 +98,7 @@ impl Conversation {
         desk: &mut Desk,
         request: u64,
         part: u32,
-        grant: LeaseGrant,
+        grant: &LeaseGrant,
     ) {
         let Some(Open {
             kind: Kind::Lease(lease),

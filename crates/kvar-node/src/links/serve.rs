@@ -584,7 +584,7 @@ impl Conversation {
         }
         match answer {
             Answer::Lookup(found) => self.on_looked_up(desk, request, part, found),
-            Answer::Leased(grant) => self.on_leased(desk, request, part, grant),
+            Answer::Leased(grant) => self.on_leased(desk, request, part, &grant),
             Answer::AboutLease(until) => self.on_about_leased(desk, request, until),
             Answer::Get(outcome) => self.on_got(desk, request, part, outcome),
             Answer::PutBegun(begun) => self.on_put_begun(desk, request, begun),
