@@ -208,10 +208,9 @@ impl Shard {
         let sections = plan.sections;
         let version = version(sections.iter().map(|section| section.check));
         let image = buffer.freeze();
-        let known = self.find(&id).map_or(entry, |(_, now)| now);
         let moved = Moved {
-            class: known.class(),
-            age_bytes: self.keep.age_bytes(known.stamp),
+            class: entry.class(),
+            age_bytes: self.keep.age_bytes(entry.stamp),
         };
         for waiter in &waiters {
             let outcome = cut(&sections, version, &image, waiter.sections.clone());
