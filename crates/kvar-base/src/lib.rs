@@ -7,6 +7,7 @@
 //! What is absent: sockets, devices, policy, tokens of a language model.
 
 pub mod check;
+mod fast_map;
 mod fingerprint;
 mod id;
 mod outcome;
@@ -15,6 +16,7 @@ mod time;
 pub mod wake;
 
 pub use check::{ContentCheck, Crc64};
+pub use fast_map::FastMap;
 pub use fingerprint::ContentFingerprint;
 pub use id::{BlockId, DeviceUuid, LeaseToken, NamespaceKey, NamespaceKeyError};
 pub use outcome::{MissReason, PutOutcome, Refusal};

@@ -24,10 +24,10 @@
 //! What a block costs to compute counts while memory has it alone: a copy of what the device holds
 //! saves a read, whatever the block cost.
 
-use crate::fast_map::FastMap;
 use crate::layout::{RecordHints, Sections};
 use crate::mutation::{Check, is_disabled};
 use crate::shard::Handover;
+use kvar_base::FastMap;
 use kvar_base::{BlockId, Moment};
 use kvar_io::Shared;
 use kvar_policy::{
@@ -71,6 +71,10 @@ pub(crate) struct Resident {
     pub(crate) leased: bool,
     /// Of one that was put to be read once: what is left of that.
     pub(crate) handover: Option<Box<Handover>>,
+    /// Here only until it is written: it comes from the tier above, and nobody used it since.
+    pub(crate) passes: bool,
+    /// Flushed in the tier below: it may go at any time, and is not written here again.
+    pub(crate) is_below: bool,
 }
 
 impl Resident {
@@ -84,7 +88,8 @@ impl Resident {
 
     /// In memory alone, and nobody said that it may stay so.
     pub(crate) fn is_alone(&self) -> bool {
-        matches!(self.state, State::Held | State::Volatile | State::Awaited) && !self.ephemeral
+        let is_only_here = matches!(self.state, State::Held | State::Volatile | State::Awaited);
+        is_only_here && !self.ephemeral && !self.is_below
     }
 
     /// Its class in the order in which memory lets go.
@@ -182,6 +187,7 @@ pub(crate) struct Gone {
     pub(crate) state: State,
     pub(crate) class: BlockClass,
     pub(crate) ephemeral: bool,
+    pub(crate) is_below: bool,
     pub(crate) tenant: Tenant,
 }
 
@@ -391,6 +397,7 @@ impl Dram {
             class: resident.class,
             ephemeral: resident.ephemeral,
             tenant,
+            is_below: resident.is_below,
         })
     }
 
@@ -509,6 +516,14 @@ impl Dram {
         self.change(id, |resident| resident.state = state);
     }
 
+    /// The device gave its copy up, and the tier below has one.
+    pub(crate) fn set_below(&mut self, id: &BlockId) {
+        self.change(id, |resident| {
+            resident.state = State::Volatile;
+            resident.is_below = true;
+        });
+    }
+
     /// Whether somebody was promised this resident.
     pub(crate) fn set_leased(&mut self, id: &BlockId, leased: bool) {
         self.change(id, |resident| resident.leased = leased);
@@ -576,7 +591,9 @@ impl Dram {
                 resident.handover = None;
                 resident.state = State::Volatile;
             }
-            if resident.state == State::Volatile && !resident.ephemeral {
+            resident.passes = false;
+            let is_safe = resident.ephemeral || resident.is_below;
+            if resident.state == State::Volatile && !is_safe {
                 resident.state = State::Held;
             }
         });

@@ -5,8 +5,8 @@ use crate::index::Index;
 use crate::layout::{PAGE, Superblock};
 use crate::recovery::{RecoveryReport, recover};
 use crate::shard::{
-    BlockStat, Change, Counters, EngineConfig, Event, GetRequest, LeaseGrant, LeaseRequest,
-    PutRequest, PutTicket, Shard, ShardStatus, ShutdownReport,
+    BlockStat, Change, Counters, Demoted, Demotion, EngineConfig, Event, GetRequest, LeaseGrant,
+    LeaseRequest, PutRequest, PutTicket, Shard, ShardStatus, ShutdownReport, Standing,
 };
 use kvar_base::{BlockId, LeaseToken, Moment, PutOutcome, SECTIONS_MAX};
 use kvar_io::{Arena, Completion, Device, Op};
@@ -211,6 +211,29 @@ impl Engine {
     /// Ends in [`Event::Done`] when all that was acknowledged before is flushed.
     pub fn flush(&mut self, token: u64) {
         self.shard.flush(token);
+    }
+
+    /// Where this shard stands among the tiers of its store. Until it is told it is the only one.
+    pub fn set_standing(&mut self, standing: Standing) {
+        self.shard.set_standing(standing);
+    }
+
+    /// What became of a block that was offered by [`Event::Demote`]. Every offer is answered once; until
+    /// then the block stays here, for a bounded time.
+    pub fn demoted(&mut self, now: Moment, token: u64, outcome: Demoted) {
+        self.shard.called(now);
+        self.shard.demoted(token, outcome);
+    }
+
+    /// Takes a block from the tier above, if its own policy finds it worth a place. `Ok`: it comes in, or
+    /// was here and is not flushed yet; ends in [`Event::Put`] or [`Event::Done`] when it is flushed,
+    /// or cannot be.
+    ///
+    /// # Errors
+    /// What became of it, where that is known at once.
+    pub fn take(&mut self, now: Moment, token: u64, block: &Demotion) -> Result<(), Demoted> {
+        self.shard.called(now);
+        self.shard.take(now, token, block)
     }
 
     /// What is known of a block without reading it.

@@ -20,9 +20,9 @@
 //! Left to others: what a pin means for eviction (`dram`, `index`, `shard/reclaim`), time, and who
 //! may ask (the token is the caller's: drawn at random, it is the only proof there is).
 
-use crate::fast_map::FastMap;
 use crate::mutation::{Check, is_disabled};
 use crate::segments::Segments;
+use kvar_base::FastMap;
 use kvar_base::{BlockId, LeaseToken, Moment};
 use smallvec::SmallVec;
 use std::collections::BTreeSet;

@@ -24,6 +24,7 @@
 //! | `shard/write`, `shard/prepare`, `shard/sync` | how does a block get onto the device: queues and payload; segments; directory, flush, answers |
 //! | `shard/trouble` | what if the device refuses? |
 //! | `shard/reclaim`, `shard/checkpoint` | how does space come back; how is recovery kept short? |
+//! | `shard/demote`, `shard/take` | what is offered to the tier below; what is taken from the one above? |
 //! | `shard/shutdown`, `shard/status` | how does it end; what does it say of itself? |
 //! | `shard/journal`, `mutation` | for tests: where did every block go? Is every check needed? |
 //! | `recovery` | what was here when the process died? |
@@ -39,7 +40,6 @@ mod check;
 mod dram;
 mod engine;
 mod expiry;
-mod fast_map;
 mod format;
 mod index;
 pub mod layout;
@@ -61,9 +61,9 @@ pub use layout::{FormatError, Superblock};
 pub use leases::{LEASE_DEFAULT, LEASE_MAX};
 pub use recovery::RecoveryReport;
 pub use shard::{
-    BlockStat, Change, Copy, Counters, Displaced, EngineConfig, Event, GetRequest, LeaseGrant,
-    LeaseRequest, PutHints, PutRequest, PutTicket, SectionRef, ShardStatus, ShutdownReport,
-    TenantCounters, TenantStatus, Tier, Touch,
+    BlockStat, Change, Copy, Counters, Demoted, Demotion, Displaced, EngineConfig, Event,
+    GetRequest, LeaseGrant, LeaseRequest, Moved, PutHints, PutRequest, PutTicket, SectionRef,
+    ShardStatus, ShutdownReport, Standing, TenantCounters, TenantStatus, Tier, Touch,
 };
 pub use survey::{
     SurveyedBlock, SurveyedSegment, survey_arena_bytes, survey_blocks, survey_segments,

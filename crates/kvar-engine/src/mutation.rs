@@ -55,11 +55,13 @@ pub enum Check {
     CheckpointRecords,
     /// The scrub verifies what it reads.
     Scrub,
+    /// A block that goes down stays until the tier below has flushed it.
+    FlushedBelow,
 }
 
 impl Check {
     /// All of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::Generation,
         Self::PlaceGeneration,
         Self::IdFold,
@@ -81,6 +83,7 @@ impl Check {
         Self::ExpiryAtRecovery,
         Self::CheckpointRecords,
         Self::Scrub,
+        Self::FlushedBelow,
     ];
 }
 

@@ -16,8 +16,8 @@
 //! recorded of since is in it exactly once. What is put into a slot that is spoken of has a record
 //! to be replayed; entries that have none are not moved there.
 
-use crate::fast_map::FastMap;
 use crate::index::{RawSlot, SlotRef};
+use kvar_base::FastMap;
 use kvar_policy::Tenant;
 
 const EMPTY: RawSlot = (0, 0, 0, 0, 0, Tenant::DEFAULT);

@@ -22,6 +22,7 @@ fn lease(shard: &mut Shard, number: u8, client: u64, blocks: &[u64], ttl: Durati
         ttl,
         request: 0,
         first_depth: 0,
+        over_gaps: false,
     };
     shard.engine.lease(shard.now, &request)
 }

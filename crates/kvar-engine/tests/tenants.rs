@@ -195,6 +195,7 @@ fn a_purge_of_one_tenant_is_about_its_blocks_alone() {
                 ttl: Duration::from_secs(20),
                 request: 0,
                 first_depth: 0,
+                over_gaps: false,
             },
         );
         assert_eq!(grant.leading, 3);

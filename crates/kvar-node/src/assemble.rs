@@ -91,6 +91,7 @@ pub(crate) fn open(
                 uuid,
             });
         }
+        let tier = config.tier_of(&path);
         match table.find_mut(uuid) {
             Some(entry) if entry.state == DeviceState::Retired => {
                 notes.push(format!(
@@ -103,10 +104,18 @@ pub(crate) fn open(
             Some(entry) => {
                 entry.path.clone_from(&path);
                 entry.bytes = superblock.device_bytes;
+                if let Some(tier) = tier.filter(|tier| *tier != entry.tier) {
+                    notes.push(format!(
+                        "{} was {} and is {tier} from now on, as the settings say",
+                        path.display(),
+                        entry.tier
+                    ));
+                    entry.tier = tier;
+                }
             }
             // The device that the key was made with, of a store that had no table yet.
             None if uuid == key_file.uuid => {
-                table.enter(uuid, &path, superblock.device_bytes);
+                table.enter(uuid, &path, superblock.device_bytes, tier);
             }
             None if config.data.iter().any(|data| data.path == path) => {
                 return Err(StorageError::Unknown { path, uuid });
@@ -161,7 +170,7 @@ pub(crate) fn open(
                 if table.devices.is_empty() {
                     options.uuid = key_file.uuid;
                 }
-                table.enter(options.uuid, &path, target.bytes());
+                table.enter(options.uuid, &path, target.bytes(), config.tier_of(&path));
             }
         }
         to_make.push((path, target, options));
@@ -224,6 +233,7 @@ fn look_at_all(config: &Config, table: &DeviceTable) -> Result<Seen, StorageErro
     let from_table = table.in_use().map(|entry| DataPath {
         path: entry.path.clone(),
         size: None,
+        tier: None,
     });
     let configured = |path: &Path| config.data.iter().any(|data| data.path == path);
     let others = from_table.filter(|data| !configured(&data.path));

@@ -51,6 +51,52 @@ pub enum LogFormat {
     Json,
 }
 
+/// What a device is for.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceTier {
+    /// Takes every put.
+    #[default]
+    Fast,
+    /// Takes what the fast ones do not keep; without a fast one in service, every put.
+    Big,
+}
+
+impl DeviceTier {
+    /// Both, the upper one first.
+    pub const ALL: [Self; 2] = [Self::Fast, Self::Big];
+
+    /// The word used in settings, tables and metrics.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Fast => "fast",
+            Self::Big => "big",
+        }
+    }
+
+    #[allow(clippy::trivially_copy_pass_by_ref)] // serde asks for this signature.
+    pub(crate) fn is_fast(&self) -> bool {
+        *self == Self::Fast
+    }
+}
+
+impl fmt::Display for DeviceTier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+impl std::str::FromStr for DeviceTier {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|tier| tier.word() == text);
+        found.ok_or_else(|| format!("{text:?} is no tier: write fast or big"))
+    }
+}
+
 /// A data file or block device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DataPath {
@@ -58,6 +104,8 @@ pub struct DataPath {
     pub path: PathBuf,
     /// Its size, where it is not the size of all.
     pub size: Option<ByteSize>,
+    /// Its tier; not said: what it was, and fast for a new one.
+    pub tier: Option<DeviceTier>,
 }
 
 /// What a start does when a device of the store is not there.
@@ -70,12 +118,20 @@ pub enum MissingDevice {
 }
 
 impl DataPath {
-    /// Reads `PATH` or `PATH=SIZE`.
+    /// Reads `PATH`, `PATH=SIZE`, and either with `,fast` or `,big` behind it.
     ///
     /// # Errors
     /// When there is no path.
     pub fn parse(text: &str) -> Result<Self, String> {
         let text = text.trim();
+        // As with a size: only what reads as a tier is one.
+        let (text, tier) = match text.rsplit_once(',') {
+            Some((before, tail)) => match tail.parse() {
+                Ok(tier) => (before, Some(tier)),
+                Err(_) => (text, None),
+            },
+            None => (text, None),
+        };
         // What stands behind the last = is a size if it reads as one: paths may have that sign, too.
         let (path, size) = match text.rsplit_once('=') {
             Some((path, tail)) => match table::size(tail) {
@@ -90,6 +146,7 @@ impl DataPath {
         Ok(Self {
             path: PathBuf::from(path),
             size,
+            tier,
         })
     }
 }
@@ -309,6 +366,12 @@ impl Config {
             path.push(".key");
             path.into()
         })
+    }
+
+    /// The tier that the settings give to what lies at a path; none if they do not say.
+    pub(crate) fn tier_of(&self, path: &std::path::Path) -> Option<DeviceTier> {
+        let found = self.data.iter().find(|data| data.path == path);
+        found.and_then(|data| data.tier)
     }
 
     /// Where the device table is: beside the key file, with `.devices` for `.key`.

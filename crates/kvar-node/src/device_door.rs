@@ -4,7 +4,7 @@
 //!   POST /v1/devices
 //!   x-kvar-time:  seconds since 1970
 //!   x-kvar-proof: 64 hex digits, of the namespace key over time and body
-//!   { "action": "add",     "path": "/dev/nvme2n1", "size": null, "erase": false }
+//!   { "action": "add",     "path": "/dev/nvme2n1", "size": null, "erase": false, "tier": null }
 //!   { "action": "retire",  "device": "2", "now": false, "rate": null }   slot, uuid or path
 //!   { "action": "replace", "device": "2", "path": "/dev/nvme3n1", "size": null, "erase": false }
 //!
@@ -19,6 +19,7 @@
 //! an answer comes when the change is over (of a device that leaves: when that has begun), and a caller that goes away does not undo it.
 
 use crate::admin::Door;
+use crate::config::DeviceTier;
 use crate::devices::{Command, Event, NewDevice};
 use axum::Json;
 use axum::body::Bytes;
@@ -62,6 +63,8 @@ enum Change {
         size: Option<u64>,
         #[serde(default)]
         erase: bool,
+        #[serde(default)]
+        tier: Option<DeviceTier>,
     },
     Retire {
         device: String,
@@ -83,7 +86,17 @@ enum Change {
 impl From<Change> for Command {
     fn from(change: Change) -> Self {
         match change {
-            Change::Add { path, size, erase } => Self::Add(NewDevice { path, size, erase }),
+            Change::Add {
+                path,
+                size,
+                erase,
+                tier,
+            } => Self::Add(NewDevice {
+                path,
+                size,
+                erase,
+                tier,
+            }),
             Change::Retire { device, now, rate } => Self::Retire { device, now, rate },
             Change::Replace {
                 device,
@@ -92,7 +105,12 @@ impl From<Change> for Command {
                 erase,
             } => Self::Replace {
                 device,
-                new: NewDevice { path, size, erase },
+                new: NewDevice {
+                    path,
+                    size,
+                    erase,
+                    tier: None,
+                },
             },
         }
     }

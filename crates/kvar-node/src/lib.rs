@@ -52,7 +52,7 @@ mod storage;
 mod thread;
 
 pub use admin::AdminError;
-pub use config::{Config, ConfigError, DataPath, MissingDevice, NamespaceConfig};
+pub use config::{Config, ConfigError, DataPath, DeviceTier, MissingDevice, NamespaceConfig};
 pub use config_file::{reference_page, sample};
 pub use device_door::{PROOF_HEADER, TIME_HEADER, proof as device_proof};
 pub use devices::{DeviceReport, DeviceView, Moved, Phase, TableError};
@@ -63,5 +63,5 @@ pub use node::{
     Hooks, LINK_BYTES, MEMORY_BASE_BYTES, MovingHook, Node, NodeHandle, Readiness, StartError,
     StopReport, Stopper, WallClock,
 };
-pub use report::{NamespaceReport, NodeFacts, NodeReport, ShardReport};
+pub use report::{NamespaceReport, NodeFacts, NodeReport, ShardReport, TierReport};
 pub use storage::StorageError;

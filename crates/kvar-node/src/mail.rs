@@ -9,9 +9,10 @@
 //!
 //! What must always be true: every ask that [`Ask::wants_answer`] gets exactly one answer, even if
 //! the link it came from is gone or the engine it goes to; a [`Ticket`] that was handed out comes
-//! back to the engine that gave it as a commit or an abort. Mailboxes have no bound of their own:
+//! back to the engine that gave it as a commit or an abort; what an engine offers to the tier below lies in
+//! the mailbox there before any later answer of that engine lies in another. Mailboxes have no bound of their own:
 //! what is in them is bounded by the open requests that links are allowed (`link_requests` x
-//! `connections_max`), and a bound that blocks would let two threads wait for each other.
+//! `connections_max`) and what an engine may have on offer, and a bound that blocks would let two threads wait for each other.
 
 use crate::devices::Routes;
 use crate::loading::{LoadFailed, OpenShard};
@@ -19,7 +20,10 @@ use crate::report::ThreadReport;
 use crossbeam_channel::{Receiver, Sender};
 use kvar_base::wake;
 use kvar_base::{BlockId, LeaseToken, MissReason, Moment, PutOutcome};
-use kvar_engine::{BlockStat, Copy, GetRequest, LeaseGrant, Loaded, PutRequest, PutTicket, Tenant};
+use kvar_engine::{
+    BlockStat, Copy, Demoted, Demotion, GetRequest, LeaseGrant, Loaded, PutRequest, PutTicket,
+    Tenant,
+};
 use kvar_transport::TcpStream;
 use mio::Waker;
 use std::net::SocketAddr;
@@ -72,6 +76,9 @@ pub(crate) enum Ask {
     /// Of one namespace, or of all.
     Purge(Option<Tenant>),
     Stat(BlockId),
+    /// A block from the tier above, sent under these routes. Under newer ones it is not taken: who
+    /// removed it under those asked only whom they name.
+    Take(Box<Demotion>, Arc<Routes>),
 }
 
 /// A lookup that wants what it finds to stay.
@@ -82,6 +89,8 @@ pub(crate) struct LeaseAsk {
     pub(crate) ttl: Duration,
     pub(crate) touch_request: u64,
     pub(crate) first_depth: u32,
+    /// Another tier may have what is not there.
+    pub(crate) over_gaps: bool,
 }
 
 impl Ask {
@@ -102,6 +111,7 @@ pub(crate) enum Answer {
     Put(PutOutcome),
     Done(Result<u64, String>),
     Stat(Result<BlockStat, MissReason>),
+    Taken(Demoted),
     Report(Box<ThreadReport>),
 }
 

@@ -25,6 +25,8 @@ struct Page {
     namespaces: Vec<(Labels, Vec<f64>, Vec<u64>)>,
     /// Each device: its labels, and for each of [`DEVICE_GAUGES`] a value.
     devices: Vec<(Labels, Vec<f64>)>,
+    /// Each tier: the same of [`TIER_GAUGES`].
+    tiers: Vec<(Labels, Vec<f64>)>,
     info: Vec<(&'static str, String)>,
 }
 
@@ -88,6 +90,28 @@ const NAMESPACE_COUNTERS: [(&str, &str); 5] = [
     ),
 ];
 
+/// What is said of each tier.
+const TIER_GAUGES: [(&str, &str); 6] = [
+    ("kvar_tier_devices", "Devices of the tier that are open"),
+    (
+        "kvar_tier_capacity_bytes",
+        "Payload bytes that the segments of the tier's devices hold when full",
+    ),
+    (
+        "kvar_tier_filled_bytes",
+        "The same of the segments that hold something",
+    ),
+    ("kvar_tier_blocks", "Blocks on the tier's devices"),
+    (
+        "kvar_tier_dram_used_bytes",
+        "Bytes of blocks in the memory of the tier's engines",
+    ),
+    (
+        "kvar_tier_dram_max_bytes",
+        "Bytes of blocks that this memory may hold",
+    ),
+];
+
 /// A counter by a word.
 #[derive(Debug)]
 struct Labelled {
@@ -124,11 +148,16 @@ impl Collector for Page {
                 ConstCounter::new(*count).encode(lines.encode_family(&labels)?)?;
             }
         }
-        for (number, (name, help)) in DEVICE_GAUGES.iter().enumerate() {
-            let kind = ConstGauge::new(0_f64).metric_type();
-            let mut lines = encoder.encode_descriptor(name, help, None, kind)?;
-            for (labels, values) in &self.devices {
-                ConstGauge::new(values[number]).encode(lines.encode_family(labels)?)?;
+        for (gauges, of_each) in [
+            (&DEVICE_GAUGES[..], &self.devices),
+            (&TIER_GAUGES[..], &self.tiers),
+        ] {
+            for (number, (name, help)) in gauges.iter().enumerate() {
+                let kind = ConstGauge::new(0_f64).metric_type();
+                let mut lines = encoder.encode_descriptor(name, help, None, kind)?;
+                for (labels, values) in of_each {
+                    ConstGauge::new(values[number]).encode(lines.encode_family(labels)?)?;
+                }
             }
         }
         for (number, (name, help)) in NAMESPACE_GAUGES.iter().enumerate() {
@@ -529,6 +558,18 @@ fn collect(report: &NodeReport<'_>) -> Page {
                 sum(|c| c.id_divergence),
             ),
             (
+                "kvar_demoted_blocks",
+                "Blocks that reclaim handed to the big tier, flushed there, or found there",
+                None,
+                sum(|c| c.demoted),
+            ),
+            (
+                "kvar_demoted",
+                "Bytes of blocks that were written to the big tier for that",
+                bytes(),
+                sum(|c| c.demoted_bytes),
+            ),
+            (
                 "kvar_checkpoints",
                 "Checkpoints completed",
                 None,
@@ -598,6 +639,19 @@ fn collect(report: &NodeReport<'_>) -> Page {
                     ("overdue".to_owned(), sum(|c| c.handovers_overdue)),
                     ("crowded".to_owned(), sum(|c| c.handovers_crowded)),
                     ("lost".to_owned(), sum(|c| c.evicted_awaited)),
+                ],
+            },
+            Labelled {
+                name: "kvar_not_demoted",
+                help: "Blocks that reclaim dropped although there is a big tier, by reason",
+                label: "reason",
+                counts: vec![
+                    ("not_worth".to_owned(), sum(|c| c.not_demoted_not_worth)),
+                    ("limit".to_owned(), sum(|c| c.not_demoted_limit)),
+                    ("busy".to_owned(), sum(|c| c.not_demoted_busy)),
+                    ("late".to_owned(), sum(|c| c.not_demoted_late)),
+                    ("gone".to_owned(), sum(|c| c.not_demoted_gone)),
+                    ("failed".to_owned(), sum(|c| c.not_demoted_failed)),
                 ],
             },
             Labelled {
@@ -673,6 +727,21 @@ fn collect(report: &NodeReport<'_>) -> Page {
                     it.kept_entitled,
                 ];
                 (vec![("namespace", it.name.clone())], gauges, counters)
+            })
+            .collect(),
+        tiers: report
+            .tiers
+            .iter()
+            .map(|it| {
+                let values = vec![
+                    it.devices as f64,
+                    it.capacity_bytes as f64,
+                    it.filled_bytes as f64,
+                    it.blocks as f64,
+                    it.dram_bytes as f64,
+                    it.dram_bytes_max as f64,
+                ];
+                (vec![("tier", it.tier.word().to_owned())], values)
             })
             .collect(),
         info: vec![

@@ -15,6 +15,7 @@
 //! | get, stat | Miss(loading) | Miss(absent) |
 //! | put | Refused(busy) | Refused(busy) |
 //! | remove, purge, flush | an error that says to try again | the same |
+//! | take | gone | gone |
 //!
 //! Answers that are there at once (lookup, stat, a refused put) take the same way as those that
 //! come turns later, so nobody above can tell the difference.
@@ -26,6 +27,7 @@ use crate::loading::{Opened, Progress};
 use crate::mail::{Answer, Ask, EngineKey, Origin, Ticket};
 use crate::report::ShardReport;
 use kvar_base::{MissReason, Moment, PutOutcome, Refusal};
+use kvar_engine::{Demoted, Demotion, Standing};
 use kvar_engine::{
     Engine, Event, LeaseGrant, LeaseRequest, Loaded, RecoveryReport, ShardStatus, ShutdownReport,
 };
@@ -51,6 +53,9 @@ pub(crate) struct Owner {
     pub(crate) number: u32,
     state: State,
     waiting: Slab<(Origin, Asked)>,
+    /// What the engine offers to the tier below, in the order of its events.
+    pub(crate) offers: Vec<(u64, Box<Demotion>)>,
+    standing: Standing,
     recovery: Option<RecoveryReport>,
     io_engine: &'static str,
     io_notes: Vec<String>,
@@ -67,6 +72,7 @@ enum Asked {
     Get,
     Put,
     Finish,
+    Take,
 }
 
 impl Owner {
@@ -87,6 +93,8 @@ impl Owner {
             arena_bytes: opened.arena_bytes,
             state: State::Loading(opened, progress),
             waiting: Slab::new(),
+            offers: Vec::new(),
+            standing: Standing::Only,
             recovery: None,
             has_work: false,
             is_out: false,
@@ -102,6 +110,8 @@ impl Owner {
             number,
             state: State::Failed(why),
             waiting: Slab::new(),
+            offers: Vec::new(),
+            standing: Standing::Only,
             recovery: None,
             io_engine: "none",
             io_notes: Vec::new(),
@@ -120,7 +130,8 @@ impl Owner {
             return None;
         };
         self.recovery = Some(loaded.report.clone());
-        let engine = Engine::start(device, loaded, now);
+        let mut engine = Engine::start(device, loaded, now);
+        engine.set_standing(self.standing);
         let readiness = engine.readiness();
         self.state = State::Serving(engine);
         self.has_work = true;
@@ -134,9 +145,30 @@ impl Owner {
         }
     }
 
+    /// Where the engine stands among the tiers, from now on.
+    pub(crate) fn set_standing(&mut self, standing: Standing) {
+        self.standing = standing;
+        if let State::Serving(engine) = &mut self.state {
+            engine.set_standing(standing);
+            self.has_work = true;
+        }
+    }
+
+    /// What became of something it offered.
+    pub(crate) fn demoted(&mut self, now: Moment, token: u64, outcome: Demoted) {
+        if let State::Serving(engine) | State::Closing(engine) = &mut self.state {
+            engine.demoted(now, token, outcome);
+            self.has_work = true;
+        }
+    }
+
     /// The shard cannot be loaded.
     pub(crate) fn fail(&mut self, why: String) {
         self.state = State::Failed(why);
+    }
+
+    pub(crate) fn is_serving(&self) -> bool {
+        matches!(self.state, State::Serving(_))
     }
 
     pub(crate) fn is_loading(&self) -> bool {
@@ -199,6 +231,7 @@ impl Owner {
                 Asked::Get => Answer::Get(Err(MissReason::Absent)),
                 Asked::Put => Answer::Put(PutOutcome::Refused(Refusal::Busy)),
                 Asked::Finish => Answer::Done(Err(OUT.to_owned())),
+                Asked::Take => Answer::Taken(Demoted::Gone),
             };
             answers.push((origin, answer));
         }
@@ -293,6 +326,7 @@ impl Owner {
                         ttl: ask.ttl,
                         request: ask.touch_request,
                         first_depth: ask.first_depth,
+                        over_gaps: ask.over_gaps,
                     },
                 );
                 answers.push((origin, Answer::Leased(grant)));
@@ -325,6 +359,16 @@ impl Owner {
                 let stat = engine.stat(now, &id).ok_or(MissReason::Absent);
                 answers.push((origin, Answer::Stat(stat)));
             }
+            Ask::Take(_, routes) if !routes.is_latest() => {
+                answers.push((origin, Answer::Taken(Demoted::Gone)));
+            }
+            Ask::Take(block, _) => {
+                let token = wait(Asked::Take);
+                if let Err(outcome) = engine.take(now, token, &block) {
+                    self.waiting.remove(token as usize);
+                    answers.push((origin, Answer::Taken(outcome)));
+                }
+            }
         }
         self.collect(answers);
     }
@@ -344,12 +388,20 @@ impl Owner {
         };
         for event in engine.events() {
             let (token, answer) = match event {
+                Event::Demote { token, block } => {
+                    self.offers.push((token, block));
+                    continue;
+                }
                 Event::Get { token, outcome } => (token, Answer::Get(outcome)),
                 Event::Put { token, outcome } => (token, Answer::Put(outcome)),
                 Event::Done { token, result } => (token, Answer::Done(result)),
             };
             // A closed owner has answered already.
-            if let Some((origin, _)) = self.waiting.try_remove(token as usize) {
+            if let Some((origin, asked)) = self.waiting.try_remove(token as usize) {
+                let answer = match asked {
+                    Asked::Take => Answer::Taken(taken(&answer)),
+                    Asked::Get | Asked::Put | Asked::Finish => answer,
+                };
                 answers.push((origin, answer));
             }
         }
@@ -392,12 +444,23 @@ const LOADING: &str = "the node is still loading what it stored before its last 
 const OUT: &str = "the device was just taken out of service; try again: its blocks are on the other devices from \
      now on";
 
+/// How a block that was taken ended.
+fn taken(answer: &Answer) -> Demoted {
+    match answer {
+        Answer::Put(PutOutcome::Stored) => Demoted::Stored,
+        // It was there, and everything up to it is flushed.
+        Answer::Done(Ok(_)) => Demoted::Exists,
+        _ => Demoted::Failed,
+    }
+}
+
 /// The answer of an owner that has no engine to ask; none to what wants none.
 pub(crate) fn away(ask: &Ask, reason: MissReason, text: &str) -> Option<Answer> {
     Some(match ask {
         Ask::Lookup { ids, .. } => Answer::Lookup(vec![false; ids.len()]),
         Ask::Lease(_) => Answer::Leased(LeaseGrant {
             leading: 0,
+            gaps: Vec::new(),
             reason: Some(reason),
             until: Moment(0),
         }),
@@ -408,5 +471,6 @@ pub(crate) fn away(ask: &Ask, reason: MissReason, text: &str) -> Option<Answer> 
         Ask::PutAbort(_) | Ask::ReleaseSome(..) => return None,
         Ask::Remove(_) | Ask::Flush | Ask::Purge(_) => Answer::Done(Err(text.to_owned())),
         Ask::Stat(_) => Answer::Stat(Err(reason)),
+        Ask::Take(..) => Answer::Taken(Demoted::Gone),
     })
 }

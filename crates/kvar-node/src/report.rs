@@ -3,6 +3,7 @@
 //! A thread makes its report by itself when asked; whoever asks waits, the data plane never does.
 //! Sums over shards are made by whoever prints.
 
+use crate::config::DeviceTier;
 use crate::counters::{LinkCounters, NamespaceCounters};
 use crate::devices::{DeviceReport, Phase, View};
 use crate::namespaces::{Namespace, Namespaces};
@@ -46,6 +47,53 @@ pub struct ShardReport {
     pub io_notes: Vec<String>,
     /// Size of its arena in bytes: memory tier and buffers.
     pub arena_bytes: u64,
+}
+
+/// The devices of one tier at one moment.
+#[derive(Clone, Debug, Serialize)]
+pub struct TierReport {
+    /// Which.
+    pub tier: DeviceTier,
+    /// Devices that are open.
+    pub devices: u64,
+    /// Payload bytes their segments hold when full.
+    pub capacity_bytes: u64,
+    /// The same of the segments that hold something.
+    pub filled_bytes: u64,
+    /// Blocks on them.
+    pub blocks: u64,
+    /// Bytes of blocks in the memory of their engines, and what that may hold.
+    pub dram_bytes: u64,
+    /// See above.
+    pub dram_bytes_max: u64,
+}
+
+impl TierReport {
+    /// Of a tier; `None` if nothing of it is open.
+    fn new(tier: DeviceTier, devices: &[DeviceReport], shards: &[ShardReport]) -> Option<Self> {
+        let is_meant = |it: &&DeviceReport| it.device.tier == tier && it.device.number.is_some();
+        let open: Vec<_> = devices.iter().filter(is_meant).collect();
+        let own = || {
+            let is_own = |shard: &&ShardReport| {
+                let device = Some(shard.device);
+                shard.state != "closed" && open.iter().any(|it| it.device.number == device)
+            };
+            shards.iter().filter(is_own).map(|shard| &shard.engine)
+        };
+        let filled = |engine: &ShardStatus| {
+            let each = engine.flash_bytes_max / engine.segments.max(1);
+            each * (engine.segments - engine.segments_free)
+        };
+        (!open.is_empty()).then(|| Self {
+            tier,
+            devices: open.len() as u64,
+            capacity_bytes: own().map(|engine| engine.flash_bytes_max).sum(),
+            filled_bytes: own().map(filled).sum(),
+            blocks: own().map(|engine| engine.flash_blocks).sum(),
+            dram_bytes: own().map(|engine| engine.dram_bytes).sum(),
+            dram_bytes_max: own().map(|engine| engine.dram_bytes_max).sum(),
+        })
+    }
 }
 
 /// What does not change while a node runs.
@@ -180,6 +228,8 @@ pub struct NodeReport<'a> {
     pub loading_bytes: u64,
     /// Each device.
     pub devices: Vec<DeviceReport>,
+    /// Each tier of which a device is open.
+    pub tiers: Vec<TierReport>,
     /// What resident memory stays under with no link: arenas, index, and the stated constant.
     pub memory_bytes_max: u64,
     /// Seconds since start.
@@ -242,7 +292,10 @@ impl<'a> NodeReport<'a> {
         let devices = view.devices.iter().cloned();
         let devices = devices
             .map(|device| DeviceReport::new(device, &shards, uptime_s, facts.flash_endurance));
-        let devices = devices.collect();
+        let devices: Vec<DeviceReport> = devices.collect();
+        let tiers = DeviceTier::ALL.into_iter();
+        let tiers = tiers.filter_map(|tier| TierReport::new(tier, &devices, &shards));
+        let tiers = tiers.collect();
         let engines = || shards.iter().map(|shard| &shard.engine);
         let oldest_us = engines()
             .map(|engine| engine.unflushed_age_us)
@@ -261,6 +314,7 @@ impl<'a> NodeReport<'a> {
             shards_to_load: view.shards,
             loading_bytes: shards.iter().filter_map(|shard| shard.loaded_bytes).sum(),
             devices,
+            tiers,
             uptime_s,
             memory_bytes_max,
             memory_bytes_bound: memory_bytes_max + links.links_open * facts.link_bytes_max,

@@ -282,7 +282,7 @@ impl Storage {
         };
         check_shards(config, path, &superblock)?;
         let mut table = DeviceTable::default();
-        table.enter(superblock.uuid, path, superblock.device_bytes);
+        table.enter(superblock.uuid, path, superblock.device_bytes, data.tier);
         let device = OpenDevice {
             path: path.clone(),
             target: Arc::new(target),

@@ -31,11 +31,12 @@ use crate::owner::{Owner, away};
 use crate::report::ThreadReport;
 use crossbeam_channel::Sender;
 use kvar_base::{Clock as _, MissReason, Moment, SystemClock};
-use kvar_engine::{Loaded, ShutdownReport};
+use kvar_engine::{Demoted, Loaded, ShutdownReport};
 use kvar_transport::Listener;
 use kvar_wire::{Failure, FailureCode};
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Registry, Token};
+use slab::Slab;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -64,6 +65,9 @@ const REFUSALS_AT_ONCE: usize = 64;
 
 /// How long accepting pauses when the process has no descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Numbers of operations that are offers to the tier below; smaller ones are the links'.
+const OFFERS_FROM: u64 = 1 << 40;
 
 /// What a thread is given.
 pub(crate) struct ThreadParts {
@@ -106,6 +110,8 @@ struct Thread {
     stage: Stage,
     threads_closed: u32,
     answers: Vec<(Origin, Answer)>,
+    /// What engines of this thread have on offer: whose it is, and under which token.
+    offers: Slab<(EngineKey, u64)>,
     now: Moment,
     /// What an engine that is being loaded must hear, if the clock was set since it began.
     unix_at_start_s: Option<u64>,
@@ -145,6 +151,7 @@ pub(crate) fn run(mut parts: ThreadParts) -> std::io::Result<ShutdownReport> {
         stage: Stage::Serving,
         threads_closed: 0,
         answers: Vec::new(),
+        offers: Slab::new(),
         now: parts.clock.now(),
         unix_at_start_s: None,
     };
@@ -249,7 +256,7 @@ impl Thread {
             taken += 1;
             match mail {
                 Mail::Ask(origin, engine, ask) => self.ask_owner(origin, engine, ask),
-                Mail::Answer(operation, answer) => self.links.on_answer(operation, answer),
+                Mail::Answer(operation, answer) => self.on_answer(operation, answer),
                 Mail::AskReport(origin) => {
                     let answer = Answer::Report(Box::new(self.report()));
                     self.answers.push((origin, answer));
@@ -261,7 +268,12 @@ impl Thread {
                     let owners = self.owners.iter_mut();
                     owners.for_each(|owner| owner.set_clock(self.now, unix_at_start_s));
                 }
-                Mail::Routes(routes) => self.links.set_routes(routes),
+                Mail::Routes(routes) => {
+                    for owner in &mut self.owners {
+                        owner.set_standing(routes.standing(owner.key));
+                    }
+                    self.links.set_routes(routes);
+                }
                 Mail::Open(shard) => self.open(*shard),
                 Mail::Loaded(key, result) => self.loaded(key, result),
                 Mail::Close(key, has_moved) => self.close(key, has_moved),
@@ -284,11 +296,57 @@ impl Thread {
         }
     }
 
+    fn on_answer(&mut self, operation: u64, answer: Answer) {
+        match answer {
+            Answer::Taken(outcome) => self.on_taken(operation, outcome),
+            answer => self.links.on_answer(operation, answer),
+        }
+    }
+
+    /// Sends what engines of this thread offer to the engines below.
+    fn send_offers(&mut self) {
+        for at in 0..self.owners.len() {
+            for (token, block) in std::mem::take(&mut self.owners[at].offers) {
+                let key = self.owners[at].key;
+                let routes = self.links.routes();
+                let below = routes.lower_owner(&block.id);
+                let Some(engine) = below.filter(|_| self.owners[at].is_serving()) else {
+                    self.owners[at].demoted(self.now, token, Demoted::Gone);
+                    continue;
+                };
+                let origin = Origin {
+                    thread: self.number,
+                    operation: OFFERS_FROM + self.offers.insert((key, token)) as u64,
+                };
+                let ask = Ask::Take(block, routes);
+                if engine.thread == self.number {
+                    self.ask_owner(origin, engine, ask);
+                } else {
+                    self.post
+                        .send(engine.thread, Mail::Ask(origin, engine, ask));
+                }
+            }
+        }
+    }
+
+    fn on_taken(&mut self, operation: u64, outcome: Demoted) {
+        let number = operation.saturating_sub(OFFERS_FROM) as usize;
+        let Some((key, token)) = self.offers.try_remove(number) else {
+            debug_assert!(false, "an answer to an offer");
+            return;
+        };
+        if let Some(owner) = self.owners.iter_mut().find(|owner| owner.key == key) {
+            owner.demoted(self.now, token, outcome);
+        }
+    }
+
     /// Takes asks to their owners and answers to their links until there are no more; whether
     /// there were any.
     fn settle(&mut self) -> bool {
         let mut moved = false;
         loop {
+            // Before the answers: a remove that is answered finds below what was offered before it.
+            self.send_offers();
             let asks = self.links.take_outgoing();
             let answers = std::mem::take(&mut self.answers);
             if asks.is_empty() && answers.is_empty() {
@@ -325,7 +383,7 @@ impl Thread {
             }
             for (origin, answer) in answers {
                 if origin.thread == self.number {
-                    self.links.on_answer(origin.operation, answer);
+                    self.on_answer(origin.operation, answer);
                 } else if origin.thread == KEEPER {
                     let event = devices::Event::Answered(origin.operation, answer);
                     let _ = self.keeper.send(event);
@@ -364,7 +422,8 @@ impl Thread {
                         .iter()
                         .for_each(|note| tracing::warn!("{note}"));
                 }
-                let owner = Owner::loading(key, device, number, opened, progress);
+                let mut owner = Owner::loading(key, device, number, opened, progress);
+                owner.set_standing(self.links.routes().standing(key));
                 self.owners.push(owner);
             }
             Err(failure) => {

@@ -176,6 +176,7 @@ fn a_data_file_that_is_damaged_says_how() {
         data: vec![kvar_node::DataPath {
             path: foreign.clone(),
             size: None,
+            tier: None,
         }],
         ..config.clone()
     };

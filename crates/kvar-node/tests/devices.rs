@@ -29,6 +29,7 @@ fn data_path(path: &Path) -> DataPath {
     DataPath {
         path: path.to_path_buf(),
         size: None,
+        tier: None,
     }
 }
 

@@ -21,6 +21,7 @@ fn config(dir: &Path, names: &[&str]) -> Config {
     let path = |name: &&str| DataPath {
         path: dir.join(name),
         size: None,
+        tier: None,
     };
     config.data = names.iter().map(path).collect();
     config.dram = ByteSize(names.len() as u64 * (48 << 20));

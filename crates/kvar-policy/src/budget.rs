@@ -27,6 +27,7 @@ struct Bucket {
     bytes_per_second: f64,
     size_bytes: f64,
     left_bytes: f64,
+    debt_bytes_max: f64,
 }
 
 impl Bucket {
@@ -37,6 +38,7 @@ impl Bucket {
             bytes_per_second: bytes_per_day.unwrap_or(0) as f64 / DAY_SECONDS,
             size_bytes,
             left_bytes: size_bytes,
+            debt_bytes_max: size_bytes,
         }
     }
 
@@ -44,9 +46,9 @@ impl Bucket {
         self.left_bytes = (self.left_bytes + seconds * self.bytes_per_second).min(self.size_bytes);
     }
 
-    /// Room or not, it is paid for, up to one bucket of debt.
+    /// Room or not, it is paid for, up to the debt that is remembered.
     fn spend(&mut self, bytes: u64) {
-        self.left_bytes = (self.left_bytes - bytes as f64).max(-self.size_bytes);
+        self.left_bytes = (self.left_bytes - bytes as f64).max(-self.debt_bytes_max);
     }
 
     fn has_room(&self, bytes: u64) -> bool {
@@ -81,7 +83,11 @@ impl WriteBudget {
     pub fn new(rates: &WriteRates) -> Self {
         Self {
             budget: Bucket::new(rates.budget_bytes_per_day, rates.budget_burst_bytes),
-            limit: Bucket::new(rates.limit_bytes_per_day, rates.limit_burst_bytes),
+            limit: Bucket {
+                // What was asked for is paid back before anything else is written.
+                debt_bytes_max: f64::INFINITY,
+                ..Bucket::new(rates.limit_bytes_per_day, rates.limit_burst_bytes)
+            },
             seen: Duration::ZERO,
         }
     }

@@ -93,7 +93,12 @@ impl FlashKeeper {
     /// What a place is worth to a block, comparable with the threshold.
     #[must_use]
     pub fn worth(&self, model: &ReuseModel, block: &Asking) -> f64 {
-        let length = f64::from(block.class.request_blocks_max().max(block.depth + 1));
+        let length = f64::from(
+            block
+                .class
+                .request_blocks_max()
+                .max(block.depth.saturating_add(1)),
+        );
         let from_tail = 1.0 - (f64::from(block.depth) + 0.5) / length;
         let chance = model.chance(block.class, block.age, self.turnover);
         chance * block.class.cost().weight() * (1.0 + HEAD_BONUS * from_tail)

@@ -157,6 +157,17 @@ impl Keep {
         self.ghosts.insert(id, class.uses());
     }
 
+    /// A block of this class came from another store: what is learned of it begins here.
+    pub fn taken_over(&mut self, id: u64, class: BlockClass) {
+        self.reuse.restart(id, class, self.demand_bytes);
+    }
+
+    /// A block that this store does not hold was asked for, and another one may have it: a store
+    /// that hands blocks on would learn otherwise that nobody wants what it let go.
+    pub fn missed(&mut self, id: u64) {
+        self.reuse.end(id, self.demand_bytes);
+    }
+
     /// What was learned.
     #[must_use]
     pub fn reuse(&self) -> &ReuseModel {

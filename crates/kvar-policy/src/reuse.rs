@@ -26,7 +26,8 @@
 //! Time is the bytes that were asked for or put so far: the same at any speed of replay.
 
 use crate::class::{BlockClass, HABITS, HABITS_OF_KIND, KINDS, LENGTHS};
-use std::collections::{HashMap, VecDeque};
+use kvar_base::FastMap;
+use std::collections::VecDeque;
 
 /// Ids whose last use is remembered at most: some 4 MiB. With a quarter of it hit rates of the
 /// shipped traces move by up to 0.6 points, either way.
@@ -69,7 +70,9 @@ struct Curve {
 #[derive(Clone, Debug)]
 pub struct ReuseModel {
     unit: f64,
-    open: HashMap<u64, Open>,
+    /// Where buckets begin, the one behind the last too.
+    begins: [f64; BUCKETS + 1],
+    open: FastMap<u64, Open>,
     /// (id, since) in the order of time; one whose `since` is out of date was used again.
     order: VecDeque<(u64, u64)>,
     /// An id is sampled if its hash has so many zeros at the end.
@@ -92,9 +95,15 @@ impl ReuseModel {
             lives: [1.0; BUCKETS],
             worth: [0.0; BUCKETS],
         };
+        let unit = capacity_bytes.max(1) as f64 / UNITS_PER_CAPACITY;
+        let begin = |bucket| match bucket {
+            0 => 0.0,
+            bucket => unit * ((bucket - 1) as f64 / BUCKETS_PER_OCTAVE).exp2(),
+        };
         let mut model = Self {
-            unit: capacity_bytes.max(1) as f64 / UNITS_PER_CAPACITY,
-            open: HashMap::new(),
+            unit,
+            begins: std::array::from_fn(begin),
+            open: FastMap::default(),
             order: VecDeque::new(),
             sample_zeros: 0,
             ended: vec![[0.0; BUCKETS]; HABITS],
@@ -115,13 +124,7 @@ impl ReuseModel {
     /// Cost: mostly nothing (the id is not sampled); seldom a hash lookup; 16 times in a capacity
     /// a pass over the sample.
     pub fn observe(&mut self, id: u64, class: BlockClass, now: u64) {
-        let kind = usize::from(class.kind().number());
-        if !self.is_kind_seen[kind] {
-            // Until the next pass it speaks with the voice of what nobody named a kind for.
-            self.is_kind_seen[kind] = true;
-            self.curves
-                .copy_within(..HABITS_OF_KIND, kind * HABITS_OF_KIND);
-        }
+        self.see_kind(class);
         let id = mix(id);
         if id.trailing_zeros() >= self.sample_zeros {
             let before = self.open.insert(id, Open { since: now, class });
@@ -135,6 +138,45 @@ impl ReuseModel {
             }
             self.forget(now);
         }
+        self.recompute_if_due(now);
+    }
+
+    /// A block came from elsewhere: that is no use of it, and how long it was alone there is not
+    /// counted here. Its interval begins anew.
+    pub fn restart(&mut self, id: u64, class: BlockClass, now: u64) {
+        self.see_kind(class);
+        let id = mix(id);
+        if id.trailing_zeros() >= self.sample_zeros {
+            self.open.insert(id, Open { since: now, class });
+            self.order.push_back((id, now));
+            self.forget(now);
+        }
+        self.recompute_if_due(now);
+    }
+
+    /// A block that is not here was asked for: its interval ends, as with a use. Where it is used
+    /// then, another model counts.
+    pub fn end(&mut self, id: u64, now: u64) {
+        let id = mix(id);
+        if id.trailing_zeros() >= self.sample_zeros
+            && let Some(before) = self.open.remove(&id)
+        {
+            let bucket = self.bucket(now.saturating_sub(before.since));
+            self.ended[before.class.habit()][bucket] += 1.0;
+        }
+    }
+
+    fn see_kind(&mut self, class: BlockClass) {
+        let kind = usize::from(class.kind().number());
+        if !self.is_kind_seen[kind] {
+            // Until the next pass it speaks with the voice of what nobody named a kind for.
+            self.is_kind_seen[kind] = true;
+            self.curves
+                .copy_within(..HABITS_OF_KIND, kind * HABITS_OF_KIND);
+        }
+    }
+
+    fn recompute_if_due(&mut self, now: u64) {
         let interval = self.capacity() / RECOMPUTES_PER_CAPACITY;
         self.uses_since = self.uses_since.saturating_add(1);
         let is_due = now.saturating_sub(self.computed_at) as f64 >= interval;
@@ -172,10 +214,7 @@ impl ReuseModel {
     }
 
     fn begin(&self, bucket: usize) -> f64 {
-        if bucket == 0 {
-            return 0.0;
-        }
-        self.unit * ((bucket - 1) as f64 / BUCKETS_PER_OCTAVE).exp2()
+        self.begins[bucket]
     }
 
     fn width(&self, bucket: usize) -> f64 {

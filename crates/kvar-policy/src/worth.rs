@@ -20,8 +20,9 @@
 
 use crate::class::{BlockClass, CLASSES};
 use crate::reuse::ReuseModel;
+use kvar_base::FastMap;
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::hash::Hash;
 
 /// A place in a request; the arrival tells apart the head slices of one position.
@@ -115,13 +116,13 @@ pub struct Candidate<K> {
 /// Blocks in the order of what they are worth.
 #[derive(Clone, Debug)]
 pub struct WorthOrder<K> {
-    groups: HashMap<u64, Group<K>>,
+    groups: FastMap<u64, Group<K>>,
     /// By class: the requests whose tail is of it, and when they used their blocks: worth is asked
     /// of all ends at every eviction, and must not look each of them up.
     tails: Vec<BTreeSet<(u64, u64)>>,
     /// Which of these are not empty, a bit each.
     filled: [u64; CLASSES.div_ceil(64)],
-    places: HashMap<K, (u64, Place)>,
+    places: FastMap<K, (u64, Place)>,
     arrivals: u32,
 }
 
@@ -130,10 +131,10 @@ impl<K: Copy + Eq + Hash> WorthOrder<K> {
     #[must_use]
     pub fn new() -> Self {
         Self {
-            groups: HashMap::new(),
+            groups: FastMap::default(),
             tails: vec![BTreeSet::new(); CLASSES],
             filled: [0; CLASSES.div_ceil(64)],
-            places: HashMap::new(),
+            places: FastMap::default(),
             arrivals: 0,
         }
     }

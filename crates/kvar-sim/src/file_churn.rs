@@ -372,6 +372,9 @@ impl Churn<'_> {
                     return Err(format!("a put that was welcome ended as {outcome:?}"));
                 }
                 Event::Put { .. } => {}
+                Event::Demote { token, .. } => {
+                    return Err(format!("an offer, {token}, and there is nobody below"));
+                }
                 Event::Done { result, .. } => {
                     self.removing -= 1;
                     result.map_err(|error| format!("a remove failed: {error}"))?;

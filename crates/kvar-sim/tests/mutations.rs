@@ -104,6 +104,7 @@ mutations! {
     without_leases: focused(&[Check::Lease], Focus::Leases, 20);
     without_expiry: focused(&[Check::Expiry], Focus::Expiry, 10);
     without_expiry_at_recovery: focused(&[Check::ExpiryAtRecovery], Focus::Expiry, 10);
+    without_a_flush_below: focused(&[Check::FlushedBelow], Focus::Below, 10);
     without_a_check_by_the_scrub: focused(&[Check::Scrub], Focus::Checkpoints, 60);
 }
 
@@ -132,6 +133,7 @@ fn nothing_is_found_when_nothing_is_switched_off() {
         (focused(&[], Focus::Checkpoints, 0), 10),
         (focused(&[], Focus::Leases, 0), 10),
         (focused(&[], Focus::Expiry, 0), 10),
+        (focused(&[], Focus::Below, 0), 15),
         (mutation(&[], Temper::Slow, 0), 15),
         (mutation(&[], Temper::Miswrite, 0), 15),
     ] {

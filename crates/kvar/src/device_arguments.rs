@@ -3,6 +3,7 @@
 use crate::arguments::{KeyArguments, duration};
 use clap::{Args, Subcommand};
 use kvar_base::ByteSize;
+use kvar_node::DeviceTier;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -18,6 +19,10 @@ pub(crate) enum DeviceCommand {
     Add {
         #[command(flatten)]
         new: NewDeviceArguments,
+        /// fast: takes new blocks; big: takes what the fast ones have no room for any more. Not given:
+        /// what it was, and fast for a new one.
+        #[arg(long, value_name = "TIER")]
+        tier: Option<DeviceTier>,
         #[command(flatten)]
         admin: AdminArguments,
     },

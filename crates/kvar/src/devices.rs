@@ -17,8 +17,9 @@ const ANSWER_BYTES_MAX: u64 = 4 << 20;
 pub(crate) fn run(command: &DeviceCommand) -> Outcome {
     match command {
         DeviceCommand::List { admin } => list(admin),
-        DeviceCommand::Add { new, admin } => {
-            let device = change(admin, &with_new(json!({ "action": "add" }), new)?)?;
+        DeviceCommand::Add { new, tier, admin } => {
+            let action = json!({ "action": "add", "tier": tier });
+            let device = change(admin, &with_new(action, new)?)?;
             say(admin, &device, "in service")
         }
         DeviceCommand::Retire {
@@ -62,7 +63,7 @@ fn list(admin: &AdminArguments) -> Outcome {
         return print::json(&devices);
     }
     let head = [
-        "slot", "state", "size", "blocks", "share", "path", "uuid", "why",
+        "slot", "tier", "state", "size", "blocks", "share", "path", "uuid", "why",
     ];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     for device in devices.as_array().into_iter().flatten() {
@@ -74,6 +75,7 @@ fn list(admin: &AdminArguments) -> Outcome {
         let share = device["share"].as_f64().unwrap_or(0.0);
         rows.push(vec![
             word("slot"),
+            word("tier"),
             word("state"),
             ByteSize(device["bytes"].as_u64().unwrap_or(0)).to_string(),
             word("blocks"),
@@ -105,6 +107,9 @@ fn moved(moved: &Value) -> Option<String> {
 pub(crate) fn in_words(device: &Value) -> String {
     let word = |key: &str| device[key].as_str().unwrap_or("-").to_owned();
     let mut text = format!("{} {} {}", word("path"), word("uuid"), word("state"));
+    if device["tier"] == "big" {
+        text.push_str(", big");
+    }
     for key in ["reason", "trouble"] {
         if let Some(why) = device[key].as_str() {
             text.push_str(&format!(" ({why})"));

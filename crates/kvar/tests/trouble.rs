@@ -282,6 +282,7 @@ fn the_command_line_says_that_a_node_loads() {
         data: vec![DataPath {
             path: place.data(),
             size: None,
+            tier: None,
         }],
         ..Config::default()
     };

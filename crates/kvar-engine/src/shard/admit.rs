@@ -29,11 +29,13 @@ use std::time::Duration;
 /// The part of memory that is kept for what can leave at once: writes on their way and copies of
 /// what is on the device.
 const AHEAD_SHARE: u64 = 8;
+/// Buckets that one step looks at, some 20 us: a tick of a large index is spread over many steps.
+const SWEEP_BUCKETS_MAX: usize = 2048;
 /// Requests of which something was written, remembered so that the rest follows.
 const WRITTEN_KEPT: usize = 256;
 
 /// What the policy calls a block: ids are keyed hashes, so any eight bytes will do.
-fn short(id: &BlockId) -> u64 {
+pub(super) fn short(id: &BlockId) -> u64 {
     u64::from_le_bytes(id.as_bytes()[..8].try_into().expect("eight bytes"))
 }
 
@@ -69,6 +71,11 @@ impl Shard {
         let id = gone.id;
         let its = &mut self.by_tenant[gone.tenant.index()];
         match gone.state {
+            _ if gone.is_below => {
+                its.left_memory += 1;
+                self.counters.dram_evicted_clean += 1;
+                self.keep.let_go(short(&id), gone.class);
+            }
             State::Clean => {
                 its.left_memory += 1;
                 self.counters.dram_evicted_clean += 1;
@@ -209,13 +216,18 @@ impl Shard {
     pub(super) fn sweep_stamps(&mut self) {
         let stamp = self.keep.stamp();
         let ticks = stamp.wrapping_sub(self.swept_at);
-        if ticks == 0 {
+        let count = self.index.bucket_count();
+        if ticks != 0 {
+            self.swept_at = stamp;
+            let share = count.div_ceil(usize::from(SWEEP_TICKS)) * usize::from(ticks);
+            self.sweep_left = (self.sweep_left + share).min(count);
+        }
+        if self.sweep_left == 0 {
             return;
         }
-        self.swept_at = stamp;
-        let count = self.index.bucket_count();
-        let share = count.div_ceil(usize::from(SWEEP_TICKS)) * usize::from(ticks);
-        let (begin, end) = (self.sweep_next, self.sweep_next + share.min(count));
+        let share = self.sweep_left.min(SWEEP_BUCKETS_MAX);
+        self.sweep_left -= share;
+        let (begin, end) = (self.sweep_next, self.sweep_next + share);
         let keep = &self.keep;
         self.index
             .sweep(begin..end.min(count), |stamp| keep.swept(stamp));

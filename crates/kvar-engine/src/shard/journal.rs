@@ -65,6 +65,8 @@ pub enum Displaced {
     Expired,
     /// The device refused its record. If memory holds it, it is written again.
     Refused,
+    /// Its segment was wanted, and the tier below has it.
+    Demoted,
 }
 
 impl Shard {
@@ -100,6 +102,7 @@ impl Shard {
         self.filling.len()
             + self.dirty.len()
             + self.moved.len()
+            + self.offers.len()
             + self.controls.len()
             + self.recorded_puts.len()
             + self.recorded_controls.len()
@@ -109,5 +112,7 @@ impl Shard {
             + self.reading.len()
             + self.parts.len()
             + self.pending.len()
+            // One that waits for a flush has nothing under way for a moment.
+            + usize::from(self.checkpoint.is_some())
     }
 }

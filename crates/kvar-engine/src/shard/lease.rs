@@ -33,6 +33,7 @@ impl Shard {
         let until = now.after(request.ttl.min(LEASE_MAX));
         let mut grant = LeaseGrant {
             leading: 0,
+            gaps: Vec::new(),
             reason: None,
             until,
         };
@@ -48,12 +49,17 @@ impl Shard {
             grant.reason = Some(MissReason::Overloaded);
             return grant;
         }
-        for (depth, id) in (request.first_depth..).zip(request.ids) {
+        for (at, id) in (0_u32..).zip(request.ids) {
             let touch = Touch {
                 request: request.request,
-                depth,
+                depth: request.first_depth.saturating_add(at),
             };
             if let Err(reason) = self.touch(now, id, touch) {
+                if request.over_gaps && reason == MissReason::Absent {
+                    grant.gaps.push(grant.leading);
+                    grant.leading += 1;
+                    continue;
+                }
                 grant.reason = Some(reason);
                 break;
             }
@@ -66,8 +72,9 @@ impl Shard {
             grant.leading += 1;
         }
         self.looked_up(request.request);
-        self.counters.leased_blocks += u64::from(grant.leading);
-        if grant.leading > 0 {
+        let promised = u64::from(grant.leading) - grant.gaps.len() as u64;
+        self.counters.leased_blocks += promised;
+        if promised > 0 {
             self.counters.leases_granted += u64::from(!known);
         } else if !known {
             self.leases.end(&self.segments, request.token);
@@ -93,6 +100,9 @@ impl Shard {
             (None, None) => return false,
         };
         let place = place.filter(|_| matches!(charge, Charge::Flash(_)));
+        if place.is_some() && !self.may_stay(id) {
+            return false;
+        }
         let wanted = Wanted {
             id: *id,
             charge,
@@ -101,6 +111,7 @@ impl Shard {
         let pinned = self.leases.pin(&self.segments, token, wanted);
         if pinned {
             self.dram.set_leased(id, true);
+            self.keep_promised(id);
         }
         pinned
     }

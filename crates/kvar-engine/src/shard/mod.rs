@@ -29,6 +29,7 @@
 //! | `trouble` | what if the device refuses? |
 //! | `scrub` | is what lies on the device still what was written? |
 //! | `reclaim`, `checkpoint` | which segment becomes free again; how is recovery kept short? |
+//! | `demote`, `take` | what goes to the tier below; what comes from the one above? |
 //! | `shutdown`, `status` | how does it end; what does it say of itself? |
 //! | `journal` | for tests: where did every block go? |
 
@@ -50,8 +51,10 @@ mod trouble;
 mod write;
 
 mod checkpoint;
+mod demote;
 mod reclaim;
 mod scrub;
+mod take;
 
 mod shutdown;
 mod status;
@@ -60,12 +63,12 @@ mod journal;
 
 use crate::dram::{Dram, State};
 use crate::expiry::Expiries;
-use crate::fast_map::FastMap;
 use crate::index::{Entry, Index, SlotRef};
 use crate::layout::{ImagePlan, PAGE, Superblock};
 use crate::leases::Leases;
 use crate::mutation::{self, Check};
 use crate::segments::Segments;
+use kvar_base::FastMap;
 use kvar_base::check::{Place, crc64, fold_place};
 use kvar_base::{BlockId, ContentCheck, MissReason, Moment, page_round_up};
 use kvar_io::{Arena, Completion, Op};
@@ -87,8 +90,8 @@ pub use status::{Counters, ShardStatus, ShutdownReport, TenantCounters, TenantSt
 use sync::{FlushWaiter, Sync, UnflushedPuts};
 use trouble::Trouble;
 pub use types::{
-    BlockStat, Copy, EngineConfig, Event, GetRequest, LeaseGrant, LeaseRequest, PutHints,
-    PutRequest, PutTicket, SectionRef, Tier, Touch,
+    BlockStat, Copy, Demoted, Demotion, EngineConfig, Event, GetRequest, LeaseGrant, LeaseRequest,
+    Moved, PutHints, PutRequest, PutTicket, SectionRef, Standing, Tier, Touch,
 };
 use write::{Control, WriteGroup, WriteItem};
 
@@ -97,6 +100,10 @@ use write::{Control, WriteGroup, WriteItem};
 const READS_IN_FLIGHT_MAX: usize = 512;
 /// Requests whose arrival number is remembered, so that the calls of one prompt count as one.
 const ARRIVALS_KEPT: usize = 256;
+/// After so many uses under one number the blocks of a request begin a new group in the order of
+/// memory: one number for everything, which any client may send, would make one group of all, and
+/// each touch a walk through it.
+const ARRIVAL_USES_MAX: u64 = 4096;
 
 /// What a device operation was for.
 enum Pending {
@@ -123,6 +130,7 @@ struct Arrival {
     looked_up: bool,
     /// How many blocks its prompt has, as far as is known.
     blocks: u32,
+    uses: u64,
 }
 
 /// One shard.
@@ -143,6 +151,8 @@ pub(crate) struct Shard {
     written_requests: VecDeque<u64>,
     /// Where the next stamps are looked at, and at which stamp that was last done.
     sweep_next: usize,
+    /// Buckets whose turn has come.
+    sweep_left: usize,
     swept_at: u8,
     pub(crate) next_sequence: u64,
     flushed_sequence: u64,
@@ -174,6 +184,11 @@ pub(crate) struct Shard {
     reads_in_flight: usize,
     // Tidying.
     reclaim: Option<Reclaim>,
+    /// Whether there is a tier below or above.
+    standing: Standing,
+    /// What is on offer to the tier below, by token.
+    offers: FastMap<u64, demote::Offer>,
+    next_offer: u64,
     scrub: Scrub,
     checkpoint: Option<CheckpointWrite>,
     pub(crate) checkpoint_number: u64,
@@ -232,6 +247,7 @@ impl Shard {
             config,
             written_requests: VecDeque::new(),
             sweep_next: 0,
+            sweep_left: 0,
             swept_at: 0,
             next_sequence: 1,
             flushed_sequence: 0,
@@ -257,6 +273,9 @@ impl Shard {
             directories: Directories::default(),
             reads_in_flight: 0,
             reclaim: None,
+            standing: Standing::default(),
+            offers: FastMap::default(),
+            next_offer: 1,
             scrub: Scrub::default(),
             checkpoint: None,
             checkpoint_number: 0,
@@ -282,7 +301,12 @@ impl Shard {
 
     /// The arrival number of a request: equal for all calls about one prompt, growing with time.
     fn arrival(&mut self, request: u64) -> u64 {
-        if let Some(arrival) = self.arrivals.get(&request) {
+        if let Some(arrival) = self.arrivals.get_mut(&request) {
+            arrival.uses += 1;
+            if arrival.uses.is_multiple_of(ARRIVAL_USES_MAX) {
+                arrival.number = self.next_arrival;
+                self.next_arrival += 1;
+            }
             return arrival.number;
         }
         let number = self.next_arrival;
@@ -297,6 +321,7 @@ impl Shard {
                 number,
                 looked_up: false,
                 blocks: 0,
+                uses: 0,
             };
             self.arrivals.insert(request, arrival);
         }
@@ -339,12 +364,15 @@ impl Shard {
         let expires = match (self.dram.get(id), &found) {
             (Some(resident), _) => resident.hints.expires_unix_s,
             (None, Some((_, entry))) => self.flash_expiry(entry),
-            (None, None) => return Err(MissReason::Absent),
+            (None, None) => {
+                self.note_missed(id);
+                return Err(MissReason::Absent);
+            }
         };
         if self.is_over(now, id, expires) {
             return Err(MissReason::Expired);
         }
-        if !self.has_looked_up(touch.request) {
+        if touch != Touch::NONE && !self.has_looked_up(touch.request) {
             let blocks = self.request_blocks(touch.request, touch.depth);
             let bytes = self.use_block(id, found, touch, blocks);
             self.keep.demanded(bytes);

@@ -87,6 +87,16 @@ impl Shard {
             }
             return Err(PutOutcome::Exists);
         }
+        self.open_ticket(now, request)
+    }
+
+    /// Room for a block that is not visible.
+    pub(super) fn open_ticket(
+        &mut self,
+        now: Moment,
+        request: &PutRequest,
+    ) -> Result<PutTicket, PutOutcome> {
+        let refused = |refusal| Err(PutOutcome::Refused(refusal));
         if self
             .filling
             .get(&request.id)
@@ -116,6 +126,7 @@ impl Shard {
             buffer,
             hints: request.hints,
             durable: request.durable,
+            passes: false,
         })
     }
 
@@ -190,6 +201,7 @@ impl Shard {
             mut buffer,
             hints: told,
             durable,
+            passes,
         } = ticket;
         let outcome = if !mine {
             Err(PutOutcome::Refused(Refusal::Deadline))
@@ -240,10 +252,16 @@ impl Shard {
             Admission::Later => State::Held,
             Admission::Asked | Admission::Budget => State::Dirty,
         };
-        let class = self.arrived(&id, &told, padded);
         let handover =
             is_awaited.then(|| Box::new(self.handover_of(now, &told, usize::from(sections))));
-        let used_at = self.keep.demand_bytes();
+        let mut used_at = self.keep.demand_bytes();
+        let class = if let Some(moved) = told.moved {
+            used_at = used_at.saturating_sub(moved.age_bytes);
+            self.keep.taken_over(super::admit::short(&id), moved.class);
+            moved.class
+        } else {
+            self.arrived(&id, &told, padded)
+        };
         self.keep.demanded(padded);
         let image = buffer.freeze();
         let hints = RecordHints {
@@ -270,11 +288,18 @@ impl Shard {
                 hints,
                 leased: false,
                 handover,
+                passes,
+                is_below: false,
             },
         );
         self.counters.not_admitted_handover += u64::from(is_awaited);
-        self.counters.put_bytes += bytes;
-        self.counters.count_put(PutOutcome::Stored);
+        if passes {
+            self.counters.taken += 1;
+            self.counters.taken_bytes += padded;
+        } else {
+            self.counters.put_bytes += bytes;
+            self.counters.count_put(PutOutcome::Stored);
+        }
         if state != State::Dirty {
             self.events.push(Event::Put {
                 token,
@@ -285,7 +310,7 @@ impl Shard {
             return self.decide_ahead(now);
         }
         let is_asked = admission == Admission::Asked;
-        self.counters.admitted_asked += u64::from(is_asked);
+        self.counters.admitted_asked += u64::from(is_asked && !passes);
         self.counters.admitted_budget += u64::from(!is_asked);
         self.unflushed.add(number, now, durable.then_some(token));
         self.push_dirty(WriteItem {

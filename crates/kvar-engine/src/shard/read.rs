@@ -14,8 +14,8 @@
 //! where they lie; what fails twice is gone.
 
 use super::{
-    Change, Copy, Displaced, Event, GetRequest, Pending, READS_IN_FLIGHT_MAX, SectionRef, Shard,
-    Touch, verify_image,
+    Change, Copy, Displaced, Event, GetRequest, Moved, Pending, READS_IN_FLIGHT_MAX, SectionRef,
+    Shard, Touch, verify_image,
 };
 use crate::dram::{Purpose, Resident, State};
 use crate::index::Entry;
@@ -70,6 +70,8 @@ pub(super) struct MoveRead {
     pub(super) place: Place,
     pub(super) segment: u32,
     pub(super) hints: RecordHints,
+    /// It is to be offered to the tier below, not written again.
+    pub(super) goes_down: bool,
     pub(super) is_again: bool,
 }
 
@@ -91,13 +93,19 @@ impl Shard {
             return self.miss(token, reason);
         }
         if let Some(resident) = self.dram.get(&id) {
-            let outcome = cut(
+            let mut outcome = cut(
                 &resident.sections,
                 resident.version,
                 &resident.image,
                 sections.clone(),
             );
             let is_read = outcome.is_ok() && resident.state == State::Awaited;
+            if let Ok(copy) = &mut outcome {
+                copy.moved = Moved {
+                    class: resident.class,
+                    age_bytes: self.keep.demand_bytes().saturating_sub(resident.used_at),
+                };
+            }
             self.counters.dram_hits += u64::from(outcome.is_ok());
             if is_read {
                 self.note_read(&id, sections);
@@ -208,19 +216,27 @@ impl Shard {
         let sections = plan.sections;
         let version = version(sections.iter().map(|section| section.check));
         let image = buffer.freeze();
+        let moved = Moved {
+            class: entry.class(),
+            age_bytes: self.keep.age_bytes(entry.stamp),
+        };
         for waiter in &waiters {
             let outcome = cut(&sections, version, &image, waiter.sections.clone());
+            let outcome = outcome.map(|copy| Copy { moved, ..copy });
             self.counters.flash_hits += u64::from(outcome.is_ok());
             self.answer(waiter.token, outcome);
         }
-        // Only what the index still knows becomes resident: a block that was dropped by reclaim
-        // while it was read stays dropped.
-        if self.dram.get(&id).is_some() || self.find(&id).is_none() {
+        // What nobody used does not become resident.
+        let used_by = waiters.iter().rfind(|waiter| waiter.touch != Touch::NONE);
+        let Some(touch) = used_by.map(|waiter| waiter.touch) else {
             return self.dram.release(entry.tenant, padded);
-        }
-        let touch = waiters
-            .last()
-            .map_or_else(Touch::default, |waiter| waiter.touch);
+        };
+        // Nor does what the index does not know any more: a block that was dropped by reclaim while it
+        // was read stays dropped.
+        let known = self.find(&id).filter(|_| self.dram.get(&id).is_none());
+        let Some((_, known)) = known else {
+            return self.dram.release(entry.tenant, padded);
+        };
         let arrival = self.arrival(touch.request);
         let hints = RecordHints {
             depth: touch.depth,
@@ -241,13 +257,13 @@ impl Shard {
                 depth: touch.depth,
                 ephemeral: false,
                 arrival,
-                class: self
-                    .find(&id)
-                    .map_or_else(|| entry.class(), |(_, now)| now.class()),
+                class: known.class(),
                 used_at: self.keep.demand_bytes(),
                 hints,
                 leased,
                 handover: None,
+                passes: false,
+                is_below: false,
             },
         );
     }
@@ -351,7 +367,7 @@ impl Shard {
 }
 
 /// The sections asked for.
-fn cut(
+pub(super) fn cut(
     sections: &[Section],
     version: u64,
     image: &Shared,
@@ -380,5 +396,6 @@ fn cut(
         version,
         sections,
         bytes: image.clone(),
+        moved: Moved::default(),
     })
 }

@@ -6,7 +6,7 @@
 //!      ▼
 //!  Reading ──> Deciding (a segment is open) ──> Moving (kept blocks: from memory, or read and verified) ──> Settling ──> free
 //!                 each is written at the log's head like a put              their records flushed,
-//!                                                                           readers gone
+//!                 the others go to the tier below, where there is one       readers gone
 //! ```
 //!
 //! Which blocks are kept is the policy's word; this file asks it about every block whose index
@@ -16,6 +16,7 @@
 //! again: it is decided about when it leaves memory. Until the footer is read, the largest share that may be kept is held free in the
 //! open segment and the prepared one, so that keeping never waits for the segment it is to free.
 
+use super::demote::Descent;
 use super::read::{Brought, MoveRead};
 use super::write::{Source, WriteItem, stored_bytes};
 use super::{Change, Displaced, Pending, Shard};
@@ -36,7 +37,7 @@ use std::ops::Range;
 /// Bytes of kept blocks on their way from device to device at once; two of the largest fit.
 const MOVING_BYTES_MAX: u64 = 8 << 20;
 
-enum Stage {
+pub(super) enum Stage {
     Reading,
     Deciding,
     Moving,
@@ -46,13 +47,15 @@ enum Stage {
 /// One reclaim.
 pub(super) struct Reclaim {
     segment: u32,
-    stage: Stage,
+    pub(super) stage: Stage,
     /// Directory pages read so far where the footer was not whole.
     areas: VecDeque<u64>,
     records: Vec<Record>,
     /// Whether these are all the records the segment ever had.
     whole: bool,
-    kept: VecDeque<(BlockId, Entry, RecordHints)>,
+    pub(super) kept: VecDeque<(BlockId, Entry, RecordHints)>,
+    /// What is not kept and has a tier below.
+    pub(super) descent: Descent,
     /// Bytes kept and not yet written.
     left_bytes: u64,
     /// Blocks kept and not yet written: each needs a record.
@@ -80,6 +83,20 @@ impl Reclaim {
         }
     }
 
+    pub(super) fn keep(&mut self, id: BlockId, entry: Entry, hints: RecordHints, bytes: u64) {
+        self.left_bytes += bytes;
+        self.left_blocks += 1;
+        self.kept.push_back((id, entry, hints));
+    }
+
+    pub(super) fn left_bytes(&self) -> u64 {
+        self.left_bytes
+    }
+
+    pub(super) fn left_blocks(&self) -> usize {
+        self.left_blocks
+    }
+
     fn left(&mut self, bytes: u64) {
         self.left_bytes = self.left_bytes.saturating_sub(bytes);
         self.left_blocks = self.left_blocks.saturating_sub(1);
@@ -105,6 +122,7 @@ impl Shard {
             records: Vec::new(),
             whole: false,
             kept: VecDeque::new(),
+            descent: Descent::default(),
             left_bytes: most,
             // Tombstones must leave the records that what is promised will need, also such as is
             // promised until it is decided about.
@@ -284,6 +302,7 @@ impl Shard {
             losses.announce(entry.tenant, entry.stored_bytes());
         }
         self.keep.keeper_mut().begin_reclaim();
+        let is_late = self.below_is_late();
         for (_, worth, _, id, entry, hints) in live {
             let leased = self.leases.protects(&id);
             let bytes = entry.stored_bytes();
@@ -310,10 +329,14 @@ impl Shard {
             };
             if keeps {
                 self.budget.spend(bytes);
-                reclaim.left_bytes += bytes;
-                reclaim.left_blocks += 1;
-                reclaim.kept.push_back((id, entry, hints));
+                reclaim.keep(id, entry, hints, bytes);
                 self.by_tenant[entry.tenant.index()].kept_entitled += u64::from(entitled);
+            } else if self.goes_down(&id, &hints) {
+                if is_late {
+                    self.drop_late(&id, &entry);
+                } else {
+                    reclaim.descent.waiting.push_back((id, entry, hints));
+                }
             } else {
                 losses.lost(entry.tenant, bytes);
                 self.index.remove_at(&id, entry.position);
@@ -330,7 +353,7 @@ impl Shard {
     }
 
     /// Blocks for which there is a record: tombstones may have taken those of the open segment.
-    fn records_for_kept(&self) -> usize {
+    pub(super) fn records_for_kept(&self) -> usize {
         let next = self.segments.prepared.is_some() || self.segments.preparing.is_some();
         match &self.segments.open {
             Some(_) if next => usize::MAX,
@@ -341,7 +364,7 @@ impl Shard {
 
     /// Bytes of what is kept that there is room for, of what nobody was promised and of all: with no
     /// segment open (right after a start on a full device) there is nowhere to go.
-    fn room_for_kept(&self) -> (u64, u64) {
+    pub(super) fn room_for_kept(&self) -> (u64, u64) {
         let Some(open) = &self.segments.open else {
             return (0, 0);
         };
@@ -378,7 +401,7 @@ impl Shard {
     }
 
     /// Reclaim gave up the copy on the device; one in memory is the last, and in this state now.
-    fn drop_flash_copy(&mut self, id: &BlockId, entry: &Entry, state: State) {
+    pub(super) fn drop_flash_copy(&mut self, id: &BlockId, entry: &Entry, state: State) {
         if self
             .dram
             .get(id)
@@ -399,13 +422,18 @@ impl Shard {
     pub(super) fn step_reclaim(&mut self) {
         self.decide();
         self.start_moves();
+        self.step_descent();
         if self.segments.is_exhausted() {
             self.give_up_moves();
         }
+        let has_descended = self.has_descended();
         let Some(reclaim) = &mut self.reclaim else {
             return;
         };
-        let moving = reclaim.moving_bytes > 0 || !reclaim.kept.is_empty() || !self.moved.is_empty();
+        let moving = reclaim.moving_bytes > 0
+            || !reclaim.kept.is_empty()
+            || !self.moved.is_empty()
+            || !has_descended;
         if matches!(reclaim.stage, Stage::Moving) && !moving {
             (reclaim.left_bytes, reclaim.left_blocks) = (0, 0);
             reclaim.stage = Stage::Settling {
@@ -535,6 +563,7 @@ impl Shard {
                         place,
                         segment,
                         hints,
+                        goes_down: false,
                         is_again: false,
                     };
                     self.submit(
@@ -606,6 +635,7 @@ impl Shard {
             place,
             segment,
             hints,
+            goes_down,
             is_again,
         } = read;
         let plan = match self.brought(&id, &entry, &place, &buffer, result, is_again) {
@@ -617,10 +647,16 @@ impl Shard {
             }
             Brought::Nothing => {
                 self.segments.get(segment).readers -= 1;
+                if goes_down {
+                    return self.read_to_offer(&read, buffer, None);
+                }
                 return self.give_up_move(&id, &entry);
             }
         };
         self.segments.get(segment).readers -= 1;
+        if goes_down {
+            return self.read_to_offer(&read, buffer, Some(&plan));
+        }
         let crc = super::head_crc(&id, &plan, buffer.as_slice());
         let version = kvar_base::check::version(plan.sections.iter().map(|section| section.check));
         self.moved.push_back(WriteItem {

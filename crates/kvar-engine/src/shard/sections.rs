@@ -22,11 +22,11 @@
 //!
 //! Left to others: whole blocks (`read`), which alone become resident.
 
-use super::{Copy, Pending, READS_IN_FLIGHT_MAX, SectionRef, Shard};
+use super::{Copy, Moved, Pending, READS_IN_FLIGHT_MAX, SectionRef, Shard};
 use crate::dram::Purpose;
-use crate::fast_map::FastMap;
 use crate::index::Entry;
 use crate::layout::{ImagePlan, PAGE};
+use kvar_base::FastMap;
 use kvar_base::check::{Place, crc64, version};
 use kvar_base::{BlockId, ContentCheck, MissReason, page_round_up};
 use kvar_io::{DeviceError, Op};
@@ -281,6 +281,7 @@ impl Shard {
             version: known.version,
             sections,
             bytes: buffer.freeze(),
+            moved: Moved::default(),
         };
         self.end_part(&read, Ok(copy));
     }

@@ -57,8 +57,9 @@ impl Shard {
                 }
                 let (mut kept, mut dropped) = (0, 0);
                 for (id, resident) in self.dram.iter() {
-                    let on_device = self.index.find(id).is_some()
-                        && !self.unflushed.puts.contains_key(&resident.number);
+                    let on_device = resident.is_below
+                        || self.index.find(id).is_some()
+                            && !self.unflushed.puts.contains_key(&resident.number);
                     if on_device { kept += 1 } else { dropped += 1 }
                 }
                 if let Some(shutdown) = &mut self.shutdown {

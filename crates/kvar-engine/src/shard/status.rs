@@ -117,6 +117,30 @@ pub struct Counters {
     pub reclaim_dropped: u64,
     /// Blocks that reclaim wrote again.
     pub reclaim_kept: u64,
+    /// Blocks that reclaim offered to the tier below.
+    pub offered: u64,
+    /// Of these, blocks that are safe there; they are not among the dropped ones.
+    pub demoted: u64,
+    /// Of these, blocks that were there before.
+    pub demoted_exists: u64,
+    /// Bytes that went there, padding included.
+    pub demoted_bytes: u64,
+    /// Blocks that did not go there: worth no place.
+    pub not_demoted_not_worth: u64,
+    /// The same: its limit of writes was reached.
+    pub not_demoted_limit: u64,
+    /// The same: it had no room at the moment, or this shard had none to read them.
+    pub not_demoted_busy: u64,
+    /// The same: it took too long.
+    pub not_demoted_late: u64,
+    /// The same: it was not in service.
+    pub not_demoted_gone: u64,
+    /// The same: the bytes did not arrive whole, or could not be flushed.
+    pub not_demoted_failed: u64,
+    /// Blocks taken from the tier above.
+    pub taken: u64,
+    /// Bytes of these, padding included.
+    pub taken_bytes: u64,
     /// Blocks that lost their index entry to another.
     pub bucket_evicted: u64,
     /// Blocks that were on the device alone when it refused their record.

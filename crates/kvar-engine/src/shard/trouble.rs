@@ -142,10 +142,17 @@ impl Shard {
                 State::Awaited => is_asked,
                 State::Dirty | State::Writing | State::Spent => false,
             };
-            may_leave && !resident.ephemeral && index.find(id).is_none()
+            let is_safe = resident.ephemeral || resident.is_below;
+            may_leave && !is_safe && index.find(id).is_none()
         });
         for id in volatile {
-            self.queue_resident(now, &id);
+            let decided = self.dram.get(&id).map(|resident| resident.state);
+            match decided {
+                // Nobody asked: it is decided about as before the trouble.
+                Some(State::Volatile) if !is_asked => self.dram.set_state(&id, State::Held),
+                Some(State::Held) if !is_asked => {}
+                _ => self.queue_resident(now, &id),
+            }
         }
     }
 }

@@ -8,16 +8,17 @@
 //! | ids to remove, a flush, a purge of all or of one tenant | [`Event::Done`] |
 //! | ids to be sure of: [`LeaseRequest`] | [`LeaseGrant`] |
 //! | an id to look at | [`BlockStat`] |
+//! | [`Standing`] | [`Event::Demote`] with a [`Demotion`] for the tier below, which answers [`Demoted`] |
 //!
 //! What must always be true: a `Copy` holds its memory until it is dropped, whatever becomes of
 //! the block; the memory of a [`PutTicket`] is nobody else's until the put is committed or aborted.
 //!
 //! Nothing here decides anything; the shard does.
 
-use crate::layout::ImagePlan;
+use crate::layout::{ImagePlan, RecordHints};
 use kvar_base::{BlockId, ContentCheck, LeaseToken, MissReason, Moment, PutOutcome};
 use kvar_io::{Buffer, Shared};
-use kvar_policy::{Shares, Tenant, WriteRates};
+use kvar_policy::{BlockClass, Shares, Tenant, WriteRates};
 use smallvec::SmallVec;
 use std::ops::Range;
 use std::time::Duration;
@@ -70,12 +71,21 @@ impl Default for EngineConfig {
 }
 
 /// What a touch says about its block.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Touch {
     /// A number shared by all calls about one prompt, unique among prompts; 0: this call alone.
     pub request: u64,
     /// Position in the chain.
     pub depth: u32,
+}
+
+impl Touch {
+    /// Nobody uses the block: it is read to be moved. It stays as young as it was, and is not brought
+    /// into memory.
+    pub const NONE: Self = Self {
+        request: u64::MAX,
+        depth: u32::MAX,
+    };
 }
 
 /// A read.
@@ -116,6 +126,69 @@ pub struct PutHints {
     pub is_asked: bool,
     /// Whose it is.
     pub tenant: Tenant,
+    /// It is no new block: this is what another store knew of its use.
+    pub moved: Option<Moved>,
+}
+
+/// What a store knows of a block's use when it hands the block on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moved {
+    /// How often it was used, by how long requests.
+    pub class: BlockClass,
+    /// Bytes of demand since it was used last.
+    pub age_bytes: u64,
+}
+
+/// Where a shard stands among the tiers of its store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Standing {
+    /// There is one tier.
+    #[default]
+    Only,
+    /// There is a tier below: what reclaim does not keep is offered to it.
+    Above,
+    /// There is a tier above, which is asked first.
+    Below,
+}
+
+/// A block on its way to the tier below. Holds its memory until dropped.
+#[derive(Clone, Debug)]
+pub struct Demotion {
+    /// The block.
+    pub id: BlockId,
+    /// All its sections.
+    pub copy: Copy,
+    /// What its writer said.
+    pub hints: RecordHints,
+    /// What is known of its use.
+    pub moved: Moved,
+}
+
+/// What became of a demotion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Demoted {
+    /// It is below, flushed.
+    Stored,
+    /// It was below already, and is flushed.
+    Exists,
+    /// Not worth a place there.
+    NotWorth,
+    /// The limit of writes there is reached.
+    Limit,
+    /// There is no room at the moment, or somebody else is bringing it.
+    Busy,
+    /// Nobody is there: leaving, stopping, or not loaded.
+    Gone,
+    /// The bytes were not what they should be, or could not be flushed.
+    Failed,
+}
+
+impl Demoted {
+    /// Whether the block is safe below.
+    #[must_use]
+    pub fn has_arrived(self) -> bool {
+        matches!(self, Self::Stored | Self::Exists)
+    }
 }
 
 /// A lookup that wants what it finds to stay.
@@ -134,13 +207,18 @@ pub struct LeaseRequest<'a> {
     pub request: u64,
     /// Depth of the first id in its chain.
     pub first_depth: u32,
+    /// Goes on behind a block that is not there: another tier may have it.
+    pub over_gaps: bool,
 }
 
 /// What was promised.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LeaseGrant {
-    /// How many leading blocks; 0: there is no lease, unless it stood before.
+    /// How many leading blocks, `gaps` among them; 0: there is no lease, unless it stood before.
     pub leading: u32,
+    /// Which of them are not there and not promised, by their place in the request; none unless it
+    /// goes over gaps.
+    pub gaps: Vec<u32>,
     /// Why not the next: absent, expired, or overloaded (a budget is used up). `None`: all are.
     pub reason: Option<MissReason>,
     /// Until when.
@@ -171,6 +249,8 @@ pub struct PutTicket {
     pub(super) buffer: Buffer,
     pub(super) hints: PutHints,
     pub(super) durable: bool,
+    /// It comes from the tier above and only passes through memory.
+    pub(super) passes: bool,
 }
 
 impl PutTicket {
@@ -221,6 +301,8 @@ pub struct Copy {
     pub sections: SmallVec<[SectionRef; 1]>,
     /// The stored image; sections lie in it.
     pub bytes: Shared,
+    /// What was known of its use when it was read; of a part of a block nothing.
+    pub moved: Moved,
 }
 
 impl Copy {
@@ -247,6 +329,14 @@ pub enum Event {
         token: u64,
         /// How.
         outcome: PutOutcome,
+    },
+    /// A block that reclaim does not keep is offered to the tier below; ends in a call of
+    /// [`Engine::demoted`](crate::Engine::demoted).
+    Demote {
+        /// The shard's number for it.
+        token: u64,
+        /// The block.
+        block: Box<Demotion>,
     },
     /// A remove, flush or purge is over.
     Done {

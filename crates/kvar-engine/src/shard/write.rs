@@ -453,6 +453,7 @@ impl Shard {
                     State::Volatile
                 };
                 self.dram.set_state(&item.id, state);
+                self.passed(&item.id);
             }
             Source::Moved { .. } => {
                 self.counters.reclaim_kept += 1;
@@ -539,7 +540,9 @@ impl Shard {
         let shutdown = self.shutdown.as_ref().map(|shutdown| shutdown.until);
         let lease = self.leases.next_end();
         let scrub = self.scrub_timer();
-        [dirty.filter(|_| !stalled), sync, shutdown, lease, scrub]
+        let descent = self.descent_timer();
+        let dirty = dirty.filter(|_| !stalled);
+        [dirty, sync, shutdown, lease, scrub, descent]
             .into_iter()
             .flatten()
             .min()

@@ -412,6 +412,7 @@ impl Store {
                     }
                 }
             }
+            Event::Demote { .. } => panic!("nobody told this store of a tier below"),
         }
     }
 

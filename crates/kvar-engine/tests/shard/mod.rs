@@ -4,8 +4,9 @@
 
 use kvar_base::{BlockId, ContentCheck, DeviceUuid, MissReason, Moment, PutOutcome};
 use kvar_engine::{
-    Counters, Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest,
-    RecoveryReport, ShardStatus, Superblock, Touch, arena_bytes, format, read_superblock,
+    Counters, Demotion, Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints,
+    PutRequest, RecoveryReport, ShardStatus, Superblock, Touch, arena_bytes, format,
+    read_superblock,
 };
 use kvar_io::Arena;
 use kvar_io::sim::{Image, SimDisk, SimOptions, Survival};
@@ -51,6 +52,8 @@ pub struct Shard {
     pub config: EngineConfig,
     pub recovery: RecoveryReport,
     pub now: Moment,
+    /// What reclaim offered to a tier below, if there is one.
+    pub offers: Vec<(u64, Box<Demotion>)>,
     next_token: u64,
 }
 
@@ -96,6 +99,7 @@ impl Shard {
             config,
             recovery,
             now,
+            offers: Vec::new(),
             next_token: 1,
         }
     }
@@ -134,8 +138,20 @@ impl Shard {
         while self.now < end {
             self.now = self.now.after(Duration::from_millis(5)).min(end);
             self.engine.turn(self.now);
-            self.engine.events().for_each(drop);
+            self.hear();
         }
+    }
+
+    /// Events but for offers, which are kept.
+    pub fn hear(&mut self) -> Vec<Event> {
+        let mut others = Vec::new();
+        for event in self.engine.events() {
+            match event {
+                Event::Demote { token, block } => self.offers.push((token, block)),
+                other => others.push(other),
+            }
+        }
+        others
     }
 
     /// Time passes at once, without a turn.
@@ -180,8 +196,8 @@ impl Shard {
         }
         let token = self.token();
         self.engine.put_commit(self.now, token, ticket);
-        self.engine
-            .events()
+        self.hear()
+            .into_iter()
             .find_map(|event| match event {
                 Event::Put {
                     token: this,
@@ -235,7 +251,7 @@ impl Shard {
 
     pub fn answer(&mut self, number: u64, wanted: u64) -> Result<Vec<u16>, MissReason> {
         for _ in 0..1000 {
-            let found = self.engine.events().find_map(|event| match event {
+            let found = self.hear().into_iter().find_map(|event| match event {
                 Event::Get { token, outcome } if token == wanted => Some(outcome),
                 _ => None,
             });

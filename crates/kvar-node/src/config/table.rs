@@ -17,10 +17,12 @@ pub const SETTINGS: &[Setting] = &[
     Setting {
         key: "data",
         default: "./kvar-data",
-        form: "path[=size]",
+        form: "path[=size][,big]",
         help: "Where blocks are stored: a file, made at first start, or a raw block device. Given \
                several times (in a file: a list), blocks are spread over all by size. \
-               The namespace key is written beside the first.",
+               The namespace key is written beside the first. With ,big behind it a device is of the \
+               second tier: blocks are put on the others (,fast, the default), and what those have \
+               no room for any more goes down to it.",
         is_switch: false,
         is_list: true,
         set: |config, text| {

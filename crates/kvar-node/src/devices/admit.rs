@@ -137,7 +137,7 @@ fn fresh(
     table: &mut DeviceTable,
 ) -> Result<Admitted, String> {
     check_new(target.bytes(), options, rules)?;
-    table.enter(options.uuid, &new.path, target.bytes());
+    table.enter(options.uuid, &new.path, target.bytes(), new.tier);
     save(table, rules)?;
     let superblock = make(&target, options, rules.config.io_engine);
     let superblock = superblock.map_err(|error| error.to_string())?;
@@ -166,6 +166,7 @@ fn back(
         entry.state = DeviceState::In;
         entry.slot = Some(slot);
         entry.path.clone_from(&new.path);
+        entry.tier = new.tier.unwrap_or(entry.tier);
     }
     save(table, rules)?;
     Ok(Admitted {

@@ -31,12 +31,13 @@ mod leaving;
 mod moves;
 mod told;
 
+use super::memory::Division;
 use super::routes::Routes;
 use super::surveyor::Said;
 use super::table::DeviceTable;
 use super::view::{DeviceView, Phase, Views};
 use super::watch::{Kind, Run, Watch};
-use crate::config::{Config, DRAM_BYTES_MIN, WriteRate};
+use crate::config::{Config, DRAM_BYTES_MIN, DeviceTier, WriteRate};
 use crate::loading::{LoadFailed, LoadingHook, OpenShard, Progress};
 use crate::mail::{Answer, Ask, EngineKey, KEEPER, Mail, Origin, Post};
 use crate::node::{MovingHook, WallClock};
@@ -82,6 +83,10 @@ pub(crate) struct NewDevice {
     /// Take it even if it holds data of another store.
     #[serde(default)]
     pub(crate) erase: bool,
+    /// What it is for; not said: what it was, and fast for a new one. A replacement is what the device
+    /// before it was.
+    #[serde(default)]
+    pub(crate) tier: Option<DeviceTier>,
 }
 
 /// What an operator asks for.
@@ -234,8 +239,8 @@ pub(crate) struct Keeper {
     next_move: u64,
     next_serial: u32,
     next_device: u32,
-    /// DRAM for each byte of device, from the first start on.
-    dram_per_byte: f64,
+    /// Who has how much memory.
+    division: Division,
     /// Seconds since 1970 at the clock's zero.
     unix_at_start_s: u64,
 }
@@ -254,10 +259,17 @@ impl Keeper {
             table,
             ..
         } = parts.storage;
-        let bytes: u64 = devices.iter().map(|it| it.superblock.device_bytes).sum();
+        let tier_of = |it: &OpenDevice| {
+            let entry = table.find(it.superblock.uuid);
+            entry.map_or(DeviceTier::Fast, |entry| entry.tier)
+        };
+        let sizes = devices.iter();
+        let sizes: Vec<_> = sizes
+            .map(|it| (tier_of(it), it.superblock.device_bytes))
+            .collect();
         let away = away.into_iter();
         let mut keeper = Self {
-            dram_per_byte: parts.config.dram.0 as f64 / bytes as f64,
+            division: Division::new(parts.config.dram.0, &sizes),
             unix_at_start_s: unix_at_start(&parts.wall_clock, parts.clock.now()),
             clock_due: parts.clock.now().after(WALL_CLOCK_EVERY),
             wall_clock: parts.wall_clock,
@@ -369,8 +381,10 @@ impl Keeper {
         let dram_bytes = if only {
             self.config.dram.0 / shards
         } else {
-            let share = self.dram_per_byte * superblock.device_bytes as f64;
-            (share as u64 / shards).max(DRAM_BYTES_MIN)
+            let entry = self.table.find(superblock.uuid);
+            let tier = entry.map_or(DeviceTier::Fast, |entry| entry.tier);
+            let share = self.division.of(tier, superblock.device_bytes);
+            (share / shards).max(DRAM_BYTES_MIN)
         };
         let each = |rate: WriteRate| {
             let bytes = rate.bytes_per_day(superblock.device_bytes);

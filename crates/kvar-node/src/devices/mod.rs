@@ -17,6 +17,7 @@
 //! | `routes` | which engine has a block? |
 //! | `watch` | is a device still one? |
 //! | `admit` | may this device come in? |
+//! | `memory` | who has how much of it? |
 //! | `keeper` | the thread that decides: opens, fences, adds, retires, replaces |
 //! | `surveyor` | what is on a device that leaves? |
 //! | `view` | what status, metrics and `kvar device list` say of them |
@@ -28,6 +29,7 @@
 
 mod admit;
 mod keeper;
+mod memory;
 mod routes;
 mod surveyor;
 mod table;

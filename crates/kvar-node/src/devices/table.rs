@@ -4,7 +4,7 @@
 //!   <key file with .devices for .key>, JSON, written whole and renamed into place:
 //!     { "format": 1,
 //!       "devices": [ { "uuid", "slot", "path", "bytes", "state": "in" | "retired", "stale",
-//!                     "leaving" } ] }
+//!                     "leaving", "tier": "fast" | "big" } ] }
 //! ```
 //!
 //! | field | meaning |
@@ -15,6 +15,7 @@
 //! | bytes | its weight in the routes, also while it is away |
 //! | stale | blocks were removed while it was away: it is emptied before it serves again |
 //! | leaving | its blocks move to the others, then it is retired; goes on after a restart |
+//! | tier | what it is for; not there: fast |
 //!
 //! What must always be true: the table is on disk before what it allows happens: before a device is
 //! formatted, and `stale` before the remove is acknowledged. A store of one device needs no table:
@@ -22,6 +23,7 @@
 //!
 //! What is absent: whether a device is there right now; that is seen, not stored.
 
+use crate::config::DeviceTier;
 use kvar_base::DeviceUuid;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -56,6 +58,8 @@ pub(crate) struct Entry {
     pub(crate) stale: bool,
     #[serde(default, skip_serializing_if = "is_not")]
     pub(crate) leaving: bool,
+    #[serde(default, skip_serializing_if = "DeviceTier::is_fast")]
+    pub(crate) tier: DeviceTier,
 }
 
 /// Written only where it is so: a table without it can be read by older programs.
@@ -222,7 +226,13 @@ impl DeviceTable {
     }
 
     /// A device comes in at a free slot.
-    pub(crate) fn enter(&mut self, uuid: DeviceUuid, path: &Path, bytes: u64) -> u32 {
+    pub(crate) fn enter(
+        &mut self,
+        uuid: DeviceUuid,
+        path: &Path,
+        bytes: u64,
+        tier: Option<DeviceTier>,
+    ) -> u32 {
         let slot = self.free_slot();
         self.devices.push(Entry {
             uuid: DeviceUuidText(uuid),
@@ -232,6 +242,7 @@ impl DeviceTable {
             state: DeviceState::In,
             stale: false,
             leaving: false,
+            tier: tier.unwrap_or_default(),
         });
         slot
     }
@@ -261,10 +272,10 @@ mod tests {
         assert_eq!(DeviceTable::read(&path).unwrap(), None);
         let mut table = DeviceTable::default();
         for number in 1..=3 {
-            table.enter(uuid(number), Path::new("/a/b"), 100);
+            table.enter(uuid(number), Path::new("/a/b"), 100, None);
         }
         assert_eq!(table.retire(uuid(2)), Some(1));
-        table.enter(uuid(4), Path::new("/c"), 100);
+        table.enter(uuid(4), Path::new("/c"), 100, Some(DeviceTier::Big));
         assert_eq!(
             table.find(uuid(4)).unwrap().slot,
             Some(1),
@@ -273,6 +284,23 @@ mod tests {
         assert_eq!(table.in_use().count(), 3);
         table.write(&path).unwrap();
         assert_eq!(DeviceTable::read(&path).unwrap().unwrap(), table);
+    }
+
+    #[test]
+    fn a_table_of_before_there_were_tiers_is_one_of_fast_devices() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("data.devices");
+        let text = format!(
+            "{{\"format\":1,\"devices\":[{{\"uuid\":\"{}\",\"slot\":0,\"path\":\"/x\",\"bytes\":5,\
+             \"state\":\"in\",\"stale\":false}}]}}",
+            uuid(1)
+        );
+        std::fs::write(&path, text).unwrap();
+        let table = DeviceTable::read(&path).unwrap().unwrap();
+        assert_eq!(table.devices[0].tier, DeviceTier::Fast);
+        // And a table of fast devices is one that older programs read.
+        table.write(&path).unwrap();
+        assert!(!std::fs::read_to_string(&path).unwrap().contains("tier"));
     }
 
     #[test]

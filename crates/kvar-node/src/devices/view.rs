@@ -3,6 +3,7 @@
 //! The keeper writes it whole at every change; whoever asks takes a reference. What changes with
 //! every block comes from the engines' reports and is added by [`DeviceReport`].
 
+use crate::config::DeviceTier;
 use crate::report::ShardReport;
 use serde::Serialize;
 use std::path::PathBuf;
@@ -22,11 +23,13 @@ pub struct DeviceView {
     pub path: PathBuf,
     /// Size in bytes.
     pub bytes: u64,
+    /// What it is for.
+    pub tier: DeviceTier,
     /// `loading`, `online`, `leaving`, `failed`, `missing` or `retired`.
     pub state: &'static str,
     /// Why it is not online.
     pub reason: Option<String>,
-    /// Share of new blocks that it gets.
+    /// Share of the blocks that come to its tier.
     pub share: f64,
     /// Whether it will be emptied before it serves again.
     pub stale: bool,

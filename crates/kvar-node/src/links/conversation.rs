@@ -220,7 +220,7 @@ impl Conversation {
         match &open.kind {
             Kind::Get(get) => {
                 for item in &get.items {
-                    if let ItemState::Asked(bytes) = item.state {
+                    if let ItemState::Asked(bytes) | ItemState::AskedBelow(bytes, _) = item.state {
                         self.reading_bytes -= bytes;
                         self.reads -= 1;
                     }
@@ -311,9 +311,27 @@ impl Conversation {
             return;
         };
         let item = &mut get.items[index as usize];
-        let ItemState::Asked(bytes) = item.state else {
+        let (bytes, outcome) = match (item.state, outcome) {
+            (ItemState::Asked(bytes), Err(reason)) if may_be_below(reason) => {
+                if self.ask_below(desk, request, index, bytes, reason) {
+                    return;
+                }
+                (bytes, Err(reason))
+            }
+            (ItemState::Asked(bytes), outcome) => (bytes, outcome),
+            // What the first one said is the reason, unless the other knows more than that.
+            (ItemState::AskedBelow(bytes, above), Err(MissReason::Absent)) => (bytes, Err(above)),
+            (ItemState::AskedBelow(bytes, _), outcome) => (bytes, outcome),
+            (ItemState::Waiting | ItemState::Answered, _) => return,
+        };
+        let Some(Open {
+            kind: Kind::Get(get),
+            ..
+        }) = self.open.get_mut(&request)
+        else {
             return;
         };
+        let item = &mut get.items[index as usize];
         item.state = ItemState::Answered;
         self.reading_bytes -= bytes;
         self.reads -= 1;
@@ -328,6 +346,47 @@ impl Conversation {
         if is_over {
             self.close(desk, request);
         }
+    }
+
+    /// Asks the tier below for an item, if there is one; its budget stays as it is.
+    fn ask_below(
+        &mut self,
+        desk: &mut Desk,
+        request: u64,
+        index: u32,
+        bytes: u64,
+        reason: MissReason,
+    ) -> bool {
+        let Some(open) = self.open.get_mut(&request) else {
+            return false;
+        };
+        let (opening, deadline) = (open.opening, open.deadline);
+        let Kind::Get(get) = &mut open.kind else {
+            return false;
+        };
+        let touch_request = get.touch_request;
+        let item = &mut get.items[index as usize];
+        let Some(engine) = desk.routes.lower_owner(&item.wanted.id) else {
+            return false;
+        };
+        item.state = ItemState::AskedBelow(bytes, reason);
+        let ask = Ask::Get(GetRequest {
+            id: item.wanted.id,
+            sections: item.wanted.sections.clone(),
+            deadline,
+            touch: Touch {
+                request: touch_request,
+                depth: item.wanted.depth,
+            },
+        });
+        let operation = Operation {
+            link: self.key,
+            request,
+            opening,
+            part: index,
+        };
+        desk.ask(To::Engine(engine, ask), operation);
+        true
     }
 
     pub(super) fn send_miss(
@@ -538,6 +597,14 @@ impl Conversation {
         }
         self.waiting_gets.clear();
     }
+}
+
+/// Whether a block that an engine does not serve may be in the tier below.
+pub(super) fn may_be_below(reason: MissReason) -> bool {
+    matches!(
+        reason,
+        MissReason::Absent | MissReason::Evicted | MissReason::Corrupt | MissReason::Loading
+    )
 }
 
 /// Gives a ticket back unused.

@@ -8,13 +8,16 @@
 //!   answer     1 1 1 - - -          three are promised; B gets back what it granted beyond them
 //! ```
 //!
+//! With two tiers the fast engines go over gaps, and what they lack is asked of the big ones before that is
+//! reckoned.
+//!
 //! A lease belongs to its token, not to the link: it stands when the link is gone, and another one
 //! may renew or release it. Every engine knows its own part of it; a renewal or release goes to all.
 
-use super::conversation::Conversation;
+use super::conversation::{Conversation, may_be_below};
 use super::desk::{Desk, Operation, To};
-use super::request::{AboutLease, Kind, Lease, Open};
-use super::serve::{split, touch_request};
+use super::request::{AboutLease, Kind, Lease, LeaseBelow, Open};
+use super::serve::{split, split_below, touch_request};
 use crate::mail::{Ask, EngineKey, LeaseAsk};
 use kvar_base::{BlockId, MissReason, Moment};
 use kvar_engine::{LEASE_DEFAULT, LeaseGrant};
@@ -50,11 +53,19 @@ impl Conversation {
             };
             return self.send(desk, request, &answer);
         }
-        let several = parts.len() > 1;
+        let over_gaps = routes.has_lower();
+        let several = parts.len() > 1 || over_gaps;
+        let below = over_gaps.then(|| LeaseBelow {
+            client: lease.client,
+            ttl: ttl(lease.ttl_ms),
+            touch_request,
+            first_depth: lease.first_depth,
+        });
         let kind = Kind::Lease(Lease {
             token: lease.token,
             left: parts.len() as u32,
-            granted: vec![false; lease.ids.len()],
+            granted: vec![None; lease.ids.len()],
+            below,
             ids: if several { lease.ids } else { Vec::new() },
             routes: routes.clone(),
             refused: None,
@@ -72,6 +83,7 @@ impl Conversation {
                 ttl: ttl(lease.ttl_ms),
                 touch_request,
                 first_depth: lease.first_depth,
+                over_gaps,
             }));
             let to = match routes.engines().get(part as usize) {
                 Some(engine) => To::Engine(*engine, ask),
@@ -86,7 +98,7 @@ impl Conversation {
         desk: &mut Desk,
         request: u64,
         part: u32,
-        grant: LeaseGrant,
+        grant: &LeaseGrant,
     ) {
         let Some(Open {
             kind: Kind::Lease(lease),
@@ -98,8 +110,10 @@ impl Conversation {
         let positions = lease.positions.get(part as usize);
         let position = |at: usize| positions.map_or(Some(at), |all| Some(*all.get(at)? as usize));
         for at in 0..grant.leading as usize {
+            // Few, if any.
+            let is_gap = grant.gaps.binary_search(&(at as u32)).is_ok();
             if let Some(granted) = position(at).and_then(|at| lease.granted.get_mut(at)) {
-                *granted = true;
+                *granted = (!is_gap).then_some(part);
             }
         }
         if let (Some(reason), Some(at)) = (grant.reason, position(grant.leading as usize)) {
@@ -107,14 +121,21 @@ impl Conversation {
             let first = lease.refused.is_none_or(|(first, _)| at < first);
             lease.refused = if first { Some(refused) } else { lease.refused };
         }
-        if grant.leading > 0 {
+        if grant.leading as usize > grant.gaps.len() {
             lease.until = Some(lease.until.map_or(grant.until, |it| it.min(grant.until)));
         }
         lease.left -= 1;
-        if lease.left > 0 {
+        if lease.left > 0 || self.lease_below(desk, request) {
             return;
         }
-        let leading = lease.granted.iter().take_while(|granted| **granted).count();
+        let Some(Open {
+            kind: Kind::Lease(lease),
+            ..
+        }) = self.open.get_mut(&request)
+        else {
+            return;
+        };
+        let leading = lease.granted.iter().take_while(|it| it.is_some()).count();
         let all = leading == lease.granted.len();
         let (token, surplus) = (lease.token, surplus(lease, leading));
         let answer = LeaseAnswer {
@@ -122,6 +143,7 @@ impl Conversation {
             reason: (!all).then(|| {
                 lease
                     .refused
+                    .filter(|(at, _)| *at == leading)
                     .map_or(MissReason::Absent, |(_, reason)| reason)
             }),
             lasts_ms: match lease.until {
@@ -134,6 +156,57 @@ impl Conversation {
         for (engine, ids) in surplus {
             desk.tell(engine, Ask::ReleaseSome(token, ids));
         }
+    }
+
+    /// Asks the tier below for what the one above lacks; whether there is anything to ask.
+    fn lease_below(&mut self, desk: &mut Desk, request: u64) -> bool {
+        let link = self.key;
+        let Some(Open {
+            opening,
+            kind: Kind::Lease(lease),
+            ..
+        }) = self.open.get_mut(&request)
+        else {
+            return false;
+        };
+        let Some(below) = lease.below.take() else {
+            return false;
+        };
+        // What is refused for another reason than that it is not there ends the promise: nothing behind
+        // it is of use.
+        let end = lease.refused.map_or(lease.ids.len(), |(at, reason)| {
+            if may_be_below(reason) {
+                lease.ids.len()
+            } else {
+                at
+            }
+        });
+        let lacking = (0..).zip(&lease.ids).zip(&lease.granted).take(end);
+        let lacking = lacking.filter(|(_, granted)| granted.is_none());
+        let lacking = lacking.map(|(id, _)| id);
+        let parts = split_below(lacking, &lease.routes, &mut lease.positions);
+        lease.left = parts.len() as u32;
+        let (opening, token, routes) = (*opening, lease.token, lease.routes.clone());
+        let asks_any = !parts.is_empty();
+        for (part, ids) in parts {
+            let ask = Ask::Lease(Box::new(LeaseAsk {
+                ids,
+                token,
+                client: below.client,
+                ttl: below.ttl,
+                touch_request: below.touch_request,
+                first_depth: below.first_depth,
+                over_gaps: false,
+            }));
+            let operation = Operation {
+                link,
+                request,
+                opening,
+                part,
+            };
+            desk.ask(To::Engine(routes.engines()[part as usize], ask), operation);
+        }
+        asks_any
     }
 
     /// A renewal, or without a time a release.
@@ -215,8 +288,8 @@ impl Conversation {
 fn surplus(lease: &Lease, leading: usize) -> Vec<(EngineKey, Vec<BlockId>)> {
     let mut by_engine: Vec<(EngineKey, Vec<BlockId>)> = Vec::new();
     let behind = lease.ids.iter().zip(&lease.granted).skip(leading);
-    for id in behind.filter_map(|(id, granted)| granted.then_some(*id)) {
-        let Some(engine) = lease.routes.owner(&id) else {
+    for (id, part) in behind.filter_map(|(id, granted)| Some((*id, (*granted)?))) {
+        let Some(engine) = lease.routes.engines().get(part as usize).copied() else {
             continue;
         };
         match by_engine.iter_mut().find(|(key, _)| *key == engine) {

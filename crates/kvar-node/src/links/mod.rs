@@ -93,6 +93,11 @@ impl Links {
         self.desk.routes = routes;
     }
 
+    /// Who owns which block, as far as this thread has heard.
+    pub(crate) fn routes(&self) -> Arc<Routes> {
+        self.desk.routes.clone()
+    }
+
     /// Notes the time.
     pub(crate) fn tick(&mut self) -> Moment {
         self.desk.tick()

@@ -2,21 +2,25 @@
 //!
 //! ```text
 //!   Lookup   asked of every engine concerned ............ answered when all have
+//!            with two tiers: of the fast ones, then of the big ones for what those lack
 //!   Lease    the same; AboutLease: a renewal or release, asked of all engines
-//!   Get      each item: waiting for budget -> asked -> answered
+//!   Get      each item: waiting for budget -> asked (-> asked below) -> answered
 //!   Put      Beginning -> (Pulling, announced) -> Receiving -> Committing -> answered
 //!   Finish   remove, flush, purge: asked of engines ..... answered when all have
+//!            with two tiers: a remove or purge of the fast ones, then of the big ones
 //!   Stat, Status
 //! ```
 //!
 //! A request ends once: by its answer, its deadline, a cancel, or with its link.
 
+use super::desk::To;
 use crate::devices::Routes;
 use crate::mail::Ticket;
 use crate::report::ThreadReport;
 use kvar_base::{BlockId, LeaseToken, MissReason, Moment};
 use kvar_wire::GetItem;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// One open request.
 pub(crate) struct Open {
@@ -38,7 +42,7 @@ pub(crate) enum Kind {
     Get(Get),
     Put(Put),
     Finish(Finish),
-    Stat,
+    Stat(Stat),
     Status {
         left: u32,
         reports: Vec<ThreadReport>,
@@ -52,6 +56,23 @@ pub(crate) struct Lookup {
     pub(crate) present: Vec<bool>,
     /// For each engine where its ids stand in the request; empty when one has them all.
     pub(crate) positions: Vec<Vec<u32>>,
+    pub(crate) touch_request: u64,
+    /// What is still to be asked of the tier below; none with one tier, or when it was.
+    pub(crate) below: Option<Below>,
+}
+
+/// What a second round needs.
+pub(crate) struct Below {
+    pub(crate) ids: Vec<BlockId>,
+    /// Whom the first round was asked of, and the second will be.
+    pub(crate) routes: Arc<Routes>,
+}
+
+/// A question about one block.
+pub(crate) struct Stat {
+    pub(crate) id: BlockId,
+    /// What the tier above said, once the one below is asked.
+    pub(crate) above: Option<MissReason>,
 }
 
 /// A lease that is being gathered.
@@ -63,13 +84,24 @@ pub(crate) struct Lease {
     /// Whom it was asked of.
     pub(crate) routes: Arc<Routes>,
     pub(crate) left: u32,
-    pub(crate) granted: Vec<bool>,
+    /// Who promised each block: the engine's place in the routes.
+    pub(crate) granted: Vec<Option<u32>>,
+    /// How the tier below is asked, as long as it was not.
+    pub(crate) below: Option<LeaseBelow>,
     /// The first block that is not promised, and why.
     pub(crate) refused: Option<(usize, MissReason)>,
     /// Until when all engines promise what they do.
     pub(crate) until: Option<Moment>,
     /// As in [`Lookup`].
     pub(crate) positions: Vec<Vec<u32>>,
+}
+
+/// What a second round of a lease needs.
+pub(crate) struct LeaseBelow {
+    pub(crate) client: u64,
+    pub(crate) ttl: Duration,
+    pub(crate) touch_request: u64,
+    pub(crate) first_depth: u32,
 }
 
 /// A call about a lease that stands.
@@ -99,6 +131,8 @@ pub(crate) enum ItemState {
     Waiting,
     /// Its owner reads it; so many bytes of the budget are set aside.
     Asked(u64),
+    /// The first owner did not have it, for this reason, and the one below reads it.
+    AskedBelow(u64, MissReason),
     Answered,
 }
 
@@ -125,6 +159,8 @@ pub(crate) enum PutState {
 pub(crate) struct Finish {
     pub(crate) which: Which,
     pub(crate) left: u32,
+    /// What is asked when all of the first round have answered.
+    pub(crate) then: Vec<To>,
     pub(crate) count: u64,
     pub(crate) failure: Option<String>,
     /// Whom it was asked of.

@@ -1,11 +1,12 @@
 //! What each request makes a link ask, and each answer makes it say.
 
-use super::conversation::{Conversation, Incoming, abort};
+use super::conversation::{Conversation, Incoming, abort, may_be_below};
 use super::desk::{Desk, LINK_TIMER, Operation, To};
 use super::filling::Filling;
 use super::request::{
-    AboutLease, Finish, Get, Item, ItemState, Kind, Lookup, Open, Put, PutState, Which,
+    AboutLease, Below, Finish, Get, Item, ItemState, Kind, Lookup, Open, Put, PutState, Stat, Which,
 };
+use crate::config::DeviceTier;
 use crate::devices::{Note, Routes};
 use crate::mail::{Answer, Ask};
 use crate::report::ThreadReport;
@@ -124,11 +125,17 @@ impl Conversation {
         }
         let touch_request = touch_request(desk, self.tenant, lookup.touch_request);
         let (parts, positions) = split(&lookup.ids, &desk.routes);
+        let below = desk.routes.has_lower().then(|| Below {
+            ids: lookup.ids.clone(),
+            routes: desk.routes.clone(),
+        });
         let kind = Kind::Lookup(Lookup {
             leading_only: lookup.leading_only,
             left: parts.len() as u32,
             present: vec![false; lookup.ids.len()],
             positions,
+            touch_request,
+            below,
         });
         if parts.is_empty() {
             let answer = leading_or_each(lookup.leading_only, &[]);
@@ -164,11 +171,51 @@ impl Conversation {
             }
         }
         lookup.left -= 1;
-        if lookup.left == 0 {
+        if lookup.left == 0 && !self.look_below(desk, request) {
+            let Some(Open {
+                kind: Kind::Lookup(lookup),
+                ..
+            }) = self.open.get(&request)
+            else {
+                return;
+            };
             let answer = leading_or_each(lookup.leading_only, &lookup.present);
             self.close(desk, request);
             self.send(desk, request, &answer);
         }
+    }
+
+    /// Asks the tier below for what the one above lacks; whether there is anything to ask.
+    fn look_below(&mut self, desk: &mut Desk, request: u64) -> bool {
+        let link = self.key;
+        let Some(Open {
+            opening,
+            kind: Kind::Lookup(lookup),
+            ..
+        }) = self.open.get_mut(&request)
+        else {
+            return false;
+        };
+        let Some(Below { ids, routes }) = lookup.below.take() else {
+            return false;
+        };
+        let lacking = (0..).zip(&ids).zip(&lookup.present);
+        let lacking = lacking.filter(|(_, present)| !**present).map(|(id, _)| id);
+        let parts = split_below(lacking, &routes, &mut lookup.positions);
+        lookup.left = parts.len() as u32;
+        let (opening, touch_request) = (*opening, lookup.touch_request);
+        let asks_any = !parts.is_empty();
+        for (part, ids) in parts {
+            let operation = Operation {
+                link,
+                request,
+                opening,
+                part,
+            };
+            let ask = Ask::Lookup { ids, touch_request };
+            desk.ask(To::Engine(routes.engines()[part as usize], ask), operation);
+        }
+        asks_any
     }
 
     // ---- get --------------------------------------------------------------------------------
@@ -341,25 +388,43 @@ impl Conversation {
             return self.send_finished(desk, request, which, finished);
         }
         let routes = desk.routes.clone();
-        let engines = || routes.engines().iter();
-        let mut asks: Vec<To> = match which {
-            Which::Remove => removals(ids, &routes),
-            Which::Flush => engines().map(|key| To::Engine(*key, Ask::Flush)).collect(),
-            Which::Purge => engines()
-                .map(|key| To::Engine(*key, Ask::Purge(Some(self.tenant))))
-                .collect(),
+        let asks_of = |tiers: &[DeviceTier]| -> Vec<To> {
+            let is_meant = |part: &usize| tiers.contains(&routes.tier_of_part(*part));
+            let engines = || (0..routes.engines().len()).filter(is_meant);
+            let each = |ask: &dyn Fn() -> Ask| -> Vec<(usize, Ask)> {
+                engines().map(|at| (at, ask())).collect()
+            };
+            let asks: Vec<(usize, Ask)> = match which {
+                Which::Remove => removals(ids, &routes, &is_meant),
+                Which::Flush => each(&|| Ask::Flush),
+                Which::Purge => each(&|| Ask::Purge(Some(self.tenant))),
+            };
+            let asks = asks.into_iter();
+            asks.map(|(at, ask)| To::Engine(routes.engines()[at], ask))
+                .collect()
+        };
+        // What is on its way down must not outlive its removal: see docs/internals/tiers.md.
+        let (fast, big) = (asks_of(&[DeviceTier::Fast]), asks_of(&[DeviceTier::Big]));
+        let in_turn = which != Which::Flush && !fast.is_empty() && !big.is_empty();
+        let (mut asks, mut then) = match in_turn {
+            // Blocks of a device that leaves may move from the one tier to the other, either way.
+            true if routes.note_removals => (fast, asks_of(&DeviceTier::ALL)),
+            true => (fast, big),
+            false => (asks_of(&DeviceTier::ALL), Vec::new()),
         };
         if asks.is_empty() {
             asks.push(To::Nobody(Ask::Flush));
         }
         // What goes while a device is away must not come back with it.
         if routes.note_removals && which != Which::Flush {
-            asks.push(To::Keeper(Note::Removal));
+            let last = if in_turn { &mut then } else { &mut asks };
+            last.push(To::Keeper(Note::Removal));
         }
         let left = asks.len() as u32;
         let kind = Kind::Finish(Finish {
             which,
             left,
+            then,
             count: 0,
             failure: None,
             routes,
@@ -385,6 +450,11 @@ impl Conversation {
         if finish.left > 0 {
             return;
         }
+        let then = std::mem::take(&mut finish.then);
+        if !then.is_empty() && finish.failure.is_none() {
+            finish.left = then.len() as u32;
+            return self.ask_all(desk, request, then);
+        }
         let which = finish.which;
         let finished = match finish.failure.take() {
             // A device that came in meanwhile was not asked.
@@ -396,6 +466,20 @@ impl Conversation {
         };
         self.close(desk, request);
         self.send_finished(desk, request, which, finished);
+    }
+
+    /// Goes on with a request.
+    fn ask_all(&mut self, desk: &mut Desk, request: u64, asks: Vec<To>) {
+        let Some(open) = self.open.get(&request) else {
+            return;
+        };
+        let operation = Operation {
+            link: self.key,
+            request,
+            opening: open.opening,
+            part: 0,
+        };
+        asks.into_iter().for_each(|to| desk.ask(to, operation));
     }
 
     fn send_finished(&mut self, desk: &mut Desk, request: u64, which: Which, finished: Finished) {
@@ -417,9 +501,38 @@ impl Conversation {
         if let Some(reason) = reason {
             return self.send(desk, request, &StatAnswer { stat: Err(reason) });
         }
-        if let Some(operation) = self.open(desk, request, Some(stat.deadline_us), Kind::Stat) {
-            desk.ask_owner(&stat.id, operation, Ask::Stat(stat.id));
+        let (id, above) = (stat.id, None);
+        let kind = Kind::Stat(Stat { id, above });
+        if let Some(operation) = self.open(desk, request, Some(stat.deadline_us), kind) {
+            desk.ask_owner(&id, operation, Ask::Stat(id));
         }
+    }
+
+    fn on_stat_answer(
+        &mut self,
+        desk: &mut Desk,
+        operation: Operation,
+        answer: Result<BlockStat, MissReason>,
+    ) {
+        let Some(Open {
+            kind: Kind::Stat(stat),
+            ..
+        }) = self.open.get_mut(&operation.request)
+        else {
+            return;
+        };
+        let below = desk.routes.lower_owner(&stat.id);
+        let answer = match (answer, stat.above, below) {
+            (Err(reason), None, Some(engine)) if may_be_below(reason) => {
+                stat.above = Some(reason);
+                return desk.ask(To::Engine(engine, Ask::Stat(stat.id)), operation);
+            }
+            (Err(MissReason::Absent), Some(above), _) => Err(above),
+            (answer, ..) => answer,
+        };
+        self.close(desk, operation.request);
+        let stat = answer.map(describe);
+        self.send(desk, operation.request, &StatAnswer { stat });
     }
 
     fn on_status(&mut self, desk: &mut Desk, request: u64) {
@@ -475,17 +588,14 @@ impl Conversation {
         }
         match answer {
             Answer::Lookup(found) => self.on_looked_up(desk, request, part, found),
-            Answer::Leased(grant) => self.on_leased(desk, request, part, grant),
+            Answer::Leased(grant) => self.on_leased(desk, request, part, &grant),
             Answer::AboutLease(until) => self.on_about_leased(desk, request, until),
             Answer::Get(outcome) => self.on_got(desk, request, part, outcome),
             Answer::PutBegun(begun) => self.on_put_begun(desk, request, begun),
             Answer::Put(outcome) => self.answer_put(desk, request, outcome),
             Answer::Done(result) => self.on_done(desk, request, result),
-            Answer::Stat(stat) => {
-                self.close(desk, request);
-                let stat = stat.map(describe);
-                self.send(desk, request, &StatAnswer { stat });
-            }
+            Answer::Stat(stat) => self.on_stat_answer(desk, operation, stat),
+            Answer::Taken(_) => debug_assert!(false, "no link offers a block"),
             Answer::Report(report) => self.on_report(desk, request, *report),
         }
     }
@@ -508,7 +618,7 @@ impl Conversation {
                 self.send(desk, request, &answer);
             }
             Kind::AboutLease { about, .. } => self.send_about_lease(desk, request, *about, None),
-            Kind::Stat => {
+            Kind::Stat(_) => {
                 self.send(
                     desk,
                     request,
@@ -561,6 +671,7 @@ fn engine_hints(hints: kvar_wire::PutHints) -> PutHints {
         handover,
         is_asked: false,
         tenant: Tenant::DEFAULT,
+        moved: None,
     }
 }
 
@@ -590,21 +701,47 @@ pub(super) fn split(ids: &[BlockId], routes: &Routes) -> Parts {
     (parts, positions)
 }
 
+/// What the tier below is asked for, by its engines; where the ids stand is noted.
+pub(super) fn split_below<'a>(
+    lacking: impl Iterator<Item = (u32, &'a BlockId)>,
+    routes: &Routes,
+    positions: &mut Vec<Vec<u32>>,
+) -> Vec<(u32, Vec<BlockId>)> {
+    let mut parts: Vec<(u32, Vec<BlockId>)> = Vec::new();
+    for (position, id) in lacking {
+        let Some(part) = routes.lower_part(id) else {
+            continue;
+        };
+        if positions.len() < routes.engines().len() {
+            positions.resize(routes.engines().len(), Vec::new());
+        }
+        positions[part].push(position);
+        match parts.iter_mut().find(|(known, _)| *known as usize == part) {
+            Some((_, ids)) => ids.push(*id),
+            None => parts.push((part as u32, vec![*id])),
+        }
+    }
+    parts
+}
+
 /// A remove goes to every device: a block may have been put elsewhere while its owner was away, and
 /// must not come back when its owner goes again.
-fn removals(ids: &[BlockId], routes: &Routes) -> Vec<To> {
+fn removals(
+    ids: &[BlockId],
+    routes: &Routes,
+    is_meant: &dyn Fn(&usize) -> bool,
+) -> Vec<(usize, Ask)> {
     let mut parts: Vec<Vec<BlockId>> = vec![Vec::new(); routes.engines().len()];
     for id in ids {
-        for part in routes.holder_parts(id) {
+        for part in routes.holder_parts(id).filter(is_meant) {
             parts[part].push(*id);
         }
     }
-    routes
-        .engines()
-        .iter()
-        .zip(parts)
+    parts
+        .into_iter()
+        .enumerate()
         .filter(|(_, ids)| !ids.is_empty())
-        .map(|(engine, ids)| To::Engine(*engine, Ask::Remove(ids)))
+        .map(|(part, ids)| (part, Ask::Remove(ids)))
         .collect()
 }
 

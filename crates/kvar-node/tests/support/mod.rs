@@ -19,6 +19,7 @@ pub(crate) fn config(dir: &Path, shards: u32) -> Config {
         data: vec![DataPath {
             path: dir.join("data"),
             size: None,
+            tier: None,
         }],
         size: Some(ByteSize(96 << 20)),
         dram: ByteSize(u64::from(shards) * (24 << 20)),

@@ -95,6 +95,8 @@ pub enum Focus {
     Expiry,
     /// Segments that are filled and reused faster than anything is flushed.
     Reuse,
+    /// A tier below that takes what reclaim does not keep, late or never.
+    Below,
 }
 
 /// What to run.
@@ -182,6 +184,10 @@ impl Shape {
                 (self.puts, self.section_bytes_max) = (60, 250_000);
                 (self.steps, self.life_steps, self.replaces) = (1500, 800, false);
             }
+            Focus::Below => {
+                (self.puts, self.section_bytes_max) = (80, 120_000);
+                self.replaces = false;
+            }
             Focus::Leases => (self.promises, self.puts) = (12, 90),
             Focus::Expiry => (self.expiring, self.promises) = (2, 4),
             Focus::Reuse => {
@@ -202,6 +208,10 @@ pub fn run(seed: u64, wanted: Wanted) -> Ran {
     let (mut world, mut shape) = build(seed, temper, &mut dice);
     world.be_lenient(wanted.lenient);
     wanted.focus.iter().for_each(|focus| shape.look_at(*focus));
+    // Not one of those that have a short write budget.
+    if wanted.focus == Some(Focus::Below) || wanted.focus.is_none() && seed % 8 == 5 {
+        world.put_something_below(seed);
+    }
     shape.steps = wanted.steps.unwrap_or(shape.steps);
     world.trace_steps = wanted.trace_steps.unwrap_or(world.trace_steps);
     let result = catch_unwind(AssertUnwindSafe(|| {

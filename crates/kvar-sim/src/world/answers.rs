@@ -53,7 +53,9 @@ impl World {
     pub(super) fn hear(&mut self) -> Step {
         self.hear_journal(None)?;
         let events: Vec<Event> = self.engine().events().collect();
-        events.into_iter().try_for_each(|event| self.judge(event))
+        let judged = events.into_iter().try_for_each(|event| self.judge(event));
+        self.given_up_now.clear();
+        judged
     }
 
     pub(super) fn number(&self, id: &BlockId) -> Result<u64, Violation> {
@@ -182,7 +184,18 @@ impl World {
                 }
             }
             Displaced::Reclaim => {
+                let number = self.model.positions.get(&position).copied();
+                self.given_up_now.extend(number);
                 self.tally.count("left/device, reclaim");
+                if status.segments_free > 1 && !self.harm.refused {
+                    return wrong(format!(
+                        "position {position} was reclaimed although {} segments are free",
+                        status.segments_free
+                    ));
+                }
+            }
+            Displaced::Demoted => {
+                self.check_is_below(position)?;
                 if status.segments_free > 1 && !self.harm.refused {
                     return wrong(format!(
                         "position {position} was reclaimed although {} segments are free",
@@ -243,7 +256,9 @@ impl World {
             {
                 Some(Reason::Dropped)
             }
-            Displaced::Reclaim | Displaced::Bucket | Displaced::Expired => None,
+            Displaced::Reclaim | Displaced::Bucket | Displaced::Expired | Displaced::Demoted => {
+                None
+            }
         };
         self.hear_left(number, excuse)
     }
@@ -280,6 +295,7 @@ impl World {
                 }
                 Ok(())
             }
+            Event::Demote { token, block } => self.hear_offer(token, block),
             Event::Done { token, result } => {
                 let Some(waiting) = self.waiting.remove(&token) else {
                     return wrong(format!("an answer to {token}, which waits for none"));

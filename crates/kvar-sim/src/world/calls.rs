@@ -53,6 +53,7 @@ impl World {
             handover: (said / 6).is_multiple_of(HANDOVER_ONE_IN),
             is_asked: false,
             tenant: tenant(self.tenancy.of(number)),
+            moved: None,
         };
         let request = PutRequest {
             id,
@@ -382,6 +383,7 @@ impl World {
         self.model.unix_s = self.unix_s();
         let now = self.now;
         self.model.promises.begin_moment(now);
+        self.answer_from_below();
         self.engine().turn(now);
         self.hear_disk(false);
         self.hear()?;

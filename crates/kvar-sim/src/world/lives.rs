@@ -24,6 +24,7 @@ impl World {
     /// The disk is well again; the store answers everything and comes to rest.
     pub(crate) fn settle(&mut self) -> Step {
         self.note("settle");
+        self.below.iter_mut().for_each(|below| below.at_once = true);
         self.disk.clear_faults();
         self.disk.set_rates(FaultRates::default());
         while !self.open_puts.is_empty() {
@@ -38,6 +39,9 @@ impl World {
                 self.waiting.is_empty() && engine.in_flight() == 0 && engine.bookkeeping() == 0;
             if at_rest {
                 self.let_go()?;
+                self.below
+                    .iter_mut()
+                    .for_each(|below| below.at_once = false);
                 return self.check_memory();
             }
         }
@@ -146,6 +150,7 @@ impl World {
             Restart::Kill
                 if self.struck_known == 0
                     && !self.was_busy
+                    && self.below.is_none()
                     && self.config.writes == WriteRates::default() =>
             {
                 let age = 2 * self.config.flush_after;
@@ -273,6 +278,7 @@ impl World {
         let (mut engine, report) = opened?;
         engine.keep_journal();
         self.engine = Some(engine);
+        self.stand_above();
         self.recovery = report.clone();
         (self.harm.refused, self.was_busy, self.has_placed) = (false, false, false);
         self.life_began = self.turns;
@@ -309,10 +315,12 @@ impl World {
             // Of blocks in doubt it is not known whether the device has them, too.
             let history_lost = self.harm.history_lost;
             let (mut in_memory_alone, mut unsure) = (0, 0);
-            for block in self.model.blocks.values_mut() {
+            for (number, block) in &mut self.model.blocks {
                 if block.is_visible() && !block.on_device {
                     in_memory_alone += 1;
-                    unsure += u64::from(history_lost && block.is_in_doubt());
+                    // What is below counts as kept.
+                    let below = self.below.as_ref().is_some_and(|it| it.has(*number));
+                    unsure += u64::from(below || history_lost && block.is_in_doubt());
                 }
             }
             // What was over may have been forgotten since the report was made.

@@ -6,6 +6,7 @@
 //! that agrees with how full things were; memory comes back.
 
 mod answers;
+mod below;
 mod calls;
 mod devices;
 mod lives;
@@ -19,6 +20,7 @@ use crate::device::Harm;
 use crate::model::{Model, Presence};
 use crate::payload;
 use crate::tally::Tally;
+use below::Below;
 use devices::Shelved;
 use kvar_base::{BlockId, Moment};
 use kvar_engine::{
@@ -259,6 +261,10 @@ pub struct World {
     has_placed: bool,
     /// Whose the blocks are.
     pub(crate) tenancy: Tenancy,
+    /// There may be a tier below.
+    below: Option<Below>,
+    /// Blocks that reclaim gave up since the last answers.
+    given_up_now: BTreeSet<u64>,
     trace: VecDeque<String>,
     pub(crate) trace_steps: usize,
 }
@@ -332,6 +338,8 @@ impl World {
             expected_block_bytes: 0,
             has_placed: false,
             tenancy: Tenancy::default(),
+            below: None,
+            given_up_now: BTreeSet::new(),
             trace: VecDeque::new(),
             trace_steps: TRACE_STEPS,
         };

@@ -58,6 +58,7 @@ impl World {
             ttl,
             request: 0,
             first_depth: 0,
+            over_gaps: false,
         };
         let now = self.now;
         let grant = self.engine().lease(now, &request);
@@ -131,6 +132,8 @@ impl World {
                             self.store_bytes(),
                         )
                         || charge == Charge::Device && self.segment_is_promised(number, bytes)
+                        // On its way down, and there is no room to write it on.
+                        || charge == Charge::Device && self.below.is_some()
                 }
                 _ => false,
             };

@@ -40,6 +40,12 @@ impl Keeper {
 
     pub(super) fn add(&mut self, new: &NewDevice, replaces: Option<DeviceUuid>, reply: Reply) {
         let open: Vec<PathBuf> = self.lives.iter().map(|it| it.path.clone()).collect();
+        // A replacement takes over what the old one was for.
+        let tier_of = |uuid| self.table.find(uuid).map(|entry: &Entry| entry.tier);
+        let new = &NewDevice {
+            tier: replaces.map_or(new.tier, tier_of),
+            ..new.clone()
+        };
         let rules = admit::Rules {
             config: &self.config,
             open: &open,

@@ -77,13 +77,15 @@ impl Keeper {
         }
     }
 
-    fn destination(&self, block: &Block) -> Option<EngineKey> {
-        self.afterwards.as_ref()?.owner(&block.block.id)
+    /// Who has it afterwards: another device of the same tier, or one of the other.
+    fn destination(&self, at: usize, block: &Block) -> Option<EngineKey> {
+        let tier = self.table.find(self.lives[at].uuid)?.tier;
+        self.afterwards.as_ref()?.owner_in(tier, &block.block.id)
     }
 
     pub(super) fn look(&mut self, at: usize, block: Block) {
         let now = self.clock.now();
-        match self.destination(&block) {
+        match self.destination(at, &block) {
             Some(to) => {
                 let ask = Ask::Stat(block.block.id);
                 self.step(at, to, ask, block, Step::Looking);
@@ -193,7 +195,7 @@ impl Keeper {
             id: block.block.id,
             sections: None,
             deadline: now.after(STEP_DEADLINE),
-            touch: Touch::default(),
+            touch: Touch::NONE,
         });
         self.step(at, from, ask, block, Step::Reading);
     }
@@ -206,7 +208,7 @@ impl Keeper {
             expires if expires <= unix_s => return,
             expires => u32::try_from(expires - unix_s).ok(),
         };
-        let Some(to) = self.destination(&block) else {
+        let Some(to) = self.destination(at, &block) else {
             return self.try_again(at, block, now);
         };
         self.hear(&block, false);
@@ -227,6 +229,7 @@ impl Keeper {
                 handover: hints.handover,
                 tenant: hints.tenant,
                 is_asked: true,
+                moved: Some(copy.moved),
             },
             durable: false,
             deadline: now.after(STEP_DEADLINE),

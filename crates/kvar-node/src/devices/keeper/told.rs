@@ -22,12 +22,14 @@ impl Keeper {
             .iter()
             .filter(|it| it.is_routed)
             .filter_map(|it| {
+                let entry = self.table.find(it.uuid)?;
                 let has_left = it
                     .leaving
                     .as_ref()
                     .is_some_and(|leaving| leaving.has_left());
                 Some(RoutedDevice {
-                    slot: self.table.find(it.uuid)?.slot?,
+                    slot: entry.slot?,
+                    tier: entry.tier,
                     bytes: if has_left {
                         0
                     } else {
@@ -114,6 +116,7 @@ impl Keeper {
             slot: entry.slot,
             path: live.map_or_else(|| entry.path.clone(), |it| it.path.clone()),
             bytes: entry.bytes,
+            tier: entry.tier,
             state,
             reason,
             share: share(entry.slot),

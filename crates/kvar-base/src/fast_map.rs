@@ -10,4 +10,4 @@
 use std::collections::HashMap;
 
 /// A map whose hash outsiders cannot predict, and which costs next to nothing.
-pub(crate) type FastMap<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
+pub type FastMap<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
