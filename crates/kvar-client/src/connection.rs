@@ -2,14 +2,15 @@
 
 use crate::items::{Filled, PutSource};
 use kvar_base::{BlockId, MapEpoch, Moment};
-use kvar_transport::{FrameLengths, Link, LinkOptions, SendRefused, TcpLink, TcpOptions};
+use kvar_transport::shared::Meeting;
+use kvar_transport::{AnyLink, FrameLengths, Link, LinkKind, LinkOptions, SendRefused, TcpOptions};
 use kvar_wire::{Body, ClientHandshake, HANDSHAKE_MESSAGE_BYTES_MAX, Limits, Section};
 use mio::{Registry, Token};
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 
-pub(crate) type NodeLink = TcpLink<Box<dyn PutSource>, Filled>;
+pub(crate) type NodeLink = AnyLink<Box<dyn PutSource>, Filled>;
 
 pub(crate) struct Connection {
     pub(crate) link: NodeLink,
@@ -32,6 +33,8 @@ pub(crate) struct Connection {
 
 pub(crate) enum Phase {
     Connecting(ClientHandshake),
+    /// Has asked to share memory; nothing else may be sent until the answer has come.
+    Attaching(Limits, Option<Meeting>),
     Open(Limits),
 }
 
@@ -162,6 +165,11 @@ impl Connection {
             payload_len,
         )
         .expect("batches are cut to the protocol's bounds before they are encoded");
+    }
+
+    /// Whether it goes through shared memory.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.link.kind() == LinkKind::SharedMemory
     }
 
     /// Ends the link for a reason of this side's; what it owns comes back by events.

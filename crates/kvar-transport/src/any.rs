@@ -150,6 +150,15 @@ impl<S: Source, D: Sink> AnyLink<S, D> {
         Ok(Self::new(stream, framing, options, true))
     }
 
+    /// Whether the peer is on this host, as far as the addresses of the connection tell.
+    #[must_use]
+    pub fn is_same_host(&self) -> bool {
+        match &self.stream().0 {
+            Inside::Tcp(tcp, _) => tcp.is_same_host(),
+            Inside::Shared(_) | Inside::Changing => true,
+        }
+    }
+
     /// What carries its bytes now.
     #[must_use]
     pub fn kind(&self) -> LinkKind {

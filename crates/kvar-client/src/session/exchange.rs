@@ -13,10 +13,7 @@ use crate::session::links::Slot;
 use crate::stats::add;
 use kvar_base::{MissReason, Moment, PutOutcome};
 use kvar_transport::{DownReason, Event, Link, Owned, Sink, TURN_BYTES};
-use kvar_wire::{
-    ClientStep, Failure, FailureCode, Header, MESSAGE_BYTES_MAX, Message, PAYLOAD_BYTES_MAX,
-    Payload,
-};
+use kvar_wire::{ClientStep, Failure, FailureCode, Header, Message, Payload};
 
 /// An event without its borrows.
 enum Happened {
@@ -93,6 +90,9 @@ impl Session {
         let Slot::Linked(connection) = &mut self.slots[index] else {
             return Ok(());
         };
+        if matches!(connection.phase, Phase::Attaching(..)) {
+            return self.on_attach_answer(index, message);
+        }
         let Phase::Connecting(handshake) = &mut connection.phase else {
             return Ok(());
         };
@@ -102,13 +102,7 @@ impl Session {
                 .map_err(|error| error.to_string()),
             Ok(ClientStep::Open(welcome)) => {
                 connection.version = handshake.version().unwrap_or(0);
-                connection.phase = Phase::Open(welcome.limits);
-                connection
-                    .link
-                    .set_bounds(MESSAGE_BYTES_MAX, PAYLOAD_BYTES_MAX);
-                add(&self.counters.connects, 1);
-                self.board.last_error = None;
-                self.node_lives();
+                self.attach(index, welcome.limits);
                 Ok(())
             }
             Err(error) => {
@@ -266,6 +260,9 @@ impl Session {
         // The socket closes with the link; an error here has no consequence.
         let _ = connection.link.deregister(self.poll.registry());
         let was_open = matches!(connection.phase, Phase::Open(_));
+        if was_open {
+            self.counters.link_closed(connection.is_shared());
+        }
         let error = connection.fault.take().unwrap_or_else(|| {
             ClientError::Unreachable(format!("{}: {reason}", self.config.endpoint))
         });
@@ -303,7 +300,7 @@ fn next(connection: &mut Connection, budget: &mut usize) -> Happened {
 }
 
 /// A node's last words on an open link.
-fn said(endpoint: &str, failure: &Failure) -> ClientError {
+pub(super) fn said(endpoint: &str, failure: &Failure) -> ClientError {
     let text = format!("{endpoint}: {}", failure.text);
     match failure.code {
         FailureCode::Busy | FailureCode::ShuttingDown => ClientError::Busy(text),

@@ -268,6 +268,15 @@ impl Serving {
             {
                 panic!("an old node is asked for leases")
             }
+            Message::Attach(_) => {
+                let newest = self.shared.newest.load(Ordering::SeqCst);
+                assert!(
+                    newest >= VERSION_WITH_SHARED_MEMORY,
+                    "an old node is asked to share memory"
+                );
+                let text = "this node's threads block, so they share no memory";
+                AttachAnswer::declined(AttachDeclined::Off, text).into()
+            }
             Message::Lease(lease) => {
                 let asked = (lease.ids.len(), lease.ttl_ms);
                 self.shared.leases_asked.lock().unwrap().push(asked);
@@ -438,7 +447,10 @@ impl Serving {
     fn say(&mut self, request: u64, message: &Message, payload: &[u8]) -> Option<()> {
         self.wait_while_stopped();
         let mood = *self.shared.mood.lock().unwrap();
-        let handshake = matches!(message, Message::Challenge(_) | Message::Welcome(_));
+        let handshake = matches!(
+            message,
+            Message::Challenge(_) | Message::Welcome(_) | Message::AttachAnswer(_)
+        );
         let mut bytes = Vec::new();
         let number = if mood == Mood::WrongNumber && !handshake {
             1 << 60
