@@ -141,6 +141,19 @@ pub(crate) fn add(counter: &AtomicU64, count: u64) {
     counter.fetch_add(count, Relaxed);
 }
 
+impl ClientStats {
+    /// What links go through now: `shm`, `tcp`, both, or `none` while no link stands.
+    #[must_use]
+    pub fn link(&self) -> &'static str {
+        match (self.links_shared, self.links_tcp) {
+            (0, 0) => "none",
+            (0, _) => "tcp",
+            (_, 0) => "shm",
+            _ => "shm and tcp",
+        }
+    }
+}
+
 /// A client's counters since it was made.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct ClientStats {

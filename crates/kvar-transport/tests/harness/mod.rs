@@ -1,4 +1,5 @@
 //! Two ends of a link of some kind, a framing of its own, and what they got.
+#![allow(dead_code)] // each test file uses its part
 
 use kvar_transport::shared::{Meeting, offer};
 use kvar_transport::sim::{self, SimControl, SimOptions, SimStream};

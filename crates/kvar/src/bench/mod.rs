@@ -10,6 +10,7 @@ pub(crate) mod index;
 pub(crate) mod net;
 mod pair;
 pub(crate) mod plot;
+mod shared;
 mod stats;
 
 use indicatif::{ProgressBar, ProgressStyle};
