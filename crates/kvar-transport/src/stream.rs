@@ -217,7 +217,10 @@ impl<T: Stream, S: Source, D: Sink> StreamLink<T, S, D> {
                 }
                 Phase::Open | Phase::Mute(_) => {}
             }
-            if self.outbox.bytes() >= SEND_EARLY_BYTES && self.write(budget) {
+            // Where a call costs nothing there is no reason to wait for a batch: the peer begins on the
+            // first frame while we look at the next.
+            let early = self.outbox.bytes() >= SEND_EARLY_BYTES || self.stream.needs_arming();
+            if early && self.write(budget) {
                 continue;
             }
             if *budget == 0 {

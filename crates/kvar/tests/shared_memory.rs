@@ -62,7 +62,9 @@ fn blocks_of_every_size_go_through_shared_memory() {
     assert_eq!(shared.stats().link(), "shm");
     assert_eq!(plain.stats().link(), "tcp");
     let largest = 512 << 10;
-    let lens = [1, 2, 4095, 4096, 4097, 65_535, 65_536, 65_537, 300_001, largest];
+    let lens = [
+        1, 2, 4095, 4096, 4097, 65_535, 65_536, 65_537, 300_001, largest,
+    ];
     for (number, len) in (0..).zip(lens) {
         let of = bytes(number, len);
         let (writer, reader) = if number % 2 == 0 {
@@ -209,7 +211,10 @@ fn a_place_that_was_given_back_is_never_written_again() {
         results[0].bytes() == Some(&bytes(3, len)[..])
     });
     kept.iter().for_each(|place| untouched(place));
-    assert!(late > 100, "no deadline passed in time ({late} late, {hits} hits)");
+    assert!(
+        late > 100,
+        "no deadline passed in time ({late} late, {hits} hits)"
+    );
     assert_eq!(client.stats().checks_failed, 0);
 }
 
@@ -277,7 +282,10 @@ fn an_idle_link_costs_the_node_nothing() {
     let before = ticks(server.child.id());
     std::thread::sleep(Duration::from_secs(2));
     let used = ticks(server.child.id()) - before;
-    assert!(used <= 4, "an idle node with idle links used {used}0 ms of 2 s");
+    assert!(
+        used <= 4,
+        "an idle node with idle links used {used}0 ms of 2 s"
+    );
     for client in &clients {
         let miss = GetOutcome::Miss(MissReason::Absent);
         assert_eq!(client.get(vec![GetItem::to_vec(id(7))])[0].outcome, miss);

@@ -15,6 +15,11 @@ use kvar_base::{MissReason, Moment, PutOutcome};
 use kvar_transport::{DownReason, Event, Link, Owned, Sink, TURN_BYTES};
 use kvar_wire::{ClientStep, Failure, FailureCode, Header, Message, Payload};
 
+/// What one turn takes from a link through shared memory. Who asked for these blocks asks for the next ones
+/// when the turn is over: a turn of all that may be under way would leave the node without work
+/// meanwhile, and a call costs nothing here that a longer turn would save.
+const SHARED_TURN_BYTES: usize = TURN_BYTES / 8;
+
 /// An event without its borrows.
 enum Happened {
     Frame(Result<(Header, Message), String>, usize),
@@ -30,7 +35,10 @@ impl Session {
     pub(super) fn drive(&mut self, now: Moment) -> bool {
         let mut any = false;
         for index in 0..self.slots.len() {
-            let mut budget = TURN_BYTES;
+            let mut budget = match &self.slots[index] {
+                Slot::Linked(connection) if connection.is_shared() => SHARED_TURN_BYTES,
+                _ => TURN_BYTES,
+            };
             while let Slot::Linked(connection) = &mut self.slots[index] {
                 let happened = next(connection, &mut budget);
                 if matches!(happened, Happened::Pause) {
