@@ -290,9 +290,9 @@ unsafe fn copy_past_the_cache(bytes: &[u8], to: *mut u8) {
             to = to.add(LINE_BYTES);
         }
         ptr::copy_nonoverlapping(tail.as_ptr(), to, tail.len());
+        // Such stores keep no order with those that follow: the index that tells of these bytes must.
+        _mm_sfence();
     }
-    // Such stores keep no order with those that follow: the index that tells of these bytes must.
-    _mm_sfence();
 }
 
 /// See above.

@@ -322,8 +322,8 @@ pub const SETTINGS: &[Setting] = &[
         default: "2MiB",
         form: "size",
         help: "Memory of one such link: two rings, each the largest power of two that fits half of it. \
-               Small enough for the cache, so that what one side has written the other reads from \
-               there; more lets a slow reader lag further behind.",
+               Reserved when the link comes to share; more lets a slow reader lag further behind \
+               and makes nothing faster.",
         is_switch: false,
         is_list: false,
         set: |config, text| {
