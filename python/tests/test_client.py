@@ -373,16 +373,16 @@ def test_a_node_that_stops_and_dies_is_felt_through_shared_memory(own_node: Node
     key = own_node.key
     assert client.link == "shm"
     buffer = bytearray(1000)
-    assert client.put([(kvar.block_id(key, "kept"), b"k" * 1000)]) == ["stored"]
+    assert client.put([(kvar.id_from_name(key, "kept"), b"k" * 1000)]) == ["stored"]
     own_node.pause()
     begun = time.monotonic()
-    (result,) = client.get([(kvar.block_id(key, "kept"), buffer)])
+    (result,) = client.get([(kvar.id_from_name(key, "kept"), buffer)])
     assert result.outcome in ("deadline", "unreachable")
     assert time.monotonic() - begun < 3
     # The buffer is free again, and nothing is written into it when the node wakes up.
     buffer[:] = b"c" * 1000
     own_node.resume()
-    until(lambda: client.get_bytes(kvar.block_id(key, "kept")) == b"k" * 1000)
+    until(lambda: client.get_bytes(kvar.id_from_name(key, "kept")) == b"k" * 1000)
     assert buffer == b"c" * 1000
     own_node.kill()
     until(lambda: client.link == "none")

@@ -275,7 +275,7 @@ fn an_idle_link_costs_the_node_nothing() {
     let server = Place::new(dir.path()).with(&["--scrub", "0"]).serve();
     let clients: Vec<Client> = (0..8).map(|_| client(&server, LinkChoice::Shm)).collect();
     for client in &clients {
-        client.get(vec![GetItem::to_vec(id(7))]);
+        let _ = client.get(vec![GetItem::to_vec(id(7))]);
     }
     // What follows a burst of work, looking and writing, is over soon.
     std::thread::sleep(Duration::from_millis(1500));
