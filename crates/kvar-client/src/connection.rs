@@ -26,6 +26,9 @@ pub(crate) struct Connection {
     /// When the node last said anything.
     pub(crate) heard: Moment,
     pub(crate) begun: Moment,
+    /// Closed by this side for want of memory that the node says it shares: nothing is wrong with the
+    /// node, and a new link, which does not ask, is due at once.
+    pub(crate) goes_plain: bool,
     /// What went wrong, if this side closed it.
     pub(crate) fault: Option<crate::ClientError>,
     head: Vec<u8>,
@@ -111,6 +114,7 @@ impl Connection {
             bytes_open: 0,
             heard: now,
             begun: now,
+            goes_plain: false,
             fault: None,
             head: Vec::new(),
         };

@@ -71,6 +71,8 @@ pub struct Session {
     eager: bool,
     /// Why memory that the node sent could not be taken: it is not asked for again.
     unshareable: Option<String>,
+    /// A new link is due at once, before anything is waited for.
+    relink: bool,
 }
 
 #[derive(Default)]
@@ -125,6 +127,7 @@ impl Session {
             next_number: 1,
             eager: false,
             unshareable: None,
+            relink: false,
             config,
         })
     }
@@ -276,7 +279,8 @@ impl Session {
         }
         // Whoever waits for the first link waits for nothing else.
         let decided = self.eager && (self.limits().is_some() || !self.breaker.is_closed());
-        if decided || !self.board.done.is_empty() {
+        let relink = std::mem::take(&mut self.relink);
+        if decided || relink || !self.board.done.is_empty() {
             return;
         }
         self.sleep(timeout);

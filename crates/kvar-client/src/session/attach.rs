@@ -5,7 +5,7 @@
 //!   Welcome ── not wanted, not possible ────────────────────────────────────> Open over TCP
 //!      └── Attach ──> Attaching ── Attached, memory taken ──> Open over shared memory
 //!                         ├── Declined ─────────────────────> Open over TCP   (shm: the link fails)
-//!                         └── memory cannot be taken ───────> link fails; the next does not ask
+//!                         └── memory cannot be taken ───────> link fails; the next, at once, does not ask
 //! ```
 //!
 //! Why links stay on TCP is in the stats, in words.
@@ -68,6 +68,7 @@ impl Session {
                 if let Err(why) = shared {
                     // The node has gone over already, so this link is of no use any more.
                     add(&self.counters.attach_declined, 1);
+                    connection.goes_plain = self.config.link != LinkChoice::Shm;
                     let text = format!("{}: {why}", self.config.endpoint);
                     connection.fail(ClientError::Unreachable(text));
                     self.unshareable = Some(why);

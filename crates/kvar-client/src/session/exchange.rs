@@ -280,6 +280,8 @@ impl Session {
         if was_open {
             add(&self.counters.links_lost, 1);
             self.board.last_error = Some(error);
+        } else if connection.goes_plain {
+            self.relink = true;
         } else {
             self.connect_failed(index, now, error);
         }
