@@ -15,6 +15,7 @@ use kvar_transport::{
     TcpOptions, TcpStream,
 };
 use mio::{Events, Poll, Token};
+use rustix::fs::FallocateFlags;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
 use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -233,6 +234,7 @@ fn strangers_at_the_place_are_passed_over() {
 struct Scribbler {
     _tcp: TcpStream,
     bell: UnixStream,
+    memory: SharedMemory,
     /// Words of the ring to the node, and from it.
     words: [Words; 2],
     bytes: SharedBytes,
@@ -271,6 +273,7 @@ fn scribbler() -> (Scribbler, TestLink, Poll) {
     (
         Scribbler {
             _tcp: client,
+            memory,
             bell,
             words,
             bytes,
@@ -406,6 +409,32 @@ fn a_client_that_scribbles_harms_only_itself() {
         }
     }
     assert!(ended > 100, "only {ended} of 300 scribblers were found out");
+}
+
+/// Seals forbid another size, not holes: their pages are zeros when they are touched again, and nobody
+/// dies of it.
+#[test]
+fn holes_in_the_memory_are_zeros_and_no_fault() {
+    let (mut client, mut node, _poll) = scribbler();
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    let all = client.memory.bytes() as u64;
+    for round in 0..20_u64 {
+        client.bytes.copy_in(0, &harness::frame(b"gone", 0));
+        rustix::fs::fallocate(&client.memory, flags, 0, all).unwrap();
+        // All words are zero again, which for the node is an index that goes back, or none at all.
+        let _ = node.push(&harness::frame(b"", 900), round, Bytes::whole(vec![1; 900]));
+        if let Some(reason) = drain(&mut node) {
+            assert!(matches!(reason, DownReason::Broken(_)), "{reason}");
+            return;
+        }
+        client.words[0].word(TAIL).store(64, Ordering::SeqCst);
+        if let Some(reason) = drain(&mut node) {
+            let said = matches!(reason, DownReason::Broken(_) | DownReason::Garbage(_));
+            assert!(said, "{reason}");
+            return;
+        }
+    }
+    panic!("zeros were taken for frames");
 }
 
 /// A client that rings without end, or fills the node's bell, keeps nobody.
