@@ -41,7 +41,7 @@ class Kvar:
         import kvar
 
         self._key = kvar.NamespaceKey.from_file(key_file)
-        self._client = kvar.Client(endpoint, key=self._key, deadline_ms=10_000)
+        self._client = kvar.Client(endpoint, key=self._key, deadline_ms=10_000, link="tcp")
         self._id = kvar.id_from_name
         self._hints = kvar.PutHints(ephemeral=True)
 

@@ -171,7 +171,7 @@ class KvarNode:
         said = json.loads(ready.read_text())
         self.endpoint: str = said["listen"]
         self.key_file: str = said["key_file"]
-        self.arguments = ["--endpoint", self.endpoint, "--key-file", self.key_file]
+        self.arguments = ["--endpoint", self.endpoint, "--key-file", self.key_file, "--link", "tcp"]
 
     def flush(self) -> None:
         subprocess.run([self.kvar, "flush", *self.arguments], check=True, stdout=subprocess.DEVNULL)

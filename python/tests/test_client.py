@@ -350,3 +350,39 @@ def test_names_are_stable_and_distinct(node: Node) -> None:
     assert key == kvar.NamespaceKey.from_hex("01" * 32)
     assert key != node.key
     assert "01" * 8 not in repr(key)
+
+
+def test_a_client_on_the_nodes_host_shares_memory_unless_told_not_to(
+    node: Node, name: Name
+) -> None:
+    data = bytes(range(251)) * 4000
+    with node.client() as shared, node.client(link="tcp") as plain:
+        assert (shared.link, shared.not_shared) == ("shm", None)
+        assert (plain.link, plain.not_shared) == ("tcp", "link = tcp")
+        # What one has put through memory the other reads through its socket, and back.
+        assert shared.put([(name(1), data)]) == ["stored"]
+        assert plain.get_bytes(name(1)) == data
+        assert plain.put([(name(2), data[::-1])]) == ["stored"]
+        assert shared.get_bytes(name(2)) == data[::-1]
+    with pytest.raises(kvar.ConfigError, match="auto, tcp, shm"):
+        node.client(link="pigeon")
+
+
+def test_a_node_that_stops_and_dies_is_felt_through_shared_memory(own_node: Node) -> None:
+    client = own_node.client(deadline_ms=300)
+    key = own_node.key
+    assert client.link == "shm"
+    buffer = bytearray(1000)
+    assert client.put([(kvar.id_from_name(key, "kept"), b"k" * 1000)]) == ["stored"]
+    own_node.pause()
+    begun = time.monotonic()
+    (result,) = client.get([(kvar.id_from_name(key, "kept"), buffer)])
+    assert result.outcome in ("deadline", "unreachable")
+    assert time.monotonic() - begun < 3
+    # The buffer is free again, and nothing is written into it when the node wakes up.
+    buffer[:] = b"c" * 1000
+    own_node.resume()
+    until(lambda: client.get_bytes(kvar.id_from_name(key, "kept")) == b"k" * 1000)
+    assert buffer == b"c" * 1000
+    own_node.kill()
+    until(lambda: client.link == "none")

@@ -7,6 +7,41 @@ use std::time::Duration;
 /// Most links to one node: one for bulk and one beside it is all that TCP gains from.
 pub const LINKS_MAX: usize = 2;
 
+/// What a client's links go through.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum LinkChoice {
+    /// Shared memory if the node is on this host and agrees, else TCP.
+    #[default]
+    Auto,
+    /// TCP.
+    Tcp,
+    /// Shared memory or nothing.
+    Shm,
+}
+
+impl LinkChoice {
+    /// All choices.
+    pub const ALL: [Self; 3] = [Self::Auto, Self::Tcp, Self::Shm];
+
+    /// The word used in settings.
+    #[must_use]
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Tcp => "tcp",
+            Self::Shm => "shm",
+        }
+    }
+}
+
+impl std::str::FromStr for LinkChoice {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|choice| choice.word() == text);
+        found.ok_or_else(|| format!("{text:?} is not one of auto, tcp, shm"))
+    }
+}
+
 /// Settings of a client.
 #[derive(Clone, Debug)]
 pub struct ClientConfig {
@@ -22,6 +57,8 @@ pub struct ClientConfig {
     pub connect_timeout: Duration,
     /// Links to the node, 1 to [`LINKS_MAX`] (1).
     pub links: usize,
+    /// What the links go through (auto).
+    pub link: LinkChoice,
     /// How long to look for answers before sleeping (0). Waking a sleeper costs 60 to 80 us on a
     /// virtual machine; spinning costs a core that the engine may want.
     pub spin: Duration,
@@ -40,6 +77,7 @@ impl ClientConfig {
             deadline: Duration::from_secs(1),
             connect_timeout: Duration::from_secs(1),
             links: 1,
+            link: LinkChoice::Auto,
             spin: Duration::ZERO,
             name: concat!("kvar-client ", env!("CARGO_PKG_VERSION")).to_owned(),
         }

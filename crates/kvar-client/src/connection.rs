@@ -2,14 +2,15 @@
 
 use crate::items::{Filled, PutSource};
 use kvar_base::{BlockId, MapEpoch, Moment};
-use kvar_transport::{FrameLengths, Link, LinkOptions, SendRefused, TcpLink, TcpOptions};
+use kvar_transport::shared::Meeting;
+use kvar_transport::{AnyLink, FrameLengths, Link, LinkKind, LinkOptions, SendRefused, TcpOptions};
 use kvar_wire::{Body, ClientHandshake, HANDSHAKE_MESSAGE_BYTES_MAX, Limits, Section};
 use mio::{Registry, Token};
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 
-pub(crate) type NodeLink = TcpLink<Box<dyn PutSource>, Filled>;
+pub(crate) type NodeLink = AnyLink<Box<dyn PutSource>, Filled>;
 
 pub(crate) struct Connection {
     pub(crate) link: NodeLink,
@@ -25,6 +26,9 @@ pub(crate) struct Connection {
     /// When the node last said anything.
     pub(crate) heard: Moment,
     pub(crate) begun: Moment,
+    /// Closed by this side for want of memory that the node says it shares: nothing is wrong with the
+    /// node, and a new link, which does not ask, is due at once.
+    pub(crate) goes_plain: bool,
     /// What went wrong, if this side closed it.
     pub(crate) fault: Option<crate::ClientError>,
     head: Vec<u8>,
@@ -32,6 +36,8 @@ pub(crate) struct Connection {
 
 pub(crate) enum Phase {
     Connecting(ClientHandshake),
+    /// Has asked to share memory; nothing else may be sent until the answer has come.
+    Attaching(Limits, Option<Meeting>),
     Open(Limits),
 }
 
@@ -108,6 +114,7 @@ impl Connection {
             bytes_open: 0,
             heard: now,
             begun: now,
+            goes_plain: false,
             fault: None,
             head: Vec::new(),
         };
@@ -162,6 +169,11 @@ impl Connection {
             payload_len,
         )
         .expect("batches are cut to the protocol's bounds before they are encoded");
+    }
+
+    /// Whether it goes through shared memory.
+    pub(crate) fn is_shared(&self) -> bool {
+        self.link.kind() == LinkKind::SharedMemory
     }
 
     /// Ends the link for a reason of this side's; what it owns comes back by events.

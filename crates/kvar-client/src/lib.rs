@@ -53,7 +53,7 @@ mod stats;
 
 pub use breaker::BreakerState;
 pub use client::{CallOptions, Client};
-pub use config::{ClientConfig, ClientError, LINKS_MAX};
+pub use config::{ClientConfig, ClientError, LINKS_MAX, LinkChoice};
 pub use items::{
     Answer, Destination, Filled, GetItem, GetOutcome, GetResult, Lease, Leased, Lookup,
     PreparedPut, PutItem, PutSource, Request,

@@ -9,6 +9,7 @@
 //! What the node says is handled in `exchange`; here is what this side does by itself. Order of
 //! sending: questions and orders without payload, then reads, then writes.
 
+mod attach;
 mod dispatch;
 mod exchange;
 mod links;
@@ -68,6 +69,10 @@ pub struct Session {
     next_number: u64,
     /// Connect even if nobody has asked for anything.
     eager: bool,
+    /// Why memory that the node sent could not be taken: it is not asked for again.
+    unshareable: Option<String>,
+    /// A new link is due at once, before anything is waited for.
+    relink: bool,
 }
 
 #[derive(Default)]
@@ -121,6 +126,8 @@ impl Session {
             counters,
             next_number: 1,
             eager: false,
+            unshareable: None,
+            relink: false,
             config,
         })
     }
@@ -272,7 +279,8 @@ impl Session {
         }
         // Whoever waits for the first link waits for nothing else.
         let decided = self.eager && (self.limits().is_some() || !self.breaker.is_closed());
-        if decided || !self.board.done.is_empty() {
+        let relink = std::mem::take(&mut self.relink);
+        if decided || relink || !self.board.done.is_empty() {
             return;
         }
         self.sleep(timeout);
@@ -285,7 +293,7 @@ impl Session {
             .map_or(timeout, |next| timeout.min(next.since(begun)));
         let busy = |slot: &Slot| {
             slot.connection()
-                .is_some_and(|connection| connection.link.arm() == Armed::Ready)
+                .is_some_and(|connection| !connection.link.is_idle())
         };
         if self.slots.iter().any(busy) {
             timeout = Duration::ZERO;
@@ -299,6 +307,14 @@ impl Session {
                 std::hint::spin_loop();
             }
             timeout = timeout.saturating_sub(self.clock.now().since(begun));
+        }
+        // What links share with the node announces nothing before they have said that they sleep.
+        for slot in &mut self.slots {
+            if let Slot::Linked(connection) = slot
+                && connection.link.arm() == Armed::Ready
+            {
+                timeout = Duration::ZERO;
+            }
         }
         // An interrupted wait is a short one; nothing else can go wrong with a wait.
         if self.poll.poll(&mut self.events, Some(timeout)).is_err() {
@@ -435,6 +451,11 @@ impl Session {
             self.board.end_call(call, Lost::Unreachable);
         }
         done.append(&mut self.board.done);
+        for connection in self.slots.iter().filter_map(Slot::connection) {
+            if connection.is_open() {
+                self.counters.link_closed(connection.is_shared());
+            }
+        }
         self.slots.clear();
     }
 

@@ -5,6 +5,7 @@ use crate::items::GetOutcome;
 use kvar_base::{MissReason, PutOutcome, Refusal};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 
 #[derive(Default)]
 pub(crate) struct Counters {
@@ -24,6 +25,10 @@ pub(crate) struct Counters {
     pub(crate) connect_failures: AtomicU64,
     pub(crate) links_lost: AtomicU64,
     pub(crate) breaker_opened: AtomicU64,
+    links_tcp: AtomicU64,
+    links_shared: AtomicU64,
+    pub(crate) attach_declined: AtomicU64,
+    not_shared: Mutex<Option<String>>,
     breaker: AtomicU8,
 }
 
@@ -51,6 +56,33 @@ impl Counters {
             PutOutcome::InProgress => add(&self.in_progress, 1),
             PutOutcome::Refused(refusal) => add(&self.refused[refusal as usize], 1),
         }
+    }
+
+    pub(crate) fn link_opened(&self, is_shared: bool) {
+        add(self.links_of(is_shared), 1);
+        if is_shared {
+            self.say_not_shared(None);
+        }
+    }
+
+    pub(crate) fn link_closed(&self, is_shared: bool) {
+        self.links_of(is_shared).fetch_sub(1, Relaxed);
+    }
+
+    fn links_of(&self, is_shared: bool) -> &AtomicU64 {
+        if is_shared {
+            &self.links_shared
+        } else {
+            &self.links_tcp
+        }
+    }
+
+    /// Why memory is not shared with the node.
+    pub(crate) fn say_not_shared(&self, why: Option<String>) {
+        *self
+            .not_shared
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = why;
     }
 
     pub(crate) fn set_breaker(&self, state: BreakerState) {
@@ -92,6 +124,14 @@ impl Counters {
             connect_failures: get(&self.connect_failures),
             links_lost: get(&self.links_lost),
             breaker_opened: get(&self.breaker_opened),
+            links_tcp: get(&self.links_tcp),
+            links_shared: get(&self.links_shared),
+            attach_declined: get(&self.attach_declined),
+            not_shared: self
+                .not_shared
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone(),
             breaker: self.breaker(),
         }
     }
@@ -99,6 +139,19 @@ impl Counters {
 
 pub(crate) fn add(counter: &AtomicU64, count: u64) {
     counter.fetch_add(count, Relaxed);
+}
+
+impl ClientStats {
+    /// What links go through now: `shm`, `tcp`, both, or `none` while no link stands.
+    #[must_use]
+    pub fn link(&self) -> &'static str {
+        match (self.links_shared, self.links_tcp) {
+            (0, 0) => "none",
+            (0, _) => "tcp",
+            (_, 0) => "shm",
+            _ => "shm and tcp",
+        }
+    }
 }
 
 /// A client's counters since it was made.
@@ -136,6 +189,14 @@ pub struct ClientStats {
     pub links_lost: u64,
     /// Times the breaker opened.
     pub breaker_opened: u64,
+    /// Links open now over TCP.
+    pub links_tcp: u64,
+    /// Links open now through memory shared with the node.
+    pub links_shared: u64,
+    /// Times the node declined to share memory, or it could not be taken.
+    pub attach_declined: u64,
+    /// Why links do not share memory with the node; `None` while they do, or none stands.
+    pub not_shared: Option<String>,
     /// The breaker now.
     pub breaker: BreakerState,
 }

@@ -387,3 +387,45 @@ fn closing_a_client_ends_its_calls_and_frees_their_buffers() {
     assert_eq!(gets.wait()[0].miss(), Some(MissReason::Unreachable));
     assert_eq!(std::sync::Arc::strong_count(&bytes), 1);
 }
+
+/// The memory that a node says it has sent does not come: the link is of no use, and the next one, at once,
+/// does not ask. Only who wants nothing else is told.
+#[test]
+fn memory_that_does_not_come_costs_a_link_and_not_the_node() {
+    let peer = Peer::start();
+    peer.lie_about_memory();
+    let config = ClientConfig::new(&peer.address.to_string(), key());
+    let client = Client::connect(config.clone()).unwrap();
+    let stats = client.stats();
+    assert_eq!((stats.link(), stats.attach_declined), ("tcp", 1));
+    let why = stats.not_shared.unwrap();
+    assert!(why.contains("did not come"), "{why}");
+    let id = kvar_base::BlockId::from_name(&key(), "over tcp");
+    assert_eq!(
+        client.put(vec![PutItem::of_bytes(id, b"all the same".to_vec())]),
+        [kvar_base::PutOutcome::Stored]
+    );
+    let refused = Client::connect(ClientConfig {
+        link: LinkChoice::Shm,
+        ..config
+    });
+    let refused = refused.unwrap_err();
+    assert!(refused.to_string().contains("did not come"), "{refused}");
+}
+
+/// A node of before is not asked for what it does not know, and a client that wants nothing else is told.
+#[test]
+fn an_old_node_is_not_asked_to_share_memory() {
+    let peer = Peer::start();
+    peer.grow_old(3);
+    let config = ClientConfig::new(&peer.address.to_string(), key());
+    let client = Client::connect(config.clone()).unwrap();
+    let why = client.stats().not_shared.unwrap();
+    assert!(why.contains("protocol version 3"), "{why}");
+    let refused = Client::connect(ClientConfig {
+        link: LinkChoice::Shm,
+        ..config
+    });
+    let refused = refused.unwrap_err();
+    assert!(matches!(refused, ClientError::Config(_)), "{refused}");
+}

@@ -49,6 +49,9 @@ pub(crate) enum State {
     Spent,
 }
 
+/// Bytes of what is known of a block in memory.
+pub(crate) const RESIDENT_SIZE: usize = size_of::<Resident>();
+
 /// A block in memory.
 #[derive(Clone, Debug)]
 pub(crate) struct Resident {

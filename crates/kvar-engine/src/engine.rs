@@ -19,6 +19,12 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 const RESERVE_BYTES: usize = 16 << 20;
 /// Memory for blocks that reclaim carries over, beside two of the largest.
 const MOVING_BYTES: usize = 8 << 20;
+/// What the arena remembers of its pages takes this part of it: four bytes a page.
+const ARENA_SHARE: u64 = PAGE as u64 / 4;
+/// What is remembered of a block in memory: the resident, its places in the orders, in maps that are
+/// half full.
+const RESIDENT_BYTES: u64 = 1 << 10;
+const _: () = assert!(2 * crate::dram::RESIDENT_SIZE + 256 <= RESIDENT_BYTES as usize);
 
 /// How large an [`Arena`] a shard needs: its DRAM and a reserve for input and output (24 MiB and
 /// two of the largest blocks).
@@ -28,12 +34,15 @@ pub fn arena_bytes(config: &EngineConfig, superblock: &Superblock) -> usize {
     config.dram_bytes as usize + RESERVE_BYTES + MOVING_BYTES + 2 * largest
 }
 
-/// What a shard's memory stays under: arena, index, and what is remembered of the worth of blocks.
+/// What a shard's memory stays under, while blocks are no smaller than the device was made for: arena,
+/// index, what is remembered of blocks in memory, and of the worth of all of them.
 #[must_use]
 pub fn memory_bytes(config: &EngineConfig, superblock: &Superblock) -> u64 {
     let index = superblock.buckets * crate::index::BUCKET_BYTES as u64;
     let worth = kvar_policy::Keep::memory_bytes(crate::shard::known_blocks(superblock));
-    arena_bytes(config, superblock) as u64 + index + worth
+    let arena = arena_bytes(config, superblock) as u64;
+    let residents = config.dram_bytes / superblock.expected_block_bytes.max(PAGE as u64);
+    arena + arena / ARENA_SHARE + residents * RESIDENT_BYTES + index + worth
 }
 
 /// A shard as it was found on its device. Can be handed to the thread that will drive it.

@@ -21,8 +21,10 @@ mod table;
 pub use namespace::NamespaceConfig;
 pub use table::SETTINGS;
 
+pub use crate::links::Sharing;
 use kvar_base::{BLOCK_BYTES_MAX, ByteSize, PAGE_BYTES};
 pub use kvar_io::IoEngine;
+use kvar_transport::shared::{RING_BYTES_MAX, RING_BYTES_MIN};
 use std::fmt;
 use std::net::SocketAddr;
 use std::num::NonZeroU32;
@@ -243,6 +245,12 @@ pub struct Config {
     pub link_requests: u32,
     /// Links open at once.
     pub connections_max: u32,
+    /// With which clients memory is shared.
+    pub shared_memory: Sharing,
+    /// Memory of one link that shares it.
+    pub shared_memory_link: ByteSize,
+    /// Links that may share memory at once.
+    pub shared_memory_links: u32,
     /// What is logged: a level or a tracing filter.
     pub log: String,
     /// How log lines look.
@@ -313,6 +321,9 @@ impl Default for Config {
             link_budget: ByteSize(0),
             link_requests: 0,
             connections_max: 0,
+            shared_memory: Sharing::Auto,
+            shared_memory_link: ByteSize(0),
+            shared_memory_links: 0,
             log: String::new(),
             log_format: LogFormat::Text,
             key_file: None,
@@ -464,6 +475,18 @@ impl Config {
                     self.expected_block_bytes,
                     ByteSize(PAGE_BYTES),
                     ByteSize(BLOCK_BYTES_MAX)
+                ),
+            );
+        }
+        let (least, most) = (2 * RING_BYTES_MIN as u64, 2 * RING_BYTES_MAX as u64);
+        if !(least..=most).contains(&self.shared_memory_link.0) {
+            return wrong(
+                "shared_memory_link",
+                format!(
+                    "{} is outside {} to {}",
+                    self.shared_memory_link,
+                    ByteSize(least),
+                    ByteSize(most)
                 ),
             );
         }

@@ -3,6 +3,7 @@
 //! Plain numbers without atomics: a snapshot is copied out when status or metrics ask for one.
 
 use kvar_base::{MissReason, PutOutcome, Refusal};
+use kvar_wire::AttachDeclined;
 use serde::{Serialize, Serializer, ser::SerializeMap as _};
 use std::ops::AddAssign;
 
@@ -36,6 +37,40 @@ impl AddAssign for Misses {
 impl Serialize for Misses {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_map(self.iter().map(|(reason, count)| (reason.word(), count)))
+    }
+}
+
+/// Clients with which no memory is shared although they asked, by reason; prints as a map of words
+/// to counts, zero ones included.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Declined([u64; AttachDeclined::ALL.len()]);
+
+impl Declined {
+    /// Counts one.
+    pub fn add(&mut self, why: AttachDeclined) {
+        self.0[why as usize] += 1;
+    }
+
+    /// Each reason with its count.
+    pub fn iter(&self) -> impl Iterator<Item = (AttachDeclined, u64)> + '_ {
+        AttachDeclined::ALL
+            .into_iter()
+            .map(|why| (why, self.0[why as usize]))
+    }
+}
+
+impl AddAssign for Declined {
+    fn add_assign(&mut self, other: Self) {
+        self.0
+            .iter_mut()
+            .zip(other.0)
+            .for_each(|(count, more)| *count += more);
+    }
+}
+
+impl Serialize for Declined {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.iter().map(|(why, count)| (why.word(), count)))
     }
 }
 
@@ -100,10 +135,16 @@ impl Serialize for Puts {
 pub struct LinkCounters {
     /// Links open now.
     pub links_open: u64,
+    /// Those of them that share memory with their client.
+    pub links_shared: u64,
     /// Links accepted.
     pub links_accepted: u64,
     /// Links turned away because there were `connections_max`.
     pub links_refused: u64,
+    /// Links that came to share memory.
+    pub links_attached: u64,
+    /// Clients that asked to share memory and do not, by reason; their links stayed on TCP.
+    pub attach_declined: Declined,
     /// Handshakes that failed: wrong key, version, namespace, or too slow.
     pub handshakes_failed: u64,
     /// Links closed because the peer broke the protocol.
@@ -135,6 +176,9 @@ pub struct LinkCounters {
 impl AddAssign for LinkCounters {
     fn add_assign(&mut self, other: Self) {
         self.links_open += other.links_open;
+        self.links_shared += other.links_shared;
+        self.links_attached += other.links_attached;
+        self.attach_declined += other.attach_declined;
         self.links_accepted += other.links_accepted;
         self.links_refused += other.links_refused;
         self.handshakes_failed += other.handshakes_failed;

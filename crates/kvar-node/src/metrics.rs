@@ -406,6 +406,12 @@ fn collect(report: &NodeReport<'_>) -> Page {
                 None,
                 links.links_open as f64,
             ),
+            (
+                "kvar_links_shared",
+                "Links open now that share memory with their client",
+                None,
+                links.links_shared as f64,
+            ),
         ],
         counters: vec![
             (
@@ -419,6 +425,12 @@ fn collect(report: &NodeReport<'_>) -> Page {
                 "Links turned away because connections_max were open",
                 None,
                 links.links_refused,
+            ),
+            (
+                "kvar_links_attached",
+                "Links that came to share memory with their client",
+                None,
+                links.links_attached,
             ),
             (
                 "kvar_handshakes_failed",
@@ -585,6 +597,16 @@ fn collect(report: &NodeReport<'_>) -> Page {
                     .get_misses
                     .iter()
                     .map(|(reason, count)| (reason.word().to_owned(), count))
+                    .collect(),
+            },
+            Labelled {
+                name: "kvar_attach_declined",
+                help: "Clients that asked to share memory and stayed on TCP, by reason",
+                label: "reason",
+                counts: links
+                    .attach_declined
+                    .iter()
+                    .map(|(why, count)| (why.word().to_owned(), count))
                     .collect(),
             },
             Labelled {

@@ -16,7 +16,7 @@
 use crate::admin::{self, Admin, AdminError};
 use crate::config::Config;
 use crate::devices::{Event, Fatal, Keeper, KeeperParts, Views};
-use crate::links::{Describe, LinkSettings};
+use crate::links::{Describe, LinkSettings, SharingSettings};
 use crate::loading::{LoadFailed, LoadingHook};
 use crate::mail::{Mail, Post};
 use crate::namespaces::{NamespaceError, Namespaces};
@@ -269,6 +269,12 @@ impl Node {
             node: facts.uuid.clone(),
             namespaces: namespaces.clone(),
             block_bytes_guess: config.expected_block_bytes.0,
+            sharing: SharingSettings {
+                with: config.shared_memory,
+                ring_bytes: kvar_transport::shared::ring_bytes(config.shared_memory_link.0),
+                links_max: config.shared_memory_links as usize,
+                links: Arc::new(AtomicUsize::new(0)),
+            },
             describe: status.clone(),
         };
         let (keeper_sender, events) = crossbeam_channel::unbounded();

@@ -168,6 +168,7 @@ pub(crate) fn run(mut parts: ThreadParts) -> std::io::Result<ShutdownReport> {
         }
         let spins = thread.now.since(last_work) < parts.spin;
         let timeout = if worked || spins {
+            thread.links.look();
             Some(Duration::ZERO)
         } else {
             thread.may_sleep()
@@ -227,8 +228,8 @@ impl Thread {
     }
 
     /// How long it may sleep: until the next timer; not at all if mail has come.
-    fn may_sleep(&self) -> Option<Duration> {
-        if !self.mailbox.may_sleep() {
+    fn may_sleep(&mut self) -> Option<Duration> {
+        if !self.links.may_sleep() || !self.mailbox.may_sleep() {
             return Some(Duration::ZERO);
         }
         let stage_timer = match self.stage {

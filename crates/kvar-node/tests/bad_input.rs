@@ -425,6 +425,51 @@ fn more_connections_than_allowed_are_told_so() {
     assert_eq!(one.ask(&Ping {}), Message::Pong(Pong {}));
 }
 
+/// Whoever asks to share memory and cannot have it hears why and keeps its link.
+#[test]
+fn asking_in_vain_to_share_memory_costs_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let node = start(&config(dir.path(), 1));
+    let mut peer = Peer::greet(&node);
+    let attach = Attach {
+        place: [0x3c; 16],
+        secret: [1; 16],
+    };
+    let declined = |peer: &mut Peer| match peer.ask(&attach) {
+        Message::AttachAnswer(AttachAnswer::Declined { why, text }) => (why, text),
+        other => panic!("{other:?}"),
+    };
+    // Nobody listens at the place.
+    let (why, text) = declined(&mut peer);
+    assert_eq!(why, AttachDeclined::Remote, "{text}");
+    assert!(text.contains("cannot be reached"), "{text}");
+    // Something is under way: an announced put.
+    let id = BlockId::new([77; 32]);
+    let block = vec![5; 100_000];
+    let request = peer.number();
+    peer.send(request, &Peer::put_message(id, &[&block], false));
+    assert_eq!(peer.receive().1, Message::Pull(Pull {}));
+    let (why, text) = declined(&mut peer);
+    assert_eq!(why, AttachDeclined::Late, "{text}");
+    // The link goes on as if nothing had been asked.
+    peer.send_with(request, &Payload {}, &block);
+    let stored = PutAnswer {
+        outcome: kvar_base::PutOutcome::Stored,
+    };
+    assert_eq!(peer.receive().1, Message::PutAnswer(stored));
+    assert!(peer.get(id) == Ok(block));
+    let Message::StatusAnswer(status) = peer.ask(&Status {}) else {
+        panic!("no status");
+    };
+    let status: serde_json::Value = serde_json::from_str(&status.json).unwrap();
+    let counted = &status["links"]["attach_declined"];
+    assert_eq!(
+        (&counted["remote"], &counted["late"]),
+        (&1.into(), &1.into())
+    );
+    assert_eq!(status["links"]["links_shared"], 0);
+}
+
 #[test]
 fn listening_beyond_loopback_needs_a_word() {
     let dir = tempfile::tempdir().unwrap();

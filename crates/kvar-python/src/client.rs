@@ -132,7 +132,7 @@ impl PyClient {
     #[new]
     #[pyo3(signature = (
         endpoint, namespace = "default", key = None, *, key_file = None, deadline_ms = 1000,
-        connect_timeout_ms = 1000, links = 1,
+        connect_timeout_ms = 1000, links = 1, link = "auto",
     ))]
     #[allow(clippy::too_many_arguments)] // The public signature, nearly all of it by keyword.
     fn new(
@@ -144,12 +144,17 @@ impl PyClient {
         deadline_ms: u64,
         connect_timeout_ms: u64,
         links: usize,
+        link: &str,
     ) -> PyResult<Self> {
+        let link = link
+            .parse()
+            .map_err(|why| ConfigError::new_err(format!("link: {why}")))?;
         let config = ClientConfig {
             namespace: namespace.to_owned(),
             deadline: Duration::from_millis(deadline_ms),
             connect_timeout: Duration::from_millis(connect_timeout_ms),
             links,
+            link,
             name: concat!("kvar-python ", env!("CARGO_PKG_VERSION")).to_owned(),
             ..ClientConfig::new(endpoint, key_of(key, key_file)?)
         };
@@ -169,6 +174,18 @@ impl PyClient {
     #[getter]
     fn endpoint(&self) -> &str {
         &self.endpoint
+    }
+
+    /// What the links go through now: "shm", "tcp", or "none" while none stands.
+    #[getter]
+    fn link(&self) -> PyResult<&'static str> {
+        Ok(self.open()?.client.stats().link())
+    }
+
+    /// Why the links share no memory with the node; None while they do.
+    #[getter]
+    fn not_shared(&self) -> PyResult<Option<String>> {
+        Ok(self.open()?.client.stats().not_shared)
     }
 
     /// How many leading blocks of a chain are there; refreshes their recency.

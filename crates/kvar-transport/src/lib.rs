@@ -18,8 +18,8 @@
 //! * what a link holds is bounded by [`LinkOptions`], whatever the peer does;
 //! * nothing here blocks.
 //!
-//! What is absent: messages, retries, deadlines, threads. TCP is one inside of [`Link`]; shared
-//! memory and RDMA can be others.
+//! What is absent: messages, retries, deadlines, threads. TCP and shared memory are two insides of
+//! [`Link`] (`docs/internals/links.md`); RDMA can be another.
 //!
 //! # How a node's thread uses it
 //!
@@ -48,7 +48,7 @@
 //! let mut events = Events::with_capacity(256);
 //! # while !received {
 //! // Sleep only if no link has something left to do.
-//! let busy = links.iter().any(|link| link.arm() == Armed::Ready);
+//! let busy = links.iter_mut().any(|link| link.arm() == Armed::Ready);
 //! let timeout = busy.then_some(std::time::Duration::ZERO); // else: until the next timer
 //! poll.poll(&mut events, timeout)?;
 //! for event in &events {
@@ -91,18 +91,22 @@
 //! ```
 #![forbid(unsafe_code)]
 
+mod any;
 mod inbox;
 mod link;
 mod outbox;
 mod pieces;
+pub mod ring;
+pub mod shared;
 pub mod sim;
 mod stream;
 mod tcp;
 
+pub use any::{AnyLink, AnyStream, LinkKind};
 pub use link::{
     Armed, DownReason, Event, FrameLengths, Framing, HEADER_BYTES, Link, LinkOptions, Owned,
     PullRefused, PushRefused, Readiness, SendRefused, TURN_BYTES,
 };
 pub use pieces::{SharedPieces, Sink, Source};
-pub use stream::{Stream, StreamLink};
+pub use stream::{Stream, StreamLink, Watched};
 pub use tcp::{BindError, Listener, TcpLink, TcpOptions, TcpStream};

@@ -156,6 +156,13 @@ pub struct Readiness {
 }
 
 impl Readiness {
+    /// Nothing is.
+    pub const NOTHING: Self = Self {
+        readable: false,
+        writable: false,
+        closed: false,
+    };
+
     /// Try everything: for spinning without asking the operating system first.
     pub const TRY_ALL: Self = Self {
         readable: true,
@@ -243,8 +250,16 @@ pub trait Link {
     /// Takes the bytes it moves off `budget`.
     fn poll(&mut self, budget: &mut usize) -> Event<'_, Self::Source, Self::Sink>;
 
-    /// Whether the thread may sleep as far as this link goes.
-    fn arm(&self) -> Armed;
+    /// Whether it has nothing to do until something is said to it.
+    fn is_idle(&self) -> bool;
+
+    /// Whether the thread may sleep as far as this link goes; asked right before it does, since a
+    /// link that waits may have to tell its peer so.
+    fn arm(&mut self) -> Armed;
+
+    /// Whether `arm` does more than say again what [`is_idle`](Self::is_idle) says; a thread that
+    /// spins has to look at such a link itself, since nothing is announced before it was armed.
+    fn needs_arming(&self) -> bool;
 
     /// Notes what may be possible again.
     fn notify(&mut self, readiness: Readiness);

@@ -12,6 +12,7 @@ use crate::link::{
 };
 use crate::outbox::Outbox;
 use crate::pieces::{Sink, Source};
+use mio::{Registry, Token};
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
 
@@ -41,6 +42,40 @@ pub trait Stream {
 
     /// Tells the peer that nothing more will come.
     fn finish(&mut self);
+
+    /// Before the thread sleeps: what of `wants` is possible after all. What is not will be
+    /// announced. (Streams that the operating system watches have nothing to add.)
+    fn arm(&mut self, _wants: Readiness) -> Readiness {
+        Readiness::NOTHING
+    }
+
+    /// Whether [`arm`](Self::arm) must be called before the thread sleeps.
+    fn needs_arming(&self) -> bool {
+        false
+    }
+
+    /// All that was queued has been written; whether that changes what is possible.
+    fn on_drained(&mut self) -> bool {
+        false
+    }
+}
+
+/// A stream that the operating system watches for its thread.
+pub trait Watched: Stream {
+    /// Has it watched, edge-triggered.
+    ///
+    /// # Errors
+    /// When the operating system refuses.
+    fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()>;
+
+    /// Ends that.
+    ///
+    /// # Errors
+    /// When it was not watched.
+    fn deregister(&mut self, registry: &Registry) -> io::Result<()>;
+
+    /// What an event of its token makes possible.
+    fn on_event(&mut self, event: &mio::event::Event) -> Readiness;
 }
 
 /// [`Link`] over a [`Stream`].
@@ -122,6 +157,23 @@ impl<T: Stream, S: Source, D: Sink> StreamLink<T, S, D> {
         &mut self.stream
     }
 
+    /// The stream.
+    pub fn stream(&self) -> &T {
+        &self.stream
+    }
+
+    /// Has the stream look whether it may change now, since nothing may be queued.
+    pub(crate) fn after_change(&mut self) {
+        if self.outbox.is_empty() && self.stream.on_drained() {
+            self.notify(Readiness::TRY_ALL);
+        }
+    }
+
+    /// Goes down for a reason that this side has found.
+    pub(crate) fn fail(&mut self, reason: DownReason) {
+        self.go_down(reason);
+    }
+
     fn may_send(&self) -> Result<(), SendRefused> {
         match self.phase {
             Phase::Connecting | Phase::Open if self.outbox.bytes() < self.outgoing_bytes_max => {
@@ -165,7 +217,10 @@ impl<T: Stream, S: Source, D: Sink> StreamLink<T, S, D> {
                 }
                 Phase::Open | Phase::Mute(_) => {}
             }
-            if self.outbox.bytes() >= SEND_EARLY_BYTES && self.write(budget) {
+            // Where a call costs nothing there is no reason to wait for a batch: the peer begins on the
+            // first frame while we look at the next.
+            let early = self.outbox.bytes() >= SEND_EARLY_BYTES || self.stream.needs_arming();
+            if early && self.write(budget) {
                 continue;
             }
             if *budget == 0 {
@@ -239,6 +294,7 @@ impl<T: Stream, S: Source, D: Sink> StreamLink<T, S, D> {
                 self.outbox.sent(written, |token, source| {
                     back.push_back(Back::Sent(token, source));
                 });
+                self.after_change();
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 self.readiness.writable = false;
@@ -371,8 +427,31 @@ impl<T: Stream, S: Source, D: Sink> Link for StreamLink<T, S, D> {
         }
     }
 
-    fn arm(&self) -> Armed {
-        if self.idle { Armed::Wait } else { Armed::Ready }
+    fn is_idle(&self) -> bool {
+        self.idle
+    }
+
+    fn needs_arming(&self) -> bool {
+        self.stream.needs_arming()
+    }
+
+    fn arm(&mut self) -> Armed {
+        if !self.idle {
+            return Armed::Ready;
+        }
+        let is_open = !matches!(self.phase, Phase::Connecting | Phase::Down(_));
+        if is_open && self.stream.needs_arming() {
+            let found = self.stream.arm(Readiness {
+                readable: !self.readiness.readable,
+                writable: !self.readiness.writable && !self.outbox.is_empty(),
+                closed: false,
+            });
+            if found.readable || found.writable {
+                self.notify(found);
+                return Armed::Ready;
+            }
+        }
+        Armed::Wait
     }
 
     fn notify(&mut self, readiness: Readiness) {
@@ -414,5 +493,29 @@ impl<T: Stream, S: Source, D: Sink> Link for StreamLink<T, S, D> {
 
     fn close(&mut self) {
         self.go_down(DownReason::Local);
+    }
+}
+
+impl<T: Watched, S: Source, D: Sink> StreamLink<T, S, D> {
+    /// Has the link watched; its events must go to [`on_event`](Self::on_event).
+    ///
+    /// # Errors
+    /// When the operating system refuses.
+    pub fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
+        self.stream.register(registry, token)
+    }
+
+    /// Ends that; do so before the link is dropped, or moves to another thread.
+    ///
+    /// # Errors
+    /// When it was not watched.
+    pub fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
+        self.stream.deregister(registry)
+    }
+
+    /// Notes what the operating system says.
+    pub fn on_event(&mut self, event: &mio::event::Event) {
+        let readiness = self.stream.on_event(event);
+        self.notify(readiness);
     }
 }

@@ -4,9 +4,9 @@
 //! with their payload in one call, so Nagle's algorithm is off. Buffers of the kernel are left to
 //! its own tuning: a fixed size would switch that off.
 
-use crate::link::{Framing, Link, LinkOptions, Readiness};
+use crate::link::{Framing, LinkOptions, Readiness};
 use crate::pieces::{Sink, Source};
-use crate::stream::{Stream, StreamLink};
+use crate::stream::{Stream, StreamLink, Watched};
 use mio::event::Event;
 use mio::{Interest, Registry, Token};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
@@ -72,6 +72,16 @@ impl TcpStream {
     pub fn peer_addr(&self) -> io::Result<SocketAddr> {
         self.0.peer_addr()
     }
+
+    /// Whether the other end is on this host, as far as addresses tell: loopback, or the very
+    /// address that this end has.
+    #[must_use]
+    pub fn is_same_host(&self) -> bool {
+        match (self.0.peer_addr(), self.0.local_addr()) {
+            (Ok(peer), Ok(local)) => peer.ip().is_loopback() || peer.ip() == local.ip(),
+            _ => false,
+        }
+    }
 }
 
 fn configure(stream: &mio::net::TcpStream, options: TcpOptions) -> io::Result<()> {
@@ -111,6 +121,25 @@ impl Stream for TcpStream {
     }
 }
 
+impl Watched for TcpStream {
+    fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        registry.register(&mut self.0, token, interest)
+    }
+
+    fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
+        registry.deregister(&mut self.0)
+    }
+
+    fn on_event(&mut self, event: &Event) -> Readiness {
+        Readiness {
+            readable: event.is_readable(),
+            writable: event.is_writable() || event.is_error(),
+            closed: event.is_read_closed() || event.is_error(),
+        }
+    }
+}
+
 impl<S: Source, D: Sink> TcpLink<S, D> {
     /// A link over an accepted connection.
     #[must_use]
@@ -134,34 +163,6 @@ impl<S: Source, D: Sink> TcpLink<S, D> {
             options,
             true,
         ))
-    }
-
-    /// Has the link watched; its events must go to [`on_event`](Self::on_event).
-    ///
-    /// # Errors
-    /// When the operating system refuses.
-    pub fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
-        let interest = Interest::READABLE | Interest::WRITABLE;
-        registry.register(&mut self.stream_mut().0, token, interest)
-    }
-
-    /// Ends that; do so before the link is dropped, or moves to another thread.
-    ///
-    /// # Errors
-    /// When it was not watched.
-    pub fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
-        registry.deregister(&mut self.stream_mut().0)
-    }
-
-    /// Notes what the operating system says.
-    pub fn on_event(&mut self, event: &Event) {
-        let closed = event.is_read_closed() || event.is_error();
-        let (readable, writable) = (event.is_readable(), event.is_writable() || event.is_error());
-        self.notify(Readiness {
-            readable,
-            writable,
-            closed,
-        });
     }
 }
 

@@ -45,6 +45,73 @@ fn payload_arrives_whole_at_every_length() {
 }
 
 #[test]
+fn a_payload_of_no_length_is_a_frame_and_its_source_comes_back() {
+    check_all(|kind| {
+        let mut pair = Pair::new(kind);
+        for (token, pieces) in [&[][..], &[0][..], &[0, 0, 0][..]].into_iter().enumerate() {
+            let token = token as u64;
+            pair.a
+                .push(&frame(b"empty", 0), token, Bytes::cut(b"", pieces))
+                .unwrap();
+            assert_eq!(pair.b_frame(), (b"empty".to_vec(), 0));
+            assert_eq!(pair.a_sent(), (token, Vec::new()));
+            // There is nothing to receive, so nothing is taken.
+            assert!(pair.b.pull(9, Bytes::room(&[])).is_err());
+        }
+        pair.a.send(&frame(b"next", 0)).unwrap();
+        assert_eq!(pair.b_frame().0, b"next");
+    });
+}
+
+/// Questions one way, payload the other, as gets are; never more under way than there are credits.
+#[test]
+fn every_depth_from_1_to_256_is_answered_in_order() {
+    check_all(|kind| {
+        for depth in [1, 2, 3, 16, 64, 256] {
+            let mut pair = Pair::new(kind);
+            let count = if kind.is_slow() { 20 } else { 3 * depth };
+            let len = |number: u64| (number as usize * 7_919) % 9_000 + 1;
+            let (mut asked, mut answered, mut served) = (0_u64, 0_u64, 0_u64);
+            while answered < count {
+                while asked < count && asked - answered < depth {
+                    pair.a.send(&frame(&asked.to_le_bytes(), 0)).unwrap();
+                    asked += 1;
+                }
+                pair.turn();
+                for got in std::mem::take(&mut pair.got_b) {
+                    match got {
+                        Got::Frame(message, 0) => {
+                            let number = u64::from_le_bytes(message.try_into().unwrap());
+                            assert_eq!(number, served);
+                            served += 1;
+                            let source = Bytes::whole(pattern(number, len(number)));
+                            let head = frame(b"", len(number));
+                            pair.b.push(&head, number, source).unwrap();
+                        }
+                        Got::Sent(..) | Got::Yield => {}
+                        other => panic!("{other:?}"),
+                    }
+                }
+                for got in std::mem::take(&mut pair.got_a) {
+                    match got {
+                        Got::Frame(_, bytes) => {
+                            assert_eq!(bytes, len(answered));
+                            pair.a.pull(answered, Bytes::room(&[bytes])).unwrap();
+                        }
+                        Got::Received(number, bytes) => {
+                            assert_eq!((number, bytes), (answered, pattern(number, len(number))));
+                            answered += 1;
+                        }
+                        Got::Sent(..) | Got::Yield => {}
+                        other => panic!("{other:?}"),
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[test]
 fn scatter_lists_of_any_cut_arrive_whole() {
     check_all(|kind| {
         let mut pair = Pair::new(kind);
@@ -429,5 +496,142 @@ fn no_turn_moves_much_more_than_its_budget() {
             yields > 0 || kind == Kind::Bytewise,
             "{kind:?} never yielded"
         );
+    });
+}
+
+/// Sources and sinks are taken back at any moment, on both sides; what was not taken back arrives, in
+/// order and whole, and a sink that came back is never written again.
+#[test]
+fn fences_at_any_moment_leave_the_rest_whole() {
+    check_all(|kind| {
+        let rounds = if kind.is_slow() { 3 } else { 25 };
+        for seed in 1..=rounds {
+            let mut random = u64::wrapping_mul(seed, 0x9e37_79b9_7f4a_7c15) | 1;
+            let mut draw = |below: u64| {
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                random % below
+            };
+            let mut pair = Pair::new(kind);
+            let most = if kind.is_slow() { 300 } else { 150_000 };
+            let count = 30;
+            let lengths: Vec<usize> = (0..count).map(|_| 1 + draw(most) as usize).collect();
+            let (mut pushed, mut next_frame) = (0, 0_u64);
+            // Payload by payload: taken back unsent, or to come.
+            let mut unsent = vec![false; count as usize];
+            let mut returned: Vec<Bytes> = Vec::new();
+            let mut receiving: Option<u64> = None;
+            let mut idle_turns = 0;
+            // A byte a turn is progress that is not seen here.
+            let still = if kind.is_slow() { 3_000 } else { 50 };
+            while idle_turns < still {
+                if pushed < count && draw(2) == 0 {
+                    let bytes = pattern(pushed, lengths[pushed as usize]);
+                    let head = frame(&pushed.to_le_bytes(), bytes.len());
+                    pair.a.push(&head, pushed, Bytes::whole(bytes)).unwrap();
+                    pushed += 1;
+                }
+                if pushed > 0 && draw(4) == 0 {
+                    let token = draw(pushed);
+                    if let Some(mut fenced) = pair.a.fence_push(token) {
+                        unsent[token as usize] = fenced.unsent;
+                        fenced.source.fill(0);
+                    }
+                }
+                if draw(2) == 0 {
+                    pair.turn_a();
+                }
+                if draw(2) == 0 {
+                    pair.turn_b();
+                }
+                if let Some(token) = receiving
+                    && draw(6) == 0
+                    && let Some(mut sink) = pair.b.fence_pull(token)
+                {
+                    sink.fill(0xcc);
+                    returned.push(sink);
+                    receiving = None;
+                }
+                pair.got_a.clear();
+                let got = std::mem::take(&mut pair.got_b);
+                idle_turns = if got.is_empty() && pushed == count {
+                    idle_turns + 1
+                } else {
+                    0
+                };
+                for got in got {
+                    match got {
+                        Got::Frame(message, len) => {
+                            let token = u64::from_le_bytes(message.try_into().unwrap());
+                            while unsent[next_frame as usize] {
+                                next_frame += 1;
+                            }
+                            assert_eq!(token, next_frame, "{kind:?} seed {seed}");
+                            assert_eq!(len, lengths[token as usize]);
+                            next_frame += 1;
+                            if draw(5) == 0 {
+                                pair.b.discard();
+                            } else {
+                                pair.b
+                                    .pull(token, Bytes::room(&[len / 2, len - len / 2]))
+                                    .unwrap();
+                                receiving = Some(token);
+                            }
+                        }
+                        Got::Received(token, bytes) => {
+                            assert_eq!(bytes, pattern(token, bytes.len()), "{kind:?} seed {seed}");
+                            receiving = None;
+                        }
+                        Got::Yield => {}
+                        other => panic!("{other:?}"),
+                    }
+                }
+            }
+            while next_frame < count && unsent[next_frame as usize] {
+                next_frame += 1;
+            }
+            assert_eq!(
+                next_frame, count,
+                "{kind:?} seed {seed}: a payload is missing"
+            );
+            for sink in returned {
+                let bytes = sink.bytes();
+                assert!(
+                    bytes.iter().all(|byte| *byte == 0xcc),
+                    "{kind:?} seed {seed}"
+                );
+            }
+        }
+    });
+}
+
+#[test]
+fn a_link_that_broke_is_followed_by_one_that_knows_nothing_of_it() {
+    check_all(|kind| {
+        for round in 0..3 {
+            let mut pair = Pair::new(kind);
+            let len = 3_000;
+            let head = frame(b"half", len);
+            pair.a
+                .push(&head, 1, Bytes::whole(pattern(round, len)))
+                .unwrap();
+            pair.b_frame();
+            pair.b.pull(1, Bytes::room(&[len])).unwrap();
+            pair.kill_a();
+            let reason = loop {
+                pair.turn_b();
+                if let Some(Got::Down(reason)) = pair.got_b.pop_front() {
+                    break reason;
+                }
+            };
+            assert!(
+                matches!(
+                    reason,
+                    DownReason::Cut | DownReason::Closed | DownReason::Broken(_)
+                ),
+                "{kind:?}: {reason}"
+            );
+        }
     });
 }

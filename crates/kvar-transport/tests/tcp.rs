@@ -89,7 +89,7 @@ fn no_edge_is_lost_between_two_threads() {
         let mut events = Events::with_capacity(4);
         let mut number = 0;
         loop {
-            if link.as_ref().is_none_or(|link| link.arm() == Armed::Wait) {
+            if link.as_mut().is_none_or(|link| link.arm() == Armed::Wait) {
                 poll.poll(&mut events, Some(PATIENCE)).unwrap();
                 assert!(!events.is_empty(), "an edge was lost at the echo");
             }

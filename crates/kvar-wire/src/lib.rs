@@ -17,6 +17,7 @@
 //! message makes a node do.
 #![forbid(unsafe_code)]
 
+mod attach;
 mod bounded;
 mod frame;
 mod handshake;
@@ -25,6 +26,7 @@ mod message;
 mod put;
 mod read;
 
+pub use attach::{Attach, AttachAnswer, AttachDeclined};
 pub use frame::{HEADER_BYTES, Header, MESSAGE_BYTES_MAX, PAYLOAD_BYTES_MAX, WireError};
 pub use frame::{decode, encode, frame_lengths};
 pub use handshake::{ClientHandshake, ClientStep, HandshakeError, NodeHandshake, NodeStep, Peer};
@@ -36,10 +38,11 @@ pub use read::{
 };
 
 /// Versions of the protocol that this build speaks. Version 2 added leases (kinds 31 to 36),
-/// version 3 the hints of a put that stand behind its deadline.
+/// version 3 the hints of a put that stand behind its deadline, version 4 shared memory (kinds 37
+/// and 38).
 pub const VERSIONS: VersionRange = VersionRange {
     oldest: 1,
-    newest: 3,
+    newest: 4,
 };
 
 /// The version from which on leases are understood; to an older peer they are not sent.
@@ -47,6 +50,9 @@ pub const VERSION_WITH_LEASES: u16 = 2;
 
 /// The version from which on a put has all hints; an older peer gets those it knows.
 pub const VERSION_WITH_HINTS: u16 = 3;
+
+/// The version from which on a client on the node's host may ask to share memory.
+pub const VERSION_WITH_SHARED_MEMORY: u16 = 4;
 
 /// The request number of frames that belong to no request: handshake, failures, pings.
 pub const LINK_REQUEST: u64 = 0;

@@ -11,17 +11,19 @@
 //!   Remove, Flush, Purge ─────────> …Answer, when flushed
 //!   Stat, Status, Ping ───────────> …Answer
 //!   Lease, Renew, Release ────────> …Answer             (version 2)
+//!   Attach ───────────────────────> AttachAnswer        (version 4; first of all)
 //!   Cancel                          (no answer)
 //!   Failure                         (either side; the link closes after it)
 //! ```
 //!
-//! Those of a reader are in `read`, those of a put in `put`, those about leases in `lease`.
+//! Those of a reader are in `read`, those of a put in `put`, those about leases in `lease`, those about shared memory in `attach`.
 //!
 //! Deadlines are the time left in microseconds; zero has passed already. `request` in a hint is
 //! not the frame's request number: it is a number that grows with time and is shared by the blocks
 //! that one prompt touches (0: the node takes its own clock), so that among blocks of one prompt
 //! the tail is dropped first.
 
+use crate::attach::{Attach, AttachAnswer};
 use crate::bounded::{Ids, List, Text};
 use crate::lease::{Lease, LeaseAnswer, Release, ReleaseAnswer, Renew, RenewAnswer};
 use crate::put::{Payload, Pull, Put, PutAnswer, take_put};
@@ -177,6 +179,10 @@ messages! {
     35 Release,
     /// It has ended.
     36 ReleaseAnswer,
+    /// Shall we share memory? (Version 4, as is its answer.)
+    37 Attach,
+    /// Yes, or why not.
+    38 AttachAnswer,
 }
 
 impl Kind {

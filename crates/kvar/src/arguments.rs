@@ -8,6 +8,7 @@ use crate::replay_arguments::ReplayArguments;
 use crate::settings_arguments::SettingsArguments;
 use clap::{Args, Parser, Subcommand};
 use kvar_base::{BlockId, ByteSize};
+use kvar_client::LinkChoice;
 use kvar_io::IoEngine;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -407,6 +408,14 @@ pub(crate) struct NodeArguments {
     pub(crate) endpoint: String,
     #[command(flatten)]
     pub(crate) key: KeyArguments,
+    /// What the link goes through: auto takes shared memory if the node is on this host and agrees.
+    #[arg(
+        long,
+        value_name = "auto|tcp|shm",
+        env = "KVAR_LINK",
+        default_value = "auto"
+    )]
+    pub(crate) link: LinkChoice,
     /// How long a call may take.
     #[arg(
         long,

@@ -321,6 +321,11 @@ pub(crate) fn status(node: &NodeArguments, as_json: bool) -> Outcome {
         })
         .collect();
     let namespaces = namespaces.join(", ");
+    let stats = connected.client.stats();
+    let link = match &stats.not_shared {
+        Some(why) => format!("{} (no shared memory: {why})", stats.link()),
+        None => stats.link().to_owned(),
+    };
     let rows = [
         ("version", word("/version")),
         ("state", state),
@@ -361,7 +366,15 @@ pub(crate) fn status(node: &NodeArguments, as_json: bool) -> Outcome {
         ("write amplification", amplification),
         ("hits", word("/links/get_hits")),
         ("puts stored", word("/links/puts/stored")),
-        ("links open", word("/links/links_open")),
+        (
+            "links open",
+            format!(
+                "{}, {} of them through shared memory",
+                word("/links/links_open"),
+                word("/links/links_shared")
+            ),
+        ),
+        ("this link", link),
     ];
     let rows: Vec<Vec<String>> = rows
         .into_iter()

@@ -23,6 +23,7 @@ pub(crate) fn connect(node: &NodeArguments) -> Result<Connected, Failure> {
         KeyFile::read(&node.key.key_file).map_err(Failure::usage)?;
     let mut config = ClientConfig {
         deadline: node.deadline,
+        link: node.link,
         connect_timeout: CONNECT_TIMEOUT,
         name: concat!("kvar ", env!("CARGO_PKG_VERSION")).to_owned(),
         ..ClientConfig::new(&node.endpoint, key.clone())

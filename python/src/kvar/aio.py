@@ -49,6 +49,7 @@ class AsyncClient:
         deadline_ms: int = 1000,
         connect_timeout_ms: int = 1000,
         links: int = 1,
+        link: str = "auto",
     ) -> Self:
         """Connects; the arguments are those of :class:`kvar.Client`."""
         client = await asyncio.to_thread(
@@ -60,6 +61,7 @@ class AsyncClient:
             deadline_ms=deadline_ms,
             connect_timeout_ms=connect_timeout_ms,
             links=links,
+            link=link,
         )
         return cls(client)
 
@@ -67,6 +69,16 @@ class AsyncClient:
     def endpoint(self) -> str:
         """The node this client talks to."""
         return self._client.endpoint
+
+    @property
+    def link(self) -> str:
+        """What the links go through now: shm, tcp, or none while none stands."""
+        return self._client.link
+
+    @property
+    def not_shared(self) -> str | None:
+        """Why the links share no memory with the node; None while they do."""
+        return self._client.not_shared
 
     async def lookup(
         self, ids: Sequence[bytes], *, deadline_ms: int | None = None, request: int = 0

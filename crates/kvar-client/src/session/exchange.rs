@@ -13,10 +13,12 @@ use crate::session::links::Slot;
 use crate::stats::add;
 use kvar_base::{MissReason, Moment, PutOutcome};
 use kvar_transport::{DownReason, Event, Link, Owned, Sink, TURN_BYTES};
-use kvar_wire::{
-    ClientStep, Failure, FailureCode, Header, MESSAGE_BYTES_MAX, Message, PAYLOAD_BYTES_MAX,
-    Payload,
-};
+use kvar_wire::{ClientStep, Failure, FailureCode, Header, Message, Payload};
+
+/// What one turn takes from a link through shared memory. Who asked for these blocks asks for the next ones
+/// when the turn is over: a turn of all that may be under way would leave the node without work
+/// meanwhile, and a call costs nothing here that a longer turn would save.
+const SHARED_TURN_BYTES: usize = TURN_BYTES / 8;
 
 /// An event without its borrows.
 enum Happened {
@@ -33,7 +35,10 @@ impl Session {
     pub(super) fn drive(&mut self, now: Moment) -> bool {
         let mut any = false;
         for index in 0..self.slots.len() {
-            let mut budget = TURN_BYTES;
+            let mut budget = match &self.slots[index] {
+                Slot::Linked(connection) if connection.is_shared() => SHARED_TURN_BYTES,
+                _ => TURN_BYTES,
+            };
             while let Slot::Linked(connection) = &mut self.slots[index] {
                 let happened = next(connection, &mut budget);
                 if matches!(happened, Happened::Pause) {
@@ -93,6 +98,9 @@ impl Session {
         let Slot::Linked(connection) = &mut self.slots[index] else {
             return Ok(());
         };
+        if matches!(connection.phase, Phase::Attaching(..)) {
+            return self.on_attach_answer(index, message);
+        }
         let Phase::Connecting(handshake) = &mut connection.phase else {
             return Ok(());
         };
@@ -102,13 +110,7 @@ impl Session {
                 .map_err(|error| error.to_string()),
             Ok(ClientStep::Open(welcome)) => {
                 connection.version = handshake.version().unwrap_or(0);
-                connection.phase = Phase::Open(welcome.limits);
-                connection
-                    .link
-                    .set_bounds(MESSAGE_BYTES_MAX, PAYLOAD_BYTES_MAX);
-                add(&self.counters.connects, 1);
-                self.board.last_error = None;
-                self.node_lives();
+                self.attach(index, welcome.limits);
                 Ok(())
             }
             Err(error) => {
@@ -266,6 +268,9 @@ impl Session {
         // The socket closes with the link; an error here has no consequence.
         let _ = connection.link.deregister(self.poll.registry());
         let was_open = matches!(connection.phase, Phase::Open(_));
+        if was_open {
+            self.counters.link_closed(connection.is_shared());
+        }
         let error = connection.fault.take().unwrap_or_else(|| {
             ClientError::Unreachable(format!("{}: {reason}", self.config.endpoint))
         });
@@ -275,6 +280,8 @@ impl Session {
         if was_open {
             add(&self.counters.links_lost, 1);
             self.board.last_error = Some(error);
+        } else if connection.goes_plain {
+            self.relink = true;
         } else {
             self.connect_failed(index, now, error);
         }
@@ -303,7 +310,7 @@ fn next(connection: &mut Connection, budget: &mut usize) -> Happened {
 }
 
 /// A node's last words on an open link.
-fn said(endpoint: &str, failure: &Failure) -> ClientError {
+pub(super) fn said(endpoint: &str, failure: &Failure) -> ClientError {
     let text = format!("{endpoint}: {}", failure.text);
     match failure.code {
         FailureCode::Busy | FailureCode::ShuttingDown => ClientError::Busy(text),

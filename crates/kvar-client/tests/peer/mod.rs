@@ -57,6 +57,8 @@ struct Shared {
     /// Hints of the puts that were stored.
     hints: Mutex<Vec<PutHints>>,
     closing: AtomicBool,
+    /// Whether it says that it has sent memory which it has not.
+    lies: AtomicBool,
     /// Get items and puts that were asked for.
     pub asked: AtomicUsize,
     sockets: Mutex<Vec<TcpStream>>,
@@ -97,6 +99,7 @@ impl Peer {
             newest: AtomicU16::new(VERSIONS.newest),
             hints: Mutex::default(),
             closing: AtomicBool::new(false),
+            lies: AtomicBool::new(false),
             asked: AtomicUsize::new(0),
             sockets: Mutex::default(),
         });
@@ -124,6 +127,11 @@ impl Peer {
     pub(crate) fn set(&self, mood: Mood) {
         *self.shared.mood.lock().unwrap() = mood;
         self.shared.changed.notify_all();
+    }
+
+    /// Says from now on that it shares memory, and sends none.
+    pub(crate) fn lie_about_memory(&self) {
+        self.shared.lies.store(true, Ordering::SeqCst);
     }
 
     /// From the next connection on it is a node of this version.
@@ -267,6 +275,23 @@ impl Serving {
                 if self.shared.newest.load(Ordering::SeqCst) < VERSION_WITH_LEASES =>
             {
                 panic!("an old node is asked for leases")
+            }
+            Message::Attach(_) => {
+                let newest = self.shared.newest.load(Ordering::SeqCst);
+                assert!(
+                    newest >= VERSION_WITH_SHARED_MEMORY,
+                    "an old node is asked to share memory"
+                );
+                if self.shared.lies.load(Ordering::SeqCst) {
+                    return Some(
+                        AttachAnswer::Attached {
+                            ring_bytes: 1 << 20,
+                        }
+                        .into(),
+                    );
+                }
+                let text = "this node's threads block, so they share no memory";
+                AttachAnswer::declined(AttachDeclined::Off, text).into()
             }
             Message::Lease(lease) => {
                 let asked = (lease.ids.len(), lease.ttl_ms);
@@ -438,7 +463,10 @@ impl Serving {
     fn say(&mut self, request: u64, message: &Message, payload: &[u8]) -> Option<()> {
         self.wait_while_stopped();
         let mood = *self.shared.mood.lock().unwrap();
-        let handshake = matches!(message, Message::Challenge(_) | Message::Welcome(_));
+        let handshake = matches!(
+            message,
+            Message::Challenge(_) | Message::Welcome(_) | Message::AttachAnswer(_)
+        );
         let mut bytes = Vec::new();
         let number = if mood == Mood::WrongNumber && !handshake {
             1 << 60

@@ -322,6 +322,47 @@ pub const SETTINGS: &[Setting] = &[
         },
     },
     Setting {
+        key: "shared_memory",
+        default: "auto",
+        form: "\"auto\", \"on\" or \"off\"",
+        help: "With which clients links go through shared memory instead of TCP: auto, those that come \
+               over loopback; on, all of this host; off, none. They must ask for it and hold the \
+               namespace's key, and fall back to TCP where it cannot be.",
+        is_switch: false,
+        is_list: false,
+        set: |config, text| {
+            config.shared_memory = text.parse()?;
+            Ok(())
+        },
+    },
+    Setting {
+        key: "shared_memory_link",
+        default: "2MiB",
+        form: "size",
+        help: "Memory of one such link: two rings, each the largest power of two that fits half of it. \
+               Reserved when the link comes to share; more lets a slow reader lag further behind \
+               and makes nothing faster.",
+        is_switch: false,
+        is_list: false,
+        set: |config, text| {
+            config.shared_memory_link = size(text)?;
+            Ok(())
+        },
+    },
+    Setting {
+        key: "shared_memory_links",
+        default: "64",
+        form: "number",
+        help: "Links that may share memory at once: two for each engine on a host of 16 cards, and as \
+               many again. One more stays on TCP.",
+        is_switch: false,
+        is_list: false,
+        set: |config, text| {
+            config.shared_memory_links = number(text, 0, 65_536)? as u32;
+            Ok(())
+        },
+    },
+    Setting {
         key: "log",
         default: "info",
         form: "level or filter",

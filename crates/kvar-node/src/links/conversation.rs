@@ -14,6 +14,7 @@
 //!
 //! What is absent: the engine (see [`Desk`]) and the socket's readiness (see `links`).
 
+use super::attach::Seat;
 use super::desk::{Desk, LINK_TIMER, LinkKey, Operation, To};
 use super::filling::Filling;
 use super::request::{Get, Item, ItemState, Kind, Open, Put, PutState};
@@ -21,7 +22,7 @@ use crate::mail::{Ask, Ticket};
 use crate::report::NodeFacts;
 use kvar_base::{BLOCK_BYTES_MAX, MissReason, Moment, PutOutcome, Refusal};
 use kvar_engine::{Copy, GetRequest, Tenant, Touch};
-use kvar_transport::{Link as _, SharedPieces, TcpLink};
+use kvar_transport::{AnyLink, Link as _, SharedPieces};
 use kvar_wire::{
     Body, Failure, FailureCode, GetAnswer, GetOutcome, Header, Message, NodeHandshake, NodeStep,
     PutAnswer, Section,
@@ -31,7 +32,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 /// A link as a node uses it: sends from blocks in memory, receives into tickets.
-pub(crate) type NodeLink = TcpLink<SharedPieces, Filling>;
+pub(crate) type NodeLink = AnyLink<SharedPieces, Filling>;
 
 /// How long a link that is told to go may take to read why.
 const CLOSING: Duration = Duration::from_secs(1);
@@ -81,6 +82,12 @@ pub(crate) struct Conversation {
     pub(super) incoming: Incoming,
     /// Whether it stands in the list of links to be polled.
     pub(super) is_listed: bool,
+    /// Whether it stands in the list of links to be armed.
+    pub(super) is_unarmed: bool,
+    /// How often it was looked at in vain since it last moved something.
+    pub(super) looks: u32,
+    /// Its place among the links that share memory.
+    pub(super) seat: Option<Seat>,
 }
 
 impl Conversation {
@@ -105,6 +112,9 @@ impl Conversation {
             block_bytes_seen: None,
             incoming: Incoming::Nothing,
             is_listed: false,
+            is_unarmed: false,
+            looks: 0,
+            seat: None,
         }
     }
 

@@ -5,12 +5,14 @@
 
 use crate::counters::{LinkCounters, NamespaceCounters};
 use crate::devices::{Note, Routes};
+use crate::links::attach::SharingSettings;
 use crate::mail::{Ask, EngineKey};
 use crate::namespaces::Namespaces;
 use crate::report::ThreadReport;
 use kvar_base::{BlockId, Clock as _, Moment, SystemClock};
 use kvar_engine::TENANTS;
 use kvar_wire::Limits;
+use mio::{Registry, Token};
 use slab::Slab;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -66,6 +68,8 @@ pub(crate) struct LinkSettings {
     pub(crate) namespaces: Arc<Namespaces>,
     /// Bytes a read is assumed to bring until its link has seen a block.
     pub(crate) block_bytes_guess: u64,
+    /// With whom memory is shared.
+    pub(crate) sharing: SharingSettings,
     /// Makes the node's status.
     pub(crate) describe: Arc<dyn Describe>,
 }
@@ -91,12 +95,21 @@ pub(crate) struct Desk {
     /// Heads are encoded here, one at a time.
     pub(crate) scratch: Vec<u8>,
     pub(crate) now: Moment,
+    /// Watches the links' descriptors.
+    pub(crate) registry: Registry,
+    token_base: usize,
     clock: SystemClock,
     next_number: u64,
 }
 
 impl Desk {
-    pub(crate) fn new(threads: u32, settings: LinkSettings, clock: SystemClock) -> Self {
+    pub(crate) fn new(
+        threads: u32,
+        settings: LinkSettings,
+        clock: SystemClock,
+        registry: Registry,
+        token_base: usize,
+    ) -> Self {
         Self {
             threads,
             routes: Arc::new(Routes::new(Vec::new(), false, &Arc::default())),
@@ -108,6 +121,8 @@ impl Desk {
             settings,
             scratch: Vec::new(),
             now: clock.now(),
+            registry,
+            token_base,
             clock,
             next_number: 1,
         }
@@ -117,6 +132,16 @@ impl Desk {
     pub(crate) fn tick(&mut self) -> Moment {
         self.now = self.clock.now();
         self.now
+    }
+
+    /// The token under which a link's descriptors are watched.
+    pub(crate) fn token(&self, link: LinkKey) -> Token {
+        Token(self.token_base + link.index)
+    }
+
+    /// The link that a token is of.
+    pub(crate) fn index(&self, token: Token) -> usize {
+        token.0 - self.token_base
     }
 
     /// A number not given before.

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `conversation` | how does one link go from Hello to its end? |
 //! | `serve` | what does each request ask, and each answer say? |
+//! | `attach` | may a link share memory with its client? |
 //! | `request` | what is open on a link? |
 //! | `desk` | what do all links of the thread share? |
 //! | `filling` | how is a payload received straight to where it is stored? |
@@ -11,6 +12,7 @@
 //! What must always be true: a link is polled while it can move something and sleeps otherwise;
 //! one turn moves a bounded number of bytes a link, so that no link starves the others.
 
+mod attach;
 mod conversation;
 mod desk;
 mod filling;
@@ -18,6 +20,8 @@ mod lease;
 mod request;
 mod serve;
 
+pub use attach::Sharing;
+pub(crate) use attach::SharingSettings;
 pub(crate) use desk::{Describe, LinkSettings, Outgoing, To};
 
 use crate::devices::Routes;
@@ -26,11 +30,11 @@ use conversation::{Conversation, Incoming, NodeLink, Phase, abort};
 use desk::{Desk, LINK_TIMER, LinkKey};
 use kvar_base::{Moment, SystemClock};
 use kvar_transport::{
-    Armed, DownReason, Event, FrameLengths, HEADER_BYTES, Link as _, LinkOptions, Owned,
-    TURN_BYTES, TcpStream,
+    Armed, DownReason, Event, FrameLengths, HEADER_BYTES, Link as _, LinkKind, LinkOptions, Owned,
+    Readiness, TURN_BYTES, TcpStream,
 };
 use kvar_wire::{Failure, FailureCode, Header, Message, WireError};
-use mio::{Registry, Token};
+use mio::Registry;
 use slab::Slab;
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -42,13 +46,18 @@ use std::sync::Arc;
 /// that comes beyond all that has a defect and is given up.
 const OUTGOING_HEADS_BYTES: usize = 8 << 20;
 
+/// A link that shares memory is looked at this often in vain while its thread does not sleep, and
+/// then its peer must ring: some hundred microseconds of looking, about what a look costs a thread
+/// that works all the time for others.
+const LOOKS_MAX: u32 = 4096;
+
 /// See the module.
 pub(crate) struct Links {
     slots: Slab<Conversation>,
     desk: Desk,
     listed: VecDeque<LinkKey>,
-    registry: Registry,
-    token_base: usize,
+    /// Links that announce nothing before they are armed, and are not.
+    unarmed: Vec<LinkKey>,
 }
 
 /// What a poll of a link said, free of its borrow.
@@ -78,13 +87,12 @@ impl Links {
         registry: Registry,
         token_base: usize,
     ) -> Self {
-        let desk = Desk::new(threads, settings, clock);
+        let desk = Desk::new(threads, settings, clock, registry, token_base);
         Self {
             slots: Slab::new(),
             desk,
             listed: VecDeque::new(),
-            registry,
-            token_base,
+            unarmed: Vec::new(),
         }
     }
 
@@ -112,6 +120,7 @@ impl Links {
     pub(crate) fn counters(&self) -> crate::counters::LinkCounters {
         crate::counters::LinkCounters {
             links_open: self.slots.len() as u64,
+            links_shared: self.shared_links() as u64,
             ..self.desk.counters
         }
     }
@@ -119,6 +128,13 @@ impl Links {
     /// What was asked of each namespace, by number.
     pub(crate) fn namespace_counters(&self) -> Vec<crate::counters::NamespaceCounters> {
         self.desk.of_namespace.to_vec()
+    }
+
+    fn shared_links(&self) -> usize {
+        let links = self.slots.iter();
+        links
+            .filter(|(_, link)| link.link.kind() == LinkKind::SharedMemory)
+            .count()
     }
 
     /// Takes a connection; with `refusal` only to say why not.
@@ -143,7 +159,7 @@ impl Links {
             index: entry.key(),
             serial: self.desk.number(),
         };
-        link.register(&self.registry, Token(self.token_base + key.index))?;
+        link.register(&self.desk.registry, self.desk.token(key))?;
         entry.insert(Conversation::new(link, key, peer, &mut self.desk));
         match refusal {
             None => self.desk.counters.links_accepted += 1,
@@ -158,7 +174,7 @@ impl Links {
 
     /// The operating system says something about a link.
     pub(crate) fn on_event(&mut self, event: &mio::event::Event) {
-        let index = event.token().0 - self.token_base;
+        let index = self.desk.index(event.token());
         if let Some(link) = self.slots.get_mut(index) {
             link.link.on_event(event);
             self.list(index);
@@ -201,19 +217,62 @@ impl Links {
                 continue;
             }
             link.is_listed = false;
-            if pump_one(link, &mut self.desk).is_break() {
+            let ControlFlow::Continue(moved) = pump_one(link, &mut self.desk) else {
                 self.drop_link(key);
-            } else if self.slots[key.index].link.arm() == Armed::Ready {
+                continue;
+            };
+            if moved {
+                link.looks = 0;
+            }
+            if !link.link.is_idle() {
+                self.list(key.index);
+            } else if link.link.needs_arming() && !link.is_unarmed {
+                link.is_unarmed = true;
+                self.unarmed.push(key);
+            }
+        }
+    }
+
+    /// Has links that announce nothing yet looked at with the next pump: for a thread that does not
+    /// sleep now. One that was looked at in vain for long is armed, and from then on announces.
+    pub(crate) fn look(&mut self) {
+        let mut unarmed = std::mem::take(&mut self.unarmed);
+        unarmed.retain(|key| {
+            let Some(link) = self.slots.get_mut(key.index).filter(|it| it.key == *key) else {
+                return false;
+            };
+            link.looks += 1;
+            link.is_unarmed = link.looks < LOOKS_MAX;
+            if link.is_unarmed {
+                link.link.notify(Readiness::TRY_ALL);
+            }
+            if link.is_unarmed || link.link.arm() == Armed::Ready {
+                self.list(key.index);
+            }
+            self.slots[key.index].is_unarmed
+        });
+        self.unarmed = unarmed;
+    }
+
+    /// Before the thread sleeps: arms what announces nothing yet; whether it may sleep.
+    pub(crate) fn may_sleep(&mut self) -> bool {
+        for key in std::mem::take(&mut self.unarmed) {
+            let Some(link) = self.slots.get_mut(key.index).filter(|it| it.key == key) else {
+                continue;
+            };
+            link.is_unarmed = false;
+            if link.link.arm() == Armed::Ready {
                 self.list(key.index);
             }
         }
+        self.listed.is_empty()
     }
 
     fn drop_link(&mut self, key: LinkKey) {
         let mut link = self.slots.remove(key.index);
         link.end_requests(&mut self.desk);
         // Its descriptor leaves the poll with the link in any case.
-        let _ = link.link.deregister(&self.registry);
+        let _ = link.link.deregister(&self.desk.registry);
     }
 
     /// An owner answers.
@@ -278,9 +337,10 @@ impl Links {
     }
 }
 
-/// Moves what one link can move; `Break` when it is down.
-fn pump_one(link: &mut Conversation, desk: &mut Desk) -> ControlFlow<()> {
+/// Moves what one link can move, and whether there was anything; `Break` when it is down.
+fn pump_one(link: &mut Conversation, desk: &mut Desk) -> ControlFlow<(), bool> {
     let mut budget = TURN_BYTES;
+    let mut moved = false;
     loop {
         let happened = match link.link.poll(&mut budget) {
             Event::Frame {
@@ -301,6 +361,7 @@ fn pump_one(link: &mut Conversation, desk: &mut Desk) -> ControlFlow<()> {
             Event::Down(reason) => Happened::Down(reason),
             Event::Yield | Event::Idle => Happened::Rest,
         };
+        moved |= !matches!(happened, Happened::Rest);
         match happened {
             Happened::Frame(Ok((header, message)), payload_bytes) => {
                 link.on_frame(desk, &header, message, payload_bytes);
@@ -323,7 +384,7 @@ fn pump_one(link: &mut Conversation, desk: &mut Desk) -> ControlFlow<()> {
             Happened::Nothing => {}
             Happened::Rest => {
                 link.start_gets(desk);
-                return ControlFlow::Continue(());
+                return ControlFlow::Continue(moved || budget < TURN_BYTES);
             }
             Happened::Down(reason) => {
                 match reason {

@@ -93,6 +93,7 @@ impl Conversation {
                 self.cut_short(desk, request, false);
             }
             Message::Ping(_) => self.send(desk, request, &Pong {}),
+            Message::Attach(attach) => self.on_attach(desk, request, &attach),
             Message::Failure(failure) => {
                 tracing::warn!(peer = %self.peer, "the client ends its link: {}", failure.text);
                 self.end_requests(desk);

@@ -1,9 +1,11 @@
 //! Two ends of a link of some kind, a framing of its own, and what they got.
+#![allow(dead_code)] // each test file uses its part
 
+use kvar_transport::shared::{Meeting, offer};
 use kvar_transport::sim::{self, SimControl, SimOptions, SimStream};
 use kvar_transport::{
-    DownReason, Event, FrameLengths, HEADER_BYTES, Link, LinkOptions, Listener, Owned, Readiness,
-    Sink, Source, StreamLink, TcpLink, TcpOptions, TcpStream,
+    AnyLink, DownReason, Event, FrameLengths, HEADER_BYTES, Link, LinkKind, LinkOptions, Listener,
+    Owned, Readiness, Sink, Source, StreamLink, TcpLink, TcpOptions, TcpStream,
 };
 use mio::{Events, Poll, Token};
 use std::collections::VecDeque;
@@ -19,6 +21,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Tcp,
+    /// Memory shared by both, in rings of so many bytes.
+    Shared(usize),
     /// Chopped and stalled by this seed.
     Sim(u64),
     /// One byte a call.
@@ -33,7 +37,14 @@ impl Kind {
 }
 
 pub(crate) fn check_all(check: impl Fn(Kind)) {
-    for kind in [Kind::Tcp, Kind::Sim(1), Kind::Sim(0xfeed), Kind::Bytewise] {
+    for kind in [
+        Kind::Tcp,
+        Kind::Shared(64 << 10),
+        Kind::Shared(1 << 20),
+        Kind::Sim(1),
+        Kind::Sim(0xfeed),
+        Kind::Bytewise,
+    ] {
         println!("over {kind:?}");
         check(kind);
     }
@@ -49,7 +60,7 @@ pub(crate) fn frame(message: &[u8], payload: usize) -> Vec<u8> {
     head
 }
 
-fn framing(header: &[u8; HEADER_BYTES]) -> Result<FrameLengths, String> {
+pub(crate) fn framing(header: &[u8; HEADER_BYTES]) -> Result<FrameLengths, String> {
     let number = |at: usize| u32::from_le_bytes(std::array::from_fn(|n| header[at + n])) as usize;
     if header[..4] != *b"TEST" {
         return Err("no frame of this test".into());
@@ -72,13 +83,22 @@ pub(crate) fn pattern(seed: u64, len: usize) -> Vec<u8> {
     (0..len).map(|_| next()).collect()
 }
 
-/// A source and sink in pieces.
+/// What stands before and behind every piece of a sink, and must stay there.
+const CANARY: u8 = 0xa5;
+
+/// A source and sink in pieces; those of a sink stand between canaries.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Bytes(Vec<Vec<u8>>);
+pub(crate) struct Bytes {
+    pieces: Vec<Vec<u8>>,
+    canary_bytes: usize,
+}
 
 impl Bytes {
     pub(crate) fn whole(bytes: Vec<u8>) -> Self {
-        Self(vec![bytes])
+        Self {
+            pieces: vec![bytes],
+            canary_bytes: 0,
+        }
     }
 
     /// `bytes` cut into pieces of these lengths, and the rest.
@@ -91,42 +111,122 @@ impl Bytes {
             left = rest;
         }
         pieces.push(left.to_vec());
-        Self(pieces)
+        Self {
+            pieces,
+            canary_bytes: 0,
+        }
     }
 
     pub(crate) fn room(lengths: &[usize]) -> Self {
-        Self(lengths.iter().map(|len| vec![0xee; *len]).collect())
+        let canary_bytes = if lengths.len() > 8 { 32 } else { 4096 };
+        let piece = |len: &usize| {
+            let mut piece = vec![CANARY; len + 2 * canary_bytes];
+            piece[canary_bytes..canary_bytes + len].fill(0xee);
+            piece
+        };
+        Self {
+            pieces: lengths.iter().map(piece).collect(),
+            canary_bytes,
+        }
     }
 
+    /// The bytes; the canaries are looked at on the way.
     pub(crate) fn bytes(&self) -> Vec<u8> {
-        self.0.concat()
+        let mut bytes = Vec::with_capacity(self.total());
+        for piece in &self.pieces {
+            let (before, rest) = piece.split_at(self.canary_bytes);
+            let (inner, behind) = rest.split_at(rest.len() - self.canary_bytes);
+            let alive = before.iter().chain(behind).all(|byte| *byte == CANARY);
+            assert!(alive, "something was written beside a sink");
+            bytes.extend_from_slice(inner);
+        }
+        bytes
     }
 
     pub(crate) fn total(&self) -> usize {
-        self.0.iter().map(Vec::len).sum()
+        let all: usize = self.pieces.iter().map(Vec::len).sum();
+        all - self.pieces.len() * 2 * self.canary_bytes
     }
 
     pub(crate) fn fill(&mut self, byte: u8) {
-        self.0.iter_mut().for_each(|piece| piece.fill(byte));
+        self.visit_mut(&mut |piece| piece.fill(byte));
     }
 }
 
 impl Source for Bytes {
     fn visit<'a>(&'a self, visit: &mut dyn FnMut(&'a [u8])) {
-        self.0.iter().for_each(|piece| visit(piece));
+        for piece in &self.pieces {
+            visit(&piece[self.canary_bytes..piece.len() - self.canary_bytes]);
+        }
     }
 }
 
 impl Sink for Bytes {
     fn visit_mut<'a>(&'a mut self, visit: &mut dyn FnMut(&'a mut [u8])) {
-        self.0.iter_mut().for_each(|piece| visit(piece));
+        for piece in &mut self.pieces {
+            let end = piece.len() - self.canary_bytes;
+            visit(&mut piece[self.canary_bytes..end]);
+        }
     }
     fn len(&self) -> usize {
         self.total()
     }
 }
 
-type AnyLink = Box<dyn Link<Source = Bytes, Sink = Bytes>>;
+/// A link and, where it has some, its events.
+pub(crate) trait Tested: Link<Source = Bytes, Sink = Bytes> {
+    fn hear(&mut self, _event: &mio::event::Event) {}
+}
+
+impl Tested for StreamLink<SimStream, Bytes, Bytes> {}
+impl Tested for TcpLink<Bytes, Bytes> {}
+impl Tested for AnyLink<Bytes, Bytes> {
+    fn hear(&mut self, event: &mio::event::Event) {
+        self.on_event(event);
+    }
+}
+
+type TestedLink = Box<dyn Tested>;
+
+/// Both ends of a TCP connection on this host.
+pub(crate) fn tcp_pair() -> (TcpStream, TcpStream) {
+    let mut listener = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let client = std::net::TcpStream::connect(listener.local_addr()).unwrap();
+    let client = TcpStream::from_std(client, TcpOptions::default()).unwrap();
+    loop {
+        if let Some((server, _)) = listener.accept().unwrap() {
+            return (client, server);
+        }
+    }
+}
+
+/// Random enough for names that tests of one machine give at the same time.
+pub(crate) fn place() -> [u8; 16] {
+    let mut place = [0; 16];
+    rustix::rand::getrandom(&mut place, rustix::rand::GetRandomFlags::empty()).unwrap();
+    place
+}
+
+/// A client's and a node's link that share memory.
+pub(crate) fn shared_pair(
+    poll: &Poll,
+    ring_bytes: usize,
+    options: LinkOptions,
+) -> (AnyLink<Bytes, Bytes>, AnyLink<Bytes, Bytes>) {
+    let (client, server) = tcp_pair();
+    let mut a = AnyLink::accepted(client, framing, options);
+    let mut b = AnyLink::accepted(server, framing, options);
+    a.register(poll.registry(), Token(0)).unwrap();
+    b.register(poll.registry(), Token(1)).unwrap();
+    let (place, secret) = (place(), [7; 16]);
+    let meeting = Meeting::open(&place, secret).unwrap();
+    let node = offer(&place, &secret, ring_bytes).unwrap();
+    let client = meeting.take().unwrap();
+    a.share(client, poll.registry(), Token(0)).unwrap();
+    b.share(node, poll.registry(), Token(1)).unwrap();
+    assert_eq!(a.kind(), LinkKind::SharedMemory);
+    (a, b)
+}
 
 /// An event, owned.
 #[derive(Debug)]
@@ -146,8 +246,8 @@ enum Net {
 }
 
 pub(crate) struct Pair {
-    pub(crate) a: AnyLink,
-    pub(crate) b: AnyLink,
+    pub(crate) a: TestedLink,
+    pub(crate) b: TestedLink,
     pub(crate) got_a: VecDeque<Got>,
     pub(crate) got_b: VecDeque<Got>,
     net: Net,
@@ -160,17 +260,10 @@ impl Pair {
             outgoing_bytes_max: OUTGOING_BYTES_MAX,
             ..Default::default()
         };
-        let (a, b, net): (AnyLink, AnyLink, Net) = match kind {
+        let (a, b, net): (TestedLink, TestedLink, Net) = match kind {
             Kind::Tcp => {
                 let poll = Poll::new().unwrap();
-                let mut listener = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
-                let client = std::net::TcpStream::connect(listener.local_addr()).unwrap();
-                let client = TcpStream::from_std(client, TcpOptions::default()).unwrap();
-                let (server, _) = loop {
-                    if let Some(accepted) = listener.accept().unwrap() {
-                        break accepted;
-                    }
-                };
+                let (client, server) = tcp_pair();
                 let mut a = TcpLink::accepted(client, framing, options);
                 let mut b = TcpLink::accepted(server, framing, options);
                 a.register(poll.registry(), Token(0)).unwrap();
@@ -183,6 +276,12 @@ impl Pair {
                         events: Events::with_capacity(8),
                     },
                 )
+            }
+            Kind::Shared(ring_bytes) => {
+                let poll = Poll::new().unwrap();
+                let (a, b) = shared_pair(&poll, ring_bytes, options);
+                let events = Events::with_capacity(8);
+                (Box::new(a), Box::new(b), Net::Tcp { poll, events })
             }
             Kind::Sim(seed) => {
                 let chosen = SimOptions {
@@ -211,7 +310,11 @@ impl Pair {
         }
     }
 
-    fn simulated(seed: u64, sim: SimOptions, options: LinkOptions) -> (AnyLink, AnyLink, Net) {
+    fn simulated(
+        seed: u64,
+        sim: SimOptions,
+        options: LinkOptions,
+    ) -> (TestedLink, TestedLink, Net) {
         let (a, b, control) = sim::pair(seed, sim);
         let link = |stream: SimStream| Box::new(StreamLink::new(stream, framing, options, false));
         (link(a), link(b), Net::Sim { control })
@@ -223,6 +326,14 @@ impl Pair {
         assert!(self.begun.elapsed() < PATIENCE, "nothing happens any more");
         if let Net::Tcp { poll, events } = &mut self.net {
             poll.poll(events, Some(Duration::ZERO)).unwrap();
+            for event in &*events {
+                let end = if event.token() == Token(0) {
+                    &mut self.a
+                } else {
+                    &mut self.b
+                };
+                end.hear(event);
+            }
         }
     }
 
@@ -332,7 +443,7 @@ impl Pair {
     }
 }
 
-fn poll_one(link: &mut AnyLink, budget: &mut usize) -> Option<Got> {
+fn poll_one(link: &mut TestedLink, budget: &mut usize) -> Option<Got> {
     Some(match link.poll(budget) {
         Event::Up => panic!("these links stand from the beginning"),
         Event::Frame {

@@ -13,6 +13,7 @@ pub(crate) fn added_by(version: u16) -> Vec<Sample> {
         1 => samples_of_version_1(),
         2 => samples_of_version_2(),
         3 => samples_of_version_3(),
+        4 => samples_of_version_4(),
         version => panic!("version {version} has no samples; what did it add?"),
     }
 }
@@ -368,5 +369,22 @@ fn samples_of_version_3() -> Vec<Sample> {
     vec![
         ("put_hints", put(all).into(), 65_536),
         ("put_handover", put(one).into(), 0),
+    ]
+}
+
+/// What version 4 added.
+fn samples_of_version_4() -> Vec<Sample> {
+    let attach = Attach {
+        place: [0x11; 16],
+        secret: [0x77; 16],
+    };
+    let attached = AttachAnswer::Attached {
+        ring_bytes: 1 << 20,
+    };
+    let declined = AttachAnswer::declined(AttachDeclined::Full, "as many as may");
+    vec![
+        ("attach", attach.into(), 0),
+        ("attach_answer", attached.into(), 0),
+        ("attach_answer_declined", declined.into(), 0),
     ]
 }

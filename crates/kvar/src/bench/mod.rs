@@ -11,6 +11,7 @@ pub(crate) mod net;
 pub(crate) mod node;
 mod pair;
 pub(crate) mod plot;
+mod shared;
 mod stats;
 
 use indicatif::{ProgressBar, ProgressStyle};

@@ -1,5 +1,6 @@
 //! `kvar bench net`: gets of 64 KiB over loopback TCP, one core each side, against plain sockets;
-//! and gets from flash over TCP, against fio on the same file.
+//! through shared memory, against a cold memcpy (`shared`); and gets from flash over TCP, against fio on
+//! the same file.
 //!
 //! The node is a process of its own, this very binary on free ports with one shard; the client is
 //! a session driven by this thread. Both spin for a stated time before they sleep, as the ping
@@ -8,11 +9,12 @@
 use super::fio::{self, Job};
 use super::pair::{Pair, Reached};
 use super::stats::{idle_cpu, latencies};
-use super::{BLOCK_BYTES, Outcome, Row, bar};
+use super::{BLOCK_BYTES, Outcome, Row, bar, shared};
 use crate::failure::Failure;
 use kvar_base::{BlockId, ByteSize, PutOutcome};
 use kvar_client::{
-    Answer, ClientConfig, Completion, Filled, GetItem, Lengths, PutItem, Request, Session, Ticket,
+    Answer, ClientConfig, Completion, Filled, GetItem, Lengths, LinkChoice, PutItem, Request,
+    Session, Ticket,
 };
 use kvar_node::KeyFile;
 use std::collections::HashMap;
@@ -21,7 +23,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// Blocks of the memory runs: 256 MiB, more than any cache of the CPU.
-const DRAM_BLOCKS: u64 = 4096;
+pub(super) const DRAM_BLOCKS: u64 = 4096;
 const DEADLINE: Duration = Duration::from_secs(10);
 /// Blocks put under way at once when filling.
 const PUTS_IN_FLIGHT: usize = 32;
@@ -54,6 +56,7 @@ fn run_inner(settings: &Settings, folder: &Path) -> Result<Outcome, Failure> {
     let mut rows = Vec::new();
     let mut idle = Vec::new();
     from_memory(settings, folder, &mut rows, &mut idle)?;
+    shared::run(settings, folder, &mut rows, &mut idle)?;
     if settings.flash_size.0 > 0 {
         from_flash(settings, folder, &mut rows, &mut idle)?;
     }
@@ -67,7 +70,7 @@ fn from_memory(
     idle: &mut Vec<f64>,
 ) -> Result<(), Failure> {
     let node = NodeProcess::start(&folder.join("memory.data"), "1GiB", "512MiB", settings.spin)?;
-    let mut client = Client::open(&node, settings.spin)?;
+    let mut client = Client::open(&node, settings.spin, LinkChoice::Tcp)?;
     client.fill(DRAM_BLOCKS)?;
     let mut pair = Pair::open(false)?;
     let progress = bar((settings.pairs * 4) as u64, "pairs against sockets");
@@ -149,7 +152,7 @@ fn from_flash(
         "64MiB",
         settings.spin,
     )?;
-    let mut client = Client::open(&node, settings.spin)?;
+    let mut client = Client::open(&node, settings.spin, LinkChoice::Tcp)?;
     let blocks = settings.flash_size.0 * 9 / 10 / BLOCK_BYTES as u64;
     client.fill(blocks)?;
     let progress = bar(settings.pairs as u64, "pairs against fio");
@@ -185,14 +188,19 @@ fn from_flash(
 }
 
 /// A node of this binary, ended with its value.
-struct NodeProcess {
+pub(super) struct NodeProcess {
     child: Child,
     endpoint: String,
     key_file: PathBuf,
 }
 
 impl NodeProcess {
-    fn start(data: &Path, size: &str, dram: &str, spin: Duration) -> Result<Self, Failure> {
+    pub(super) fn start(
+        data: &Path,
+        size: &str,
+        dram: &str,
+        spin: Duration,
+    ) -> Result<Self, Failure> {
         let own = std::env::current_exe()
             .map_err(|error| Failure::failed(format!("where am I: {error}")))?;
         let ready = data.with_extension("ready");
@@ -249,20 +257,26 @@ impl Drop for NodeProcess {
     }
 }
 
-struct Client {
+pub(super) struct Client {
     session: Session,
     done: Vec<Completion>,
     random: u64,
     spare: Vec<Filled>,
+    at_random: bool,
 }
 
 impl Client {
-    fn open(node: &NodeProcess, spin: Duration) -> Result<Self, Failure> {
+    pub(super) fn open(
+        node: &NodeProcess,
+        spin: Duration,
+        link: LinkChoice,
+    ) -> Result<Self, Failure> {
         let key = KeyFile::read(&node.key_file)
             .map_err(|error| Failure::failed(error.to_string()))?
             .key;
         let config = ClientConfig {
             deadline: DEADLINE,
+            link,
             spin,
             ..ClientConfig::new(&node.endpoint, key)
         };
@@ -272,6 +286,7 @@ impl Client {
             done: Vec::new(),
             random: 0x1357_9bdf,
             spare: Vec::new(),
+            at_random: false,
         })
     }
 
@@ -288,7 +303,22 @@ impl Client {
         self.random
     }
 
-    fn fill(&mut self, blocks: u64) -> Result<(), Failure> {
+    /// From now on reads into so many places by turns, at random, and not into those just free.
+    pub(super) fn read_into_places(&mut self, count: usize) {
+        let place = || Filled::Place(Box::new(vec![7_u8; BLOCK_BYTES]));
+        self.spare = (0..count).map(|_| place()).collect();
+        self.at_random = true;
+    }
+
+    fn spare(&mut self) -> Option<Filled> {
+        if self.at_random && !self.spare.is_empty() {
+            let number = self.next_random() as usize % self.spare.len();
+            return Some(self.spare.swap_remove(number));
+        }
+        self.spare.pop()
+    }
+
+    pub(super) fn fill(&mut self, blocks: u64) -> Result<(), Failure> {
         let progress = bar(blocks, "blocks filled");
         let mut under_way: HashMap<Ticket, u64> = HashMap::new();
         let mut next = 0;
@@ -350,7 +380,12 @@ impl Client {
         Ok(())
     }
 
-    fn read(&mut self, depth: usize, seconds: f64, blocks: u64) -> Result<Reached, Failure> {
+    pub(super) fn read(
+        &mut self,
+        depth: usize,
+        seconds: f64,
+        blocks: u64,
+    ) -> Result<Reached, Failure> {
         let mut latencies = latencies();
         let started = Instant::now();
         let end = started + Duration::from_secs_f64(seconds);
@@ -361,8 +396,7 @@ impl Client {
             while begun.len() < depth && now < end {
                 let number = self.next_random() % blocks;
                 let into = self
-                    .spare
-                    .pop()
+                    .spare()
                     .unwrap_or_else(|| Filled::Place(Box::new(vec![0_u8; BLOCK_BYTES])));
                 let item = GetItem {
                     expected: Lengths::of(&[BLOCK_BYTES as u32]),

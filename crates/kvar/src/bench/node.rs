@@ -117,6 +117,7 @@ pub(crate) fn run(settings: &Settings) -> Result<Reached, Failure> {
     let config = ClientConfig {
         deadline: settings.node.deadline,
         spin: settings.spin,
+        link: settings.node.link,
         name: concat!("kvar bench ", env!("CARGO_PKG_VERSION")).to_owned(),
         ..ClientConfig::new(&settings.node.endpoint, key.clone())
     };
