@@ -90,6 +90,9 @@ pub(crate) fn recover(
             Header::Blank | Header::Damaged => {
                 report.headers_damaged += 1;
                 let found = probe_segment(device, shard, number)?;
+                // One that was never opened then is not known: as a used one it would be sealed and
+                // free at once, and be reclaimed while it is written.
+                let known = known.filter(|known| known.generation.get() > 0);
                 let known =
                     known.map(|known| (known.generation.get(), known.opened_sequence.get()));
                 if let Some((generation, opened_sequence)) = found.max(known) {

@@ -173,6 +173,8 @@ impl World {
         let mut excused = self.harm.history_lost;
         match why {
             Displaced::Bucket => {
+                let number = self.model.positions.get(&position).copied();
+                self.given_up_now.extend(number);
                 self.tally.count("left/device, bucket");
                 if status.flash_blocks * 100 < status.index_entries_max * BUCKET_LOAD_PERCENT_MIN
                     && !self.model.lenient
