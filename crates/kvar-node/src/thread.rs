@@ -132,6 +132,7 @@ pub(crate) fn run(mut parts: ThreadParts) -> std::io::Result<ShutdownReport> {
         threads,
         parts.settings,
         parts.clock,
+        parts.keeper.clone(),
         links_registry,
         FIRST_LINK,
     );

@@ -29,9 +29,12 @@ mod asked;
 mod going;
 mod leaving;
 mod moves;
+#[cfg(test)]
+mod tests;
 mod told;
 
 use super::memory::Division;
+use super::removal::Removed;
 use super::routes::Routes;
 use super::surveyor::Said;
 use super::table::DeviceTable;
@@ -46,7 +49,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use kvar_base::{Clock as _, DeviceUuid, Moment, SystemClock};
 use kvar_engine::{EngineConfig, Shares, Superblock, WriteRates, memory_bytes};
 use kvar_io::Target;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -138,6 +141,10 @@ pub(crate) enum Event {
     Answered(u64, Answer),
     /// What a device that leaves names.
     Surveyed { device: u32, said: Said },
+    /// Blocks are about to be removed, under a number of this removal's own.
+    RemovalBegins(u64, Removed),
+    /// It is over, or given up.
+    RemovalEnds(u64),
     /// A request waits until this is remembered.
     Note(Origin, Note),
     /// An operator asks.
@@ -236,6 +243,8 @@ pub(crate) struct Keeper {
     latest: Arc<AtomicU64>,
     /// Who owns what once the devices that leave are gone; only while some are.
     afterwards: Option<Arc<Routes>>,
+    /// What is being removed.
+    removals: HashMap<u64, Removed>,
     next_move: u64,
     next_serial: u32,
     next_device: u32,
@@ -292,6 +301,7 @@ impl Keeper {
                 .collect(),
             latest: Arc::default(),
             afterwards: None,
+            removals: HashMap::new(),
             next_move: MOVES_FROM,
             next_serial: 0,
             next_device: 0,
@@ -324,30 +334,38 @@ impl Keeper {
                 Err(RecvTimeoutError::Timeout) => continue,
                 Err(RecvTimeoutError::Disconnected) => return,
             };
-            match event {
-                Event::Loaded(key, result) => self.on_loaded(key, result),
-                Event::Failed {
-                    device,
-                    kind,
-                    is_hard,
-                    text,
-                } => self.on_failed(device, kind, is_hard, &text),
-                Event::WritesAgain { device } => self.on_writes_again(device),
-                Event::StreamRefused { device } => self.on_stream_refused(device),
-                Event::Probed { device, alive } => self.on_probed(device, alive),
-                Event::Closed(key) => self.on_closed(key),
-                Event::Answered(number, answer) if number >= MOVES_FROM => {
-                    self.on_moved(number, answer);
-                }
-                Event::Answered(number, answer) => self.on_answered(number, &answer),
-                Event::Surveyed { device, said } => self.on_surveyed(device, said),
-                Event::Note(origin, Note::Removal) => self.note_removal(origin),
-                Event::Command(command, reply) => self.on_command(command, reply),
-                Event::Stop => {
-                    self.views.change(|view| view.phase = Phase::Stopping);
-                    return;
-                }
+            if matches!(event, Event::Stop) {
+                self.views.change(|view| view.phase = Phase::Stopping);
+                return;
             }
+            self.on_event(event);
+        }
+    }
+
+    fn on_event(&mut self, event: Event) {
+        match event {
+            Event::Loaded(key, result) => self.on_loaded(key, result),
+            Event::Failed {
+                device,
+                kind,
+                is_hard,
+                text,
+            } => self.on_failed(device, kind, is_hard, &text),
+            Event::WritesAgain { device } => self.on_writes_again(device),
+            Event::StreamRefused { device } => self.on_stream_refused(device),
+            Event::Probed { device, alive } => self.on_probed(device, alive),
+            Event::Closed(key) => self.on_closed(key),
+            Event::Answered(number, answer) if number >= MOVES_FROM => {
+                self.on_moved(number, answer);
+            }
+            Event::Answered(number, answer) => self.on_answered(number, &answer),
+            Event::Surveyed { device, said } => self.on_surveyed(device, said),
+            Event::RemovalBegins(number, removed) => self.removal_begins(number, removed),
+            Event::RemovalEnds(number) => self.removal_ends(number),
+            Event::Note(origin, Note::Removal) => self.note_removal(origin),
+            Event::Command(command, reply) => self.on_command(command, reply),
+            // The loop ends at it.
+            Event::Stop => {}
         }
     }
 

@@ -4,10 +4,11 @@
 //! loop takes asks to their owners and brings the answers back under the same number.
 
 use crate::counters::{LinkCounters, NamespaceCounters};
-use crate::devices::{Note, Routes};
+use crate::devices::{Event, Note, Removal, Removed, Routes};
 use crate::mail::{Ask, EngineKey};
 use crate::namespaces::Namespaces;
 use crate::report::ThreadReport;
+use crossbeam_channel::Sender;
 use kvar_base::{BlockId, Clock as _, Moment, SystemClock};
 use kvar_engine::TENANTS;
 use kvar_wire::Limits;
@@ -92,11 +93,17 @@ pub(crate) struct Desk {
     pub(crate) scratch: Vec<u8>,
     pub(crate) now: Moment,
     clock: SystemClock,
+    keeper: Sender<Event>,
     next_number: u64,
 }
 
 impl Desk {
-    pub(crate) fn new(threads: u32, settings: LinkSettings, clock: SystemClock) -> Self {
+    pub(crate) fn new(
+        threads: u32,
+        settings: LinkSettings,
+        clock: SystemClock,
+        keeper: Sender<Event>,
+    ) -> Self {
         Self {
             threads,
             routes: Arc::new(Routes::new(Vec::new(), false, &Arc::default())),
@@ -109,6 +116,7 @@ impl Desk {
             scratch: Vec::new(),
             now: clock.now(),
             clock,
+            keeper,
             next_number: 1,
         }
     }
@@ -138,6 +146,11 @@ impl Desk {
             None => To::Nobody(ask),
         };
         self.ask(to, operation);
+    }
+
+    /// The keeper hears of a remove at once: before any engine does.
+    pub(crate) fn begin_removal(&self, removed: Removed) -> Removal {
+        Removal::begin(&self.keeper, removed)
     }
 
     /// Leaves an ask that has no answer.

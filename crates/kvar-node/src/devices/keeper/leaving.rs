@@ -10,10 +10,10 @@
 //! round is over reads hit where the blocks are; then they hit where they went.
 //!
 //! What must always be true: what was removed does not come back by a move. While a device leaves
-//! every remove asks the keeper before it is acknowledged ([`Note`](crate::devices::Note)). By then
-//! it lies in every engine's mailbox, so a move that begins later sees it; one that had begun is
-//! given up, and if its bytes were committed already they are removed where they went before the
-//! remove is acknowledged.
+//! every remove names its blocks to the keeper before it asks an engine
+//! ([`Removal`](crate::devices::Removal)): none of them begins to move until it is over. And it asks
+//! the keeper before it is acknowledged ([`Note`](crate::devices::Note)): a move that had begun is
+//! given up, and if its bytes were committed already they are removed where they went first.
 //!
 //! What is absent: the steps of one block (`moves`); blocks that were never worth a place on the device (ephemeral ones) are lost with
 //! it; leases stay with the old copy.
@@ -68,6 +68,8 @@ pub(super) struct Leaving {
     /// Each shard's newest segment when the first round began.
     newest: Vec<u64>,
     queue: VecDeque<Block>,
+    /// Blocks that are being removed: they move, if they are still there, once that is over.
+    pub(super) held: Vec<Block>,
     pub(super) moves: HashMap<u64, Move>,
     pub(super) not_before: Moment,
     pub(super) moved: Moved,
@@ -86,6 +88,7 @@ impl Leaving {
             is_through: false,
             newest: Vec::new(),
             queue: VecDeque::new(),
+            held: Vec::new(),
             moves: HashMap::new(),
             not_before: now,
             moved: Moved::default(),
@@ -100,6 +103,16 @@ impl Leaving {
 
     pub(super) fn moved(&self) -> Moved {
         self.moved
+    }
+
+    /// A block that met a remove is next; that is no fault of anybody, so it costs no try.
+    pub(super) fn put_back(&mut self, block: Block) {
+        self.queue.push_front(block);
+    }
+
+    /// Removes are over: what they held up is looked at again.
+    pub(super) fn release(&mut self) {
+        self.held.drain(..).for_each(|it| self.queue.push_front(it));
     }
 
     pub(super) fn again(&mut self, mut block: Block, now: Moment) {
@@ -296,7 +309,7 @@ impl Keeper {
                 self.look(at, block);
                 continue;
             }
-            if !leaving.queue.is_empty() || leaving.is_asked {
+            if !leaving.queue.is_empty() || !leaving.held.is_empty() || leaving.is_asked {
                 return;
             }
             if !leaving.is_through {
