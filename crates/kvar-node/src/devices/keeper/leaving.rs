@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   Copying ── every segment read ──> Flushing ──> Last ── what came meanwhile ──> retired
-//!     │ it serves as before             │ new blocks and reads go to the others; it only hears of removes
+//!     │ it serves as before             │ new blocks and reads go to the others; it is sealed, and only
+//!                                          hears of removes
 //! ```
 //!
 //! Blocks move by the calls that links use: read at the engine that has it, put at the engine that
@@ -23,7 +24,7 @@ use super::{Event, Keeper, Stage};
 use crate::devices::surveyor::{Said, Surveyor};
 use crate::devices::view::{DeviceView, Moved};
 use crate::devices::{RoutedDevice, Routes};
-use crate::mail::{Ask, Origin};
+use crate::mail::{Ask, Mail, Origin};
 use kvar_base::{Clock as _, Moment};
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -99,6 +100,11 @@ impl Leaving {
     /// Whether its blocks are looked for elsewhere by now.
     pub(super) fn has_left(&self) -> bool {
         self.round != Round::Copying
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_flushed(&self) -> bool {
+        self.round == Round::Last
     }
 
     pub(super) fn moved(&self) -> Moved {
@@ -197,7 +203,15 @@ impl Keeper {
         }
         let uuid = self.lives[at].uuid;
         tracing::warn!(%uuid, "the device stays: no other is in service");
+        self.stay(at);
+    }
+
+    /// It does not leave any more. New routes are the caller's.
+    fn stay(&mut self, at: usize) {
+        let uuid = self.lives[at].uuid;
         self.stop_leaving(at);
+        // Only here: one that goes must take nothing between this and its close.
+        self.seal(at, false);
         if let Some(entry) = self.table.find_mut(uuid) {
             entry.leaving = false;
         }
@@ -339,10 +353,19 @@ impl Keeper {
         leaving.round = Round::Flushing(live.engines.len());
         let operation = u64::from(live.number);
         let engines = live.engines.clone();
-        // In every mailbox before the flush: what is put after it goes elsewhere.
+        // In every mailbox before the flush: what is put after it goes elsewhere. A thread that has not
+        // heard yet may still ask the old engine, and some have room there already: that is refused.
         self.publish();
+        self.seal(at, true);
         for engine in engines {
             self.ask_engine(engine, operation, Ask::Flush);
+        }
+    }
+
+    fn seal(&self, at: usize, is_sealed: bool) {
+        for engine in &self.lives[at].engines {
+            self.post
+                .send(engine.thread, Mail::Seal(*engine, is_sealed));
         }
     }
 

@@ -123,6 +123,7 @@ impl Bench {
                 let _ = self.keeper.sender.send(Event::Loaded(key, Ok(())));
             }
             Mail::Ask(origin, key, ask) => self.owner(key).ask(now, origin, ask, &mut answers),
+            Mail::Seal(key, is_sealed) => self.owner(key).seal(is_sealed),
             Mail::Close(key, has_moved) => self.owner(key).close(now, has_moved, &mut answers),
             Mail::Answer(operation, answer) => drop(self.answers.insert(operation, answer)),
             _ => {}
@@ -358,4 +359,48 @@ fn a_block_was_lost_because_somebody_had_begun_to_put_it() {
     bench.begin(a, Ask::PutAbort(ticket));
     bench.until_gone();
     assert!(bench.has(a, id));
+}
+
+/// A thread that had not heard of the new routes, or had room already, committed at the old engine
+/// behind its flush: acknowledged, and lost with the device.
+#[test]
+fn a_put_was_lost_that_was_acknowledged_after_the_routes_had_changed() {
+    let mut bench = Bench::new();
+    let (a, b) = (bench.engine(0), bench.engine(1));
+    let ids = ids(4);
+    bench.put(b, ids[0]);
+    let before = bench.begin_put(b, ids[1]).unwrap().ticket;
+    let late = bench.begin_put(b, ids[2]).unwrap().ticket;
+    bench.retire();
+    let Answer::Put(PutOutcome::Stored) = bench.ask(b, Ask::PutCommit(before)) else {
+        panic!("until the switch it takes what comes")
+    };
+    // The flush lies behind the seal, so whoever has seen its answer has seen that.
+    let is_last = |it: &Bench| leaving(&it.keeper.lives[1]).is_flushed();
+    bench.until("the old engine is flushed", is_last);
+    let busy = PutOutcome::Refused(Refusal::Busy);
+    let Answer::Put(outcome) = bench.ask(b, Ask::PutCommit(late)) else {
+        panic!("another answer")
+    };
+    assert_eq!(outcome, busy);
+    assert_eq!(bench.begin_put(b, ids[3]).err(), Some(busy));
+    bench.until_gone();
+    let there: Vec<bool> = ids.iter().map(|id| bench.has(a, *id)).collect();
+    assert_eq!(there, [true, true, false, false]);
+}
+
+/// The others went while its blocks were moving: it stays, and takes blocks again.
+#[test]
+fn a_device_that_stays_after_all_takes_blocks_again() {
+    let mut bench = Bench::new();
+    let b = bench.engine(1);
+    let id = ids(1)[0];
+    bench.retire();
+    let is_last = |it: &Bench| leaving(&it.keeper.lives[1]).is_flushed();
+    bench.until("the old engine is flushed", is_last);
+    bench.keeper.take_out(0, "failed", "a test says so");
+    bench.until("the other is gone", |it| it.keeper.lives.len() == 1);
+    assert!(bench.keeper.lives[0].leaving.is_none());
+    bench.put(b, id);
+    assert!(bench.has(b, id));
 }
