@@ -140,7 +140,11 @@ pub(crate) enum Event {
     /// The answer to an ask of the keeper's own.
     Answered(u64, Answer),
     /// What a device that leaves names.
-    Surveyed { device: u32, said: Said },
+    Surveyed {
+        device: u32,
+        survey: u64,
+        said: Said,
+    },
     /// Blocks are about to be removed, under a number of this removal's own.
     RemovalBegins(u64, Removed),
     /// It is over, or given up.
@@ -246,6 +250,7 @@ pub(crate) struct Keeper {
     /// What is being removed.
     removals: HashMap<u64, Removed>,
     next_move: u64,
+    next_survey: u64,
     next_serial: u32,
     next_device: u32,
     /// Who has how much memory.
@@ -303,6 +308,7 @@ impl Keeper {
             afterwards: None,
             removals: HashMap::new(),
             next_move: MOVES_FROM,
+            next_survey: 1,
             next_serial: 0,
             next_device: 0,
         };
@@ -359,7 +365,11 @@ impl Keeper {
                 self.on_moved(number, answer);
             }
             Event::Answered(number, answer) => self.on_answered(number, &answer),
-            Event::Surveyed { device, said } => self.on_surveyed(device, said),
+            Event::Surveyed {
+                device,
+                survey,
+                said,
+            } => self.on_surveyed(device, survey, said),
             Event::RemovalBegins(number, removed) => self.removal_begins(number, removed),
             Event::RemovalEnds(number) => self.removal_ends(number),
             Event::Note(origin, Note::Removal) => self.note_removal(origin),

@@ -48,12 +48,21 @@ pub struct Moved {
     pub segments: u64,
     /// Of these, gone through.
     pub segments_done: u64,
+    /// Beside them, those whose headers cannot be read: what they held is lost.
+    pub unreadable_segments: u64,
     /// Blocks moved, or there already.
     pub blocks: u64,
     /// Bytes of blocks moved.
     pub bytes: u64,
     /// Blocks that could not be moved: damaged, or the others took none for long.
     pub lost_blocks: u64,
+}
+
+impl Moved {
+    /// Whether everything that was found is elsewhere, and everything was found.
+    pub(crate) fn is_all(&self) -> bool {
+        self.lost_blocks == 0 && self.unreadable_segments == 0
+    }
 }
 
 /// A device with what its engines say.

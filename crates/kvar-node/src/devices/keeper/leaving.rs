@@ -16,6 +16,8 @@
 //! the keeper before it is acknowledged ([`Note`](crate::devices::Note)): a move that had begun is
 //! given up, and if its bytes were committed already they are removed where they went first.
 //!
+//! And nothing counts as moved that nobody has seen: a device that cannot be read stays where it is.
+//!
 //! What is absent: the steps of one block (`moves`); blocks that were never worth a place on the device (ephemeral ones) are lost with
 //! it; leases stay with the old copy.
 
@@ -45,8 +47,10 @@ const MOVES_MAX: usize = 8;
 const TRY_AGAIN: Duration = Duration::from_millis(100);
 const TRIES_MAX: u32 = 600;
 
-/// A round is begun again so often when the device cannot be read.
-const SURVEYS_MAX: u32 = 5;
+/// A round is begun so often when the device cannot be read, and how long after the last failure: what
+/// makes one fail (memory, threads) is there again in seconds or not at all.
+pub(super) const SURVEYS_MAX: u32 = 5;
+pub(super) const SURVEY_AGAIN: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Round {
@@ -61,7 +65,11 @@ pub(super) struct Leaving {
     round: Round,
     pub(super) rate_bytes_per_s: u64,
     surveyor: Option<Surveyor>,
+    /// The number of the survey under way; what others say is old.
+    pub(super) survey: u64,
     surveys_failed: u32,
+    /// When the next is begun, after one that failed.
+    survey_again: Option<Moment>,
     /// Whether the surveyor was asked for the next segment.
     is_asked: bool,
     /// Whether it has said that there is none.
@@ -84,7 +92,9 @@ impl Leaving {
             round: Round::Copying,
             rate_bytes_per_s: rate_bytes_per_s.max(1),
             surveyor: None,
+            survey: 0,
             surveys_failed: 0,
+            survey_again: None,
             is_asked: false,
             is_through: false,
             newest: Vec::new(),
@@ -163,6 +173,8 @@ impl Keeper {
         tracing::info!(%uuid, rate, "device leaving: its blocks move to the others");
         let now = self.clock.now();
         self.lives[at].leaving = Some(Box::new(Leaving::new(rate, now)));
+        // It may tell why it did not leave the last time.
+        self.lives[at].trouble = None;
         self.publish();
         self.survey(at);
         self.view_of(uuid).ok_or_else(|| "it is gone".to_owned())
@@ -240,15 +252,17 @@ impl Keeper {
         let Some(leaving) = &mut live.leaving else {
             return;
         };
-        // A thread that is still there reads on; it is joined before the next begins.
         leaving.surveyor = None;
+        leaving.survey_again = None;
         (leaving.is_asked, leaving.is_through) = (true, false);
+        leaving.survey = self.next_survey;
+        self.next_survey += 1;
         let from = match leaving.round {
             Round::Last => leaving.newest.clone(),
             _ => Vec::new(),
         };
         let begun = Surveyor::begin(
-            live.number,
+            (live.number, leaving.survey),
             live.target.clone(),
             live.superblock.clone(),
             from,
@@ -257,28 +271,44 @@ impl Keeper {
         match begun {
             Ok(surveyor) => leaving.surveyor = Some(surveyor),
             Err(error) => {
-                let device = live.number;
+                let (device, survey) = (live.number, leaving.survey);
                 let said = Said::Failed(format!("a thread: {error}"));
-                let _ = self.sender.send(Event::Surveyed { device, said });
+                let _ = self.sender.send(Event::Surveyed {
+                    device,
+                    survey,
+                    said,
+                });
             }
         }
     }
 
-    pub(super) fn on_surveyed(&mut self, device: u32, said: Said) {
+    pub(super) fn on_surveyed(&mut self, device: u32, survey: u64, said: Said) {
+        let now = self.clock.now();
         let found = self.lives.iter().position(|it| it.number == device);
         let Some(at) = found else { return };
         let Some(leaving) = &mut self.lives[at].leaving else {
             return;
         };
+        if leaving.survey != survey {
+            return;
+        }
         leaving.is_asked = false;
         match said {
-            Said::Begun { segments, newest } => {
+            Said::Begun {
+                segments,
+                unreadable,
+                newest,
+            } => {
+                // Each round meets the same ones, and those that went bad since.
+                let moved = &mut leaving.moved;
+                moved.unreadable_segments = moved.unreadable_segments.max(unreadable);
                 leaving.moved.segments = leaving.moved.segments_done + segments;
                 if leaving.round == Round::Copying {
                     leaving.newest = newest;
                 }
             }
             Said::Blocks(blocks) => {
+                leaving.surveys_failed = 0;
                 leaving.moved.segments_done += 1;
                 let blocks = blocks.into_iter().map(|block| Block { block, tries: 0 });
                 leaving.queue.extend(blocks);
@@ -288,12 +318,26 @@ impl Keeper {
                 leaving.surveys_failed += 1;
                 tracing::warn!(device, "cannot read what a leaving device holds: {why}");
                 if leaving.surveys_failed >= SURVEYS_MAX {
-                    leaving.is_through = true;
-                } else {
-                    self.survey(at);
+                    return self.cannot_leave(at, &why);
                 }
+                // Nothing more is asked of this one.
+                leaving.is_asked = true;
+                leaving.survey_again = Some(now.after(SURVEY_AGAIN));
             }
         }
+    }
+
+    /// Nobody can say what is on it: it stays, and says why. To retire it now would lose what it has.
+    fn cannot_leave(&mut self, at: usize, why: &str) {
+        let live = &mut self.lives[at];
+        let (uuid, path) = (live.uuid, live.path.display());
+        tracing::error!(%uuid, %path, why, "the device stays: what is on it cannot be read");
+        live.trouble = Some(format!(
+            "it was to leave and stays: what is on it cannot be read ({why}); retire it again, or with \
+             --now to drop its blocks"
+        ));
+        self.stay(at);
+        self.publish();
     }
 
     /// Begins as many moves as may be under way; when to come back.
@@ -302,6 +346,13 @@ impl Keeper {
         for at in 0..self.lives.len() {
             self.move_from(at, now);
             // It may be gone by now.
+            let live = self.lives.get(at);
+            let again = live.and_then(|it| it.leaving.as_ref()?.survey_again);
+            if again.is_some_and(|again| again <= now) {
+                self.survey(at);
+            } else if let Some(again) = again {
+                due = due.min(again);
+            }
             let live = self.lives.get(at);
             if let Some(leaving) = live.and_then(|it| it.leaving.as_ref())
                 && leaving.moves.len() < MOVES_MAX
@@ -394,6 +445,7 @@ impl Keeper {
             blocks = moved.blocks,
             bytes = moved.bytes,
             lost = moved.lost_blocks,
+            unreadable_segments = moved.unreadable_segments,
             "device has left: its blocks are on the others, and it can be taken away"
         );
         self.table.retire(uuid);
@@ -401,7 +453,7 @@ impl Keeper {
             // On disk it is leaving: the next start moves what is there, which is there already.
             tracing::error!("{text}");
         }
-        self.close_as(at, true);
+        self.close_as(at, moved.is_all());
         self.resume_leaving();
     }
 

@@ -1,17 +1,20 @@
 //! The keeper with real devices and engines, and a test in the place of the thread that has them: it
 //! says when an engine hears what.
 
+use super::leaving::{SURVEY_AGAIN, SURVEYS_MAX};
 use super::{Command, Event, Keeper, KeeperParts, Live};
 use crate::config::{Config, DataPath};
+use crate::devices::surveyor::Said;
 use crate::devices::{Note, Removal, Removed, Views};
 use crate::mail::{Answer, Ask, EngineKey, KEEPER, Mail, Mailbox, Origin, Post, Ticket};
 use crate::owner::Owner;
-use crate::storage::Storage;
+use crate::storage::{Storage, device_over};
 use kvar_base::{
     BlockId, ByteSize, Clock as _, ContentCheck, MissReason, Moment, NamespaceKey, PutOutcome,
     Refusal, SystemClock,
 };
-use kvar_engine::{GetRequest, PutHints, PutRequest, Shares, Touch};
+use kvar_engine::{GetRequest, PutHints, PutRequest, Shares, Touch, survey_segments};
+use kvar_io::{Arena, IoEngine};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -403,4 +406,86 @@ fn a_device_that_stays_after_all_takes_blocks_again() {
     assert!(bench.keeper.lives[0].leaving.is_none());
     bench.put(b, id);
     assert!(bench.has(b, id));
+}
+
+/// Five surveys that failed counted as one that had found nothing: the device was retired, and none
+/// of its blocks counted as lost.
+#[test]
+fn a_device_that_could_not_be_read_was_retired_as_if_it_were_empty() {
+    let mut bench = Bench::new();
+    let b = bench.engine(1);
+    let id = ids(1)[0];
+    bench.put(b, id);
+    bench.retire();
+    let uuid = bench.keeper.lives[1].uuid;
+    let device = bench.keeper.lives[1].number;
+    for left in (0..SURVEYS_MAX).rev() {
+        let keeper = &mut bench.keeper;
+        let survey = leaving(&keeper.lives[1]).survey;
+        let failed = || Said::Failed("a test says so".to_owned());
+        keeper.on_surveyed(device, survey, failed());
+        if left > 0 {
+            // Not at once: what is short of memory is so a moment later, too.
+            let now = keeper.clock.now();
+            keeper.move_blocks(now);
+            assert_eq!(leaving(&keeper.lives[1]).survey, survey);
+            keeper.move_blocks(now.after(SURVEY_AGAIN));
+            assert!(leaving(&keeper.lives[1]).survey > survey);
+            // What the last one says late is nobody's.
+            keeper.on_surveyed(device, survey, failed());
+        }
+    }
+    assert!(bench.keeper.lives[1].leaving.is_none());
+    assert!(!bench.keeper.table.find(uuid).unwrap().leaving);
+    let view = bench.keeper.view_of(uuid).unwrap();
+    assert_eq!(view.state, "online");
+    let reason = view.reason.unwrap();
+    assert!(reason.contains("a test says so"), "{reason}");
+    assert!(bench.has(b, id));
+    // Once it can be read it leaves.
+    bench.retire();
+    assert_eq!(bench.keeper.view_of(uuid).unwrap().reason, None);
+    bench.until_gone();
+    let a = bench.engine(0);
+    assert!(bench.has(a, id));
+}
+
+/// Segments that nobody could read were passed over without a word.
+#[test]
+fn what_was_passed_over_did_not_count_as_lost() {
+    let mut bench = Bench::new();
+    let b = bench.engine(1);
+    bench.put(b, ids(1)[0]);
+    bench.retire();
+    let device = bench.keeper.lives[1].number;
+    let survey = leaving(&bench.keeper.lives[1]).survey;
+    let (segments, unreadable, newest) = (0, 2, vec![0]);
+    let said = Said::Begun {
+        segments,
+        unreadable,
+        newest,
+    };
+    bench.keeper.on_surveyed(device, survey, said);
+    let moved = leaving(&bench.keeper.lives[1]).moved();
+    assert_eq!((moved.unreadable_segments, moved.is_all()), (2, false));
+    bench.until_gone();
+    let now = bench.clock.now();
+    assert!(bench.owner(b).report(now).lost_blocks > 0);
+}
+
+/// The keeper waited for a thread that read every header of a device that hangs at each.
+#[test]
+fn a_survey_that_nobody_wanted_any_more_read_on() {
+    let bench = Bench::new();
+    let live = &bench.keeper.lives[1];
+    let arena = Arena::new(1 << 20).unwrap();
+    let mut device = device_over(&live.target, &arena, IoEngine::Threads).unwrap();
+    let asked = std::cell::Cell::new(0);
+    let goes_on = || {
+        asked.set(asked.get() + 1);
+        asked.get() <= 2
+    };
+    assert!(live.superblock.segments_per_shard > 3);
+    survey_segments(&mut *device, &arena, &live.superblock, &goes_on).unwrap();
+    assert_eq!(asked.get(), 3);
 }
