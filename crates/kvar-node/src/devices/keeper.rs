@@ -218,6 +218,8 @@ struct Live {
     reply: Option<Reply>,
     /// The device whose place it takes once it is loaded.
     replaces: Option<DeviceUuid>,
+    /// When it began to serve.
+    online_since: Option<Moment>,
     /// Its blocks move to the others.
     leaving: Option<Box<Leaving>>,
 }
@@ -482,6 +484,7 @@ impl Keeper {
             trouble: None,
             reply: None,
             replaces: None,
+            online_since: None,
             leaving: None,
         });
         let last = self.lives.len() - 1;
@@ -552,7 +555,9 @@ impl Keeper {
     }
 
     fn come_online(&mut self, at: usize) {
+        let now = self.clock.now();
         let live = &mut self.lives[at];
+        live.online_since = Some(now);
         live.stage = Stage::Online;
         live.is_routed = true;
         let (uuid, replaces, reply) = (live.uuid, live.replaces.take(), live.reply.take());
