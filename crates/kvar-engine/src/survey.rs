@@ -110,8 +110,8 @@ pub fn survey_segments(
     })
 }
 
-/// The blocks a segment names, in the order they were written; one that was opened anew since names
-/// none.
+/// The blocks a segment names, in the order they were written, and whether it is sealed: one that is not
+/// may get more. One that was opened anew since names none.
 ///
 /// # Errors
 /// When there is no memory.
@@ -120,15 +120,16 @@ pub fn survey_blocks(
     arena: &Arena,
     superblock: &Superblock,
     segment: &SurveyedSegment,
-) -> Result<Vec<SurveyedBlock>, OpenError> {
+) -> Result<(Vec<SurveyedBlock>, bool), OpenError> {
     let place = (segment.shard, segment.segment, segment.generation);
-    let (records, _) = records_of(device, arena, superblock, place)?;
+    let (records, is_sealed) = records_of(device, arena, superblock, place)?;
     let blocks = records.iter().filter(|record| record.kind == RECORD_BLOCK);
-    Ok(blocks
+    let blocks = blocks
         .map(|record| SurveyedBlock {
             id: record.id(),
             stored_bytes: record.len.get(),
             hints: record.hints(),
         })
-        .collect())
+        .collect();
+    Ok((blocks, is_sealed))
 }

@@ -17,20 +17,19 @@ use kvar_engine::{
     survey_segments,
 };
 use kvar_io::{Arena, IoEngine, Target};
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+/// A segment that is complete: its shard, and its opening number there.
+pub(crate) type Sealed = (u32, u64);
+
 /// What a surveyor says.
 pub(crate) enum Said {
-    /// So many segments, so many of which cannot even be said whether they are in use, and the opening
-    /// number of each shard's newest.
-    Begun {
-        segments: u64,
-        unreadable: u64,
-        newest: Vec<u64>,
-    },
-    /// The blocks of the next segment.
-    Blocks(Vec<SurveyedBlock>),
+    /// So many segments, so many of which cannot even be said whether they are in use.
+    Begun { segments: u64, unreadable: u64 },
+    /// The blocks of the next segment; which one it was if nothing can come to it any more.
+    Blocks(Vec<SurveyedBlock>, Option<Sealed>),
     /// These were all.
     End,
     /// It cannot go on.
@@ -44,12 +43,12 @@ pub(crate) struct Surveyor {
 }
 
 impl Surveyor {
-    /// Begins; `from` is the oldest opening number that counts in each shard (none: all do).
+    /// Begins, with all segments but those that are `done`.
     pub(crate) fn begin(
         (device, survey): (u32, u64),
         target: Arc<Target>,
         superblock: Arc<Superblock>,
-        from: Vec<u64>,
+        done: Arc<HashSet<Sealed>>,
         keeper: Sender<Event>,
     ) -> std::io::Result<Self> {
         let (next, asked) = bounded(1);
@@ -65,7 +64,7 @@ impl Surveyor {
                 });
             };
             let goes_on = || !over.load(Ordering::Relaxed);
-            if let Err(why) = read_all(&target, &superblock, &from, &asked, &say, &goes_on) {
+            if let Err(why) = read_all(&target, &superblock, &done, &asked, &say, &goes_on) {
                 say(Said::Failed(why.to_string()));
             }
         };
@@ -90,7 +89,7 @@ impl Drop for Surveyor {
 fn read_all(
     target: &Target,
     superblock: &Superblock,
-    from: &[u64],
+    done: &HashSet<Sealed>,
     asked: &Receiver<()>,
     say: &dyn Fn(Said),
     goes_on: &dyn Fn() -> bool,
@@ -106,30 +105,21 @@ fn read_all(
     if !goes_on() {
         return Ok(());
     }
-    let mut newest = vec![0; superblock.shards as usize];
-    for segment in &all {
-        let known = &mut newest[segment.shard as usize];
-        *known = segment.opened_sequence.max(*known);
-    }
-    let counts = |shard: u32, opened: u64| {
-        from.get(shard as usize)
-            .is_none_or(|oldest| opened >= *oldest)
-    };
     let wanted: Vec<_> = all
         .into_iter()
-        .filter(|segment| counts(segment.shard, segment.opened_sequence))
+        .filter(|segment| !done.contains(&(segment.shard, segment.opened_sequence)))
         .collect();
     say(Said::Begun {
         segments: wanted.len() as u64,
         unreadable,
-        newest,
     });
     for segment in &wanted {
         if asked.recv().is_err() {
             return Ok(());
         }
-        let blocks = survey_blocks(&mut *device, &arena, superblock, segment)?;
-        say(Said::Blocks(blocks));
+        let (blocks, is_sealed) = survey_blocks(&mut *device, &arena, superblock, segment)?;
+        let sealed = is_sealed.then_some((segment.shard, segment.opened_sequence));
+        say(Said::Blocks(blocks, sealed));
     }
     if asked.recv().is_ok() {
         say(Said::End);

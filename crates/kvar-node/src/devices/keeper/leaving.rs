@@ -23,12 +23,12 @@
 
 use super::moves::{Block, Move};
 use super::{Event, Keeper, Stage};
-use crate::devices::surveyor::{Said, Surveyor};
+use crate::devices::surveyor::{Said, Sealed, Surveyor};
 use crate::devices::view::{DeviceView, Moved};
 use crate::devices::{RoutedDevice, Routes};
 use crate::mail::{Ask, Mail, Origin};
 use kvar_base::{Clock as _, Moment};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -74,8 +74,9 @@ pub(super) struct Leaving {
     is_asked: bool,
     /// Whether it has said that there is none.
     is_through: bool,
-    /// Each shard's newest segment when the first round began.
-    newest: Vec<u64>,
+    /// Segments that were complete when they were read: the last round reads all others. Not those above
+    /// a number: a shard has several open at a time.
+    done: HashSet<Sealed>,
     queue: VecDeque<Block>,
     /// Blocks that are being removed: they move, if they are still there, once that is over.
     pub(super) held: Vec<Block>,
@@ -97,7 +98,7 @@ impl Leaving {
             survey_again: None,
             is_asked: false,
             is_through: false,
-            newest: Vec::new(),
+            done: HashSet::new(),
             queue: VecDeque::new(),
             held: Vec::new(),
             moves: HashMap::new(),
@@ -257,15 +258,12 @@ impl Keeper {
         (leaving.is_asked, leaving.is_through) = (true, false);
         leaving.survey = self.next_survey;
         self.next_survey += 1;
-        let from = match leaving.round {
-            Round::Last => leaving.newest.clone(),
-            _ => Vec::new(),
-        };
+        let done = Arc::new(leaving.done.clone());
         let begun = Surveyor::begin(
             (live.number, leaving.survey),
             live.target.clone(),
             live.superblock.clone(),
-            from,
+            done,
             self.sender.clone(),
         );
         match begun {
@@ -297,17 +295,14 @@ impl Keeper {
             Said::Begun {
                 segments,
                 unreadable,
-                newest,
             } => {
                 // Each round meets the same ones, and those that went bad since.
                 let moved = &mut leaving.moved;
                 moved.unreadable_segments = moved.unreadable_segments.max(unreadable);
                 leaving.moved.segments = leaving.moved.segments_done + segments;
-                if leaving.round == Round::Copying {
-                    leaving.newest = newest;
-                }
             }
-            Said::Blocks(blocks) => {
+            Said::Blocks(blocks, sealed) => {
+                leaving.done.extend(sealed);
                 leaving.surveys_failed = 0;
                 leaving.moved.segments_done += 1;
                 let blocks = blocks.into_iter().map(|block| Block { block, tries: 0 });

@@ -459,11 +459,10 @@ fn what_was_passed_over_did_not_count_as_lost() {
     bench.retire();
     let device = bench.keeper.lives[1].number;
     let survey = leaving(&bench.keeper.lives[1]).survey;
-    let (segments, unreadable, newest) = (0, 2, vec![0]);
+    let (segments, unreadable) = (0, 2);
     let said = Said::Begun {
         segments,
         unreadable,
-        newest,
     };
     bench.keeper.on_surveyed(device, survey, said);
     let moved = leaving(&bench.keeper.lives[1]).moved();
@@ -488,4 +487,29 @@ fn a_survey_that_nobody_wanted_any_more_read_on() {
     assert!(live.superblock.segments_per_shard > 3);
     survey_segments(&mut *device, &arena, &live.superblock, &goes_on).unwrap();
     assert_eq!(asked.get(), 3);
+}
+
+/// The last round read from the newest segment on, and a shard has several open at a time: what was
+/// put into an older one during the first round was lost.
+#[test]
+fn a_put_into_an_open_segment_that_had_been_read_was_lost() {
+    let mut bench = Bench::new();
+    let (a, b) = (bench.engine(0), bench.engine(1));
+    let ids = ids(2);
+    bench.put(b, ids[0]);
+    bench.retire();
+    bench.until("all segments are read", |it| {
+        let moved = leaving(&it.keeper.lives[1]).moved();
+        moved.segments > 0 && moved.segments_done == moved.segments
+    });
+    assert!(!leaving(&bench.keeper.lives[1]).has_left());
+    let ticket = bench.begin_put(b, ids[1]).unwrap().ticket;
+    let operation = bench.begin(b, Ask::PutCommit(ticket));
+    bench.until_gone();
+    let stored = matches!(
+        bench.answers.get(&operation),
+        Some(Answer::Put(PutOutcome::Stored))
+    );
+    assert_eq!(bench.has(a, ids[1]), stored);
+    assert!(bench.has(a, ids[0]));
 }
