@@ -52,6 +52,8 @@ pub(crate) struct Call {
     /// When its first part left.
     pub(crate) sent: Option<Moment>,
     pub(crate) begun: Moment,
+    /// The link that its last part left over.
+    pub(crate) link: Option<u64>,
     /// Parts that have not ended.
     left: usize,
     pub(crate) work: Work,
@@ -120,6 +122,8 @@ pub(crate) enum Reply {
 pub(crate) struct Owed {
     pub(crate) token: LeaseToken,
     pub(crate) until: Moment,
+    /// The link that it was asked over last: another could be faster, and end it before it begins.
+    pub(crate) link: Option<u64>,
 }
 
 /// The longest that a node lets a lease last.
@@ -195,6 +199,8 @@ pub(crate) struct Board {
     /// Parts (call, part) whose turn has come.
     pub(crate) next_parts: Vec<(u64, usize)>,
     pub(crate) owed: VecDeque<Owed>,
+    /// Of these, what a node was told and has not answered, by request.
+    pub(crate) paying: HashMap<u64, Owed>,
     pub(crate) counters: Arc<Counters>,
     clock: SystemClock,
     /// What last kept the node from being reached, for answers that carry an error.
@@ -208,6 +214,7 @@ impl Board {
             done: Vec::new(),
             next_parts: Vec::new(),
             owed: VecDeque::new(),
+            paying: HashMap::new(),
             counters,
             clock,
             last_error: None,
@@ -307,6 +314,7 @@ impl Board {
             Call {
                 deadline,
                 sent: None,
+                link: None,
                 begun: now,
                 left,
                 work,
@@ -438,6 +446,20 @@ impl Board {
         }
     }
 
+    fn owe(&mut self, owed: Owed) {
+        if self.owed.len() >= OWED_MAX {
+            self.owed.pop_front();
+        }
+        self.owed.push_back(owed);
+    }
+
+    /// The link went before the node had answered that it ended a lease.
+    pub(crate) fn owe_again(&mut self, request: u64) {
+        if let Some(owed) = self.paying.remove(&request) {
+            self.owe(Owed { link: None, ..owed });
+        }
+    }
+
     fn complete(&mut self, ticket: u64) {
         let Some(call) = self.calls.remove(&ticket) else {
             return;
@@ -454,6 +476,7 @@ impl Board {
                         Some(Owed {
                             token: *token,
                             until: ended_by_itself(*ttl),
+                            link: call.link,
                         })
                     }
                     _ => None,
@@ -463,10 +486,7 @@ impl Board {
                 let nobody_knows = !matches!(answer, Answer::Leased(Leased { lease: Some(_), .. }));
                 // What was never sent is owed to nobody.
                 if let Some(owed) = owed.filter(|_| call.sent.is_some() && nobody_knows) {
-                    if self.owed.len() >= OWED_MAX {
-                        self.owed.pop_front();
-                    }
-                    self.owed.push_back(owed);
+                    self.owe(owed);
                 }
                 answer
             }

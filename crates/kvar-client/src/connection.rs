@@ -14,6 +14,8 @@ pub(crate) type NodeLink = AnyLink<Box<dyn PutSource>, Filled>;
 
 pub(crate) struct Connection {
     pub(crate) link: NodeLink,
+    /// Not given to another link of the session.
+    pub(crate) serial: u64,
     pub(crate) phase: Phase,
     /// The version of the protocol both speak; 0 until it is agreed.
     pub(crate) version: u16,
@@ -106,6 +108,7 @@ impl Connection {
         let hello = handshake.hello().clone();
         let mut connection = Self {
             link,
+            serial: 0,
             phase: Phase::Connecting(handshake),
             version: 0,
             open: HashMap::new(),

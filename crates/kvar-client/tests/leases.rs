@@ -112,3 +112,24 @@ fn a_time_below_a_millisecond_is_one() {
     let _ = client.lookup_leased(&ids, Duration::from_micros(100));
     assert_eq!(peer.leases_asked(), [(1, 1)]);
 }
+
+/// What ended a lease went out once, and was forgotten with the link that took it.
+#[test]
+fn a_lease_stood_on_when_the_link_broke_that_was_to_end_it() {
+    let peer = Peer::start();
+    let ids = ids(3);
+    peer.fill(&ids);
+    let client = client(&peer);
+    assert_eq!(client.lookup_leased(&ids[..1], TTL).leading, 1);
+    peer.set(Mood::Mute);
+    let options = CallOptions::within(Duration::from_millis(300));
+    let lost = client.submit_lookup_leased(ids.clone(), TTL, options);
+    comes_true("the node grants it", || peer.leases() == 2);
+    // Takes the next word, which is the release or right before it, and hangs up.
+    peer.set(Mood::Close);
+    assert_eq!(lost.wait().lease, None);
+    comes_true("the link breaks", || client.stats().links_lost > 0);
+    assert_eq!(peer.leases(), 2);
+    peer.set(Mood::Well);
+    comes_true("it is given back", || peer.leases() == 1);
+}

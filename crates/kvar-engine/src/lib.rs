@@ -66,5 +66,6 @@ pub use shard::{
     ShardStatus, ShutdownReport, Standing, TenantCounters, TenantStatus, Tier, Touch,
 };
 pub use survey::{
-    SurveyedBlock, SurveyedSegment, survey_arena_bytes, survey_blocks, survey_segments,
+    SurveyedBlock, SurveyedSegment, SurveyedSegments, survey_arena_bytes, survey_blocks,
+    survey_segments,
 };

@@ -30,6 +30,15 @@ pub struct SurveyedSegment {
     generation: u32,
 }
 
+/// The segments of a device.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SurveyedSegments {
+    /// Those in use, the oldest of every shard first.
+    pub segments: Vec<SurveyedSegment>,
+    /// Segments of which nobody knows whether they are: their headers cannot be read.
+    pub unreadable: u64,
+}
+
 /// A block that a segment names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SurveyedBlock {
@@ -49,7 +58,8 @@ pub fn survey_arena_bytes(superblock: &Superblock) -> usize {
 }
 
 /// The segments in use, the oldest of every shard first. A header that cannot be read costs its
-/// segment.
+/// segment, and is counted. `goes_on` is asked before each of them, since a device that is ill takes
+/// long over every read: false ends it with what there is.
 ///
 /// # Errors
 /// When there is no memory.
@@ -57,16 +67,23 @@ pub fn survey_segments(
     device: &mut dyn Device,
     arena: &Arena,
     superblock: &Superblock,
-) -> Result<Vec<SurveyedSegment>, OpenError> {
-    let mut ranked = Vec::new();
-    for shard in 0..superblock.shards {
+    goes_on: &dyn Fn() -> bool,
+) -> Result<SurveyedSegments, OpenError> {
+    let (mut ranked, mut unreadable) = (Vec::new(), 0);
+    'shards: for shard in 0..superblock.shards {
         let mut used = Vec::new();
         for segment in 0..superblock.segments_per_shard {
+            if !goes_on() {
+                break 'shards;
+            }
             let offset = superblock.offset(shard, segment, 0);
             let page = match read(device, arena, offset, PAGE) {
                 Ok(page) => page,
                 Err(OpenError::NoMemory) => return Err(OpenError::NoMemory),
-                Err(_) => continue,
+                Err(_) => {
+                    unreadable += 1;
+                    continue;
+                }
             };
             if let Some((head, _)) = decode_page(page.as_slice(), superblock, offset)
                 && head.kind == PageKind::Header
@@ -86,11 +103,15 @@ pub fn survey_segments(
     }
     // Shards in turn, so that all of them are read from at the same time.
     ranked.sort_by_key(|(rank, segment)| (*rank, segment.shard));
-    Ok(ranked.into_iter().map(|(_, segment)| segment).collect())
+    let segments = ranked.into_iter().map(|(_, segment)| segment).collect();
+    Ok(SurveyedSegments {
+        segments,
+        unreadable,
+    })
 }
 
-/// The blocks a segment names, in the order they were written; one that was opened anew since names
-/// none.
+/// The blocks a segment names, in the order they were written, and whether it is sealed: one that is not
+/// may get more. One that was opened anew since names none.
 ///
 /// # Errors
 /// When there is no memory.
@@ -99,15 +120,16 @@ pub fn survey_blocks(
     arena: &Arena,
     superblock: &Superblock,
     segment: &SurveyedSegment,
-) -> Result<Vec<SurveyedBlock>, OpenError> {
+) -> Result<(Vec<SurveyedBlock>, bool), OpenError> {
     let place = (segment.shard, segment.segment, segment.generation);
-    let (records, _) = records_of(device, arena, superblock, place)?;
+    let (records, is_sealed) = records_of(device, arena, superblock, place)?;
     let blocks = records.iter().filter(|record| record.kind == RECORD_BLOCK);
-    Ok(blocks
+    let blocks = blocks
         .map(|record| SurveyedBlock {
             id: record.id(),
             stored_bytes: record.len.get(),
             hints: record.hints(),
         })
-        .collect())
+        .collect();
+    Ok((blocks, is_sealed))
 }

@@ -8,7 +8,7 @@ use kvar_base::{ContentCheck, Moment, PutOutcome, Refusal};
 use kvar_engine::layout::{CHUNK_BYTES, decode_chunk};
 use kvar_engine::{
     Copy, Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, Touch,
-    arena_bytes, format, inspect, read_superblock,
+    arena_bytes, format, inspect,
 };
 use kvar_io::Arena;
 use kvar_io::sim::{Fault, FaultKind, FaultOn, Image, SimDisk, SimOptions, Survival};
@@ -575,40 +575,4 @@ fn reads_find_memory_while_puts_wait_for_a_slow_device() {
         }
     }
     panic!("the read was not answered");
-}
-
-/// A power cut tore the very first header of a segment, and the checkpoint knew the segment as never
-/// opened: recovery took it for a used one and for a free one at once, so that it was reclaimed
-/// while it was written, and blocks that were flushed went with it.
-#[test]
-fn a_segment_whose_first_header_is_torn_is_free_and_nothing_else() {
-    let mut store = Store::format(16 << 20, SimOptions::default(), config());
-    for number in 0..20 {
-        store.put(number, 1, false);
-    }
-    store.settle();
-    store.engine.begin_shutdown(store.now);
-    while store.engine.shutdown_report().is_none() {
-        store.turn(Duration::from_millis(1));
-    }
-    let mut image = store.disk.crash(Survival::Flushed);
-    let arena = Arena::new(16 << 20).unwrap();
-    let superblock = read_superblock(&mut store.disk.open(), &arena)
-        .unwrap()
-        .unwrap();
-    let report = inspect(&mut store.disk.open(), &arena).unwrap();
-    let used: Vec<u32> = report.segments.iter().map(|it| it.segment).collect();
-    let never = (0..superblock.segments_per_shard)
-        .find(|number| !used.contains(number))
-        .unwrap();
-    image.write(superblock.offset(0, never, 0), &[0xee; 4096]);
-    store.forget_calls();
-    let mut store = store.reopen(image, SimOptions::default());
-    store.settle();
-    let status = store.engine.status(store.now);
-    let known = status.segments_free + status.segments_sealed;
-    assert!(
-        known <= u64::from(superblock.segments_per_shard),
-        "{known}: {status:?}"
-    );
 }

@@ -8,8 +8,8 @@
 //! ```
 //!
 //! What must always be true: nothing outside the range is written; the answer lies within
-//! [`WRITES_BYTES_MIN`]..=[`WRITES_BYTES_MAX`]; it ends, within seconds, on a device that is slow and
-//! at an error on one that is broken.
+//! [`WRITES_BYTES_MIN`]..=[`WRITES_BYTES_MAX`]; it ends, within seconds, on a device that is slow, and
+//! at an error on one that is broken or does not answer (which then still has its writes under way).
 //!
 //! Left to others: when it is done (once, at format, while nothing of worth lies in the range), and
 //! where the answer is kept.
@@ -37,7 +37,8 @@ const WARM_UP: Duration = Duration::from_millis(200);
 const RANGE_BYTES_MAX: u64 = 64 << 20;
 /// Share of the best rate that is as good as it.
 const ENOUGH: f64 = 0.9;
-/// A device that takes longer for one write is not measured but left at the least.
+/// A device that completes nothing for so long, or takes so long for one step, is not measured but left at the least; one that then
+/// completes nothing for as long again does not answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What was found.
@@ -53,11 +54,21 @@ pub struct WriteProbe {
 /// second; `None` where the range is too small to tell, or memory for one chunk is not to be had.
 ///
 /// # Errors
-/// When the device refuses a write.
+/// When the device refuses a write, or does not answer. In the latter case writes are still under way:
+/// whoever drops the device waits for them, perhaps for ever.
 pub fn probe_writes(
     device: &mut dyn Device,
     arena: &Arena,
     range: Range<u64>,
+) -> Result<Option<WriteProbe>, DeviceError> {
+    probe_within(device, arena, range, PATIENCE)
+}
+
+fn probe_within(
+    device: &mut dyn Device,
+    arena: &Arena,
+    range: Range<u64>,
+    patience: Duration,
 ) -> Result<Option<WriteProbe>, DeviceError> {
     let chunks = (range.end.saturating_sub(range.start)).min(RANGE_BYTES_MAX) / CHUNK_BYTES;
     let Some(buffer) = arena.allocate(CHUNK_BYTES as usize) else {
@@ -73,15 +84,22 @@ pub fn probe_writes(
         chunks,
         next: 0,
         over: Vec::new(),
+        patience,
+        is_slow: false,
     };
-    let (written, _) = probe.write(4, WARM_UP.max(STEP), chunks)?;
-    probe.chunks = written.max(1);
+    let warm_up = probe.write(4, WARM_UP.max(STEP), chunks)?;
+    if probe.is_slow {
+        return Ok(Some(least(warm_up)));
+    }
+    probe.chunks = warm_up.0.max(1);
     let mut rates = [0.0_f64; DEPTHS.len()];
     for _ in 0..ROUNDS {
         for (depth, rate) in DEPTHS.into_iter().zip(&mut rates) {
-            let (written, elapsed) = probe.write(depth, STEP, u64::MAX)?;
-            let bytes = (written * CHUNK_BYTES) as f64;
-            *rate = rate.max(bytes / elapsed.as_secs_f64().max(1e-6));
+            let step = probe.write(depth, STEP, u64::MAX)?;
+            if probe.is_slow {
+                return Ok(Some(least(step)));
+            }
+            *rate = rate.max(bytes_per_s(step));
         }
     }
     let best = best_depth(&rates);
@@ -92,6 +110,18 @@ pub fn probe_writes(
     }))
 }
 
+/// What a device is left at that is too slow to be measured.
+fn least(step: (u64, Duration)) -> WriteProbe {
+    WriteProbe {
+        in_flight_bytes: WRITES_BYTES_MIN,
+        bytes_per_s: bytes_per_s(step),
+    }
+}
+
+fn bytes_per_s((written, elapsed): (u64, Duration)) -> f64 {
+    (written * CHUNK_BYTES) as f64 / elapsed.as_secs_f64().max(1e-6)
+}
+
 /// The first that is about as good as the best.
 fn best_depth(rates: &[f64; DEPTHS.len()]) -> usize {
     let best = rates.iter().copied().fold(0.0, f64::max);
@@ -99,6 +129,17 @@ fn best_depth(rates: &[f64; DEPTHS.len()]) -> usize {
         .iter()
         .position(|rate| *rate >= best * ENOUGH)
         .unwrap_or(0)
+}
+
+fn silent(open: u64, patience: Duration) -> DeviceError {
+    let silent_s = 2.0 * patience.as_secs_f64();
+    DeviceError::Io {
+        code: None,
+        message: format!(
+            "the device does not answer: {open} writes of {CHUNK_BYTES} bytes are under way and none \
+             has ended for {silent_s} s; look at the drive and the kernel's log, or use another device"
+        ),
+    }
 }
 
 /// Bytes that no drive can make smaller.
@@ -120,6 +161,9 @@ struct Probe<'a> {
     chunks: u64,
     next: u64,
     over: Vec<Completion>,
+    patience: Duration,
+    /// Whether it completed nothing for longer than that, or took longer for a step.
+    is_slow: bool,
 }
 
 impl Probe<'_> {
@@ -133,8 +177,10 @@ impl Probe<'_> {
     ) -> Result<(u64, Duration), DeviceError> {
         let started = Instant::now();
         let (mut begun, mut written, mut failed) = (0, 0, None);
+        let mut heard = started;
         loop {
-            let is_over = started.elapsed() >= time || begun >= most || failed.is_some();
+            let is_over =
+                started.elapsed() >= time || begun >= most || failed.is_some() || self.is_slow;
             if is_over && begun == written {
                 break;
             }
@@ -151,13 +197,24 @@ impl Probe<'_> {
                 begun += 1;
             }
             self.device.kick()?;
-            self.device.wait(PATIENCE);
+            self.device
+                .wait(self.patience.saturating_sub(heard.elapsed()));
             self.device.poll(&mut self.over);
+            if !self.over.is_empty() {
+                heard = Instant::now();
+            } else if heard.elapsed() >= self.patience {
+                if std::mem::replace(&mut self.is_slow, true) {
+                    return Err(silent(begun - written, self.patience));
+                }
+                heard = Instant::now();
+            }
             for completion in self.over.drain(..) {
                 written += 1;
                 failed = failed.or(completion.result.err());
             }
         }
+        // One that answers now and then would take minutes for all the steps.
+        self.is_slow |= started.elapsed() >= self.patience;
         match failed {
             Some(error) => Err(error),
             None => Ok((written, started.elapsed())),
@@ -168,7 +225,7 @@ impl Probe<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sim::{SimDisk, SimOptions};
+    use crate::sim::{Fault, FaultKind, FaultOn, SimDisk, SimOptions};
 
     #[test]
     fn the_fewest_that_are_about_as_good_as_the_best_win() {
@@ -204,6 +261,91 @@ mod tests {
                 panic!("a read ends as a read");
             };
             assert!(buffer.as_slice().iter().all(|byte| *byte == 0));
+        }
+    }
+
+    /// It was waited for in slices of the patience, again and again.
+    #[test]
+    fn a_device_that_never_answers_hung_the_first_start() {
+        let disk = SimDisk::new(80 << 20, SimOptions::default());
+        let arena = Arena::new(2 << 20).unwrap();
+        let mut device = disk.open();
+        disk.inject(Fault::always(FaultKind::Stuck, FaultOn::Write));
+        let patience = Duration::from_millis(20);
+        let found = probe_within(&mut device, &arena, 0..80 << 20, patience);
+        let text = found.unwrap_err().to_string();
+        assert!(text.contains("does not answer"), "{text}");
+        assert!(device.in_flight() > 0);
+        disk.release_stuck();
+    }
+
+    /// One write that takes long is no reason to give the device up.
+    #[test]
+    fn a_device_that_answers_late_is_left_at_the_least() {
+        let disk = SimDisk::new(80 << 20, SimOptions::default());
+        let arena = Arena::new(2 << 20).unwrap();
+        let mut device = Late {
+            inner: disk.open(),
+            disk: disk.clone(),
+            silent: 0,
+        };
+        disk.inject(Fault::always(FaultKind::Stuck, FaultOn::Write));
+        let patience = Duration::from_millis(20);
+        let found = probe_within(&mut device, &arena, 0..80 << 20, patience);
+        let found = found.unwrap().unwrap();
+        assert_eq!(found.in_flight_bytes, WRITES_BYTES_MIN);
+        assert!(found.bytes_per_s > 0.0);
+        assert_eq!(device.in_flight(), 0);
+    }
+
+    /// Answers only who has waited for it once in vain.
+    struct Late {
+        inner: crate::sim::SimDevice,
+        disk: SimDisk,
+        silent: u32,
+    }
+
+    impl Device for Late {
+        fn bytes(&self) -> u64 {
+            self.inner.bytes()
+        }
+
+        fn submit(&mut self, token: u64, op: Op) {
+            assert!(self.silent == 0, "it was given more after it fell silent");
+            self.inner.submit(token, op);
+        }
+
+        fn kick(&mut self) -> Result<(), DeviceError> {
+            self.inner.kick()
+        }
+
+        fn poll(&mut self, out: &mut Vec<Completion>) {
+            if self.silent > 1 {
+                self.disk.clear_faults();
+                self.disk.release_stuck();
+            }
+            self.inner.poll(out);
+        }
+
+        fn wait(&mut self, timeout: Duration) {
+            self.silent += 1;
+            if self.silent == 1 {
+                std::thread::sleep(timeout);
+            } else {
+                self.inner.wait(timeout);
+            }
+        }
+
+        fn readiness(&self) -> Option<std::os::fd::RawFd> {
+            None
+        }
+
+        fn in_flight(&self) -> usize {
+            self.inner.in_flight()
+        }
+
+        fn engine(&self) -> &'static str {
+            "late"
         }
     }
 

@@ -138,6 +138,9 @@ pub(crate) enum Mail {
     Open(Box<OpenShard>),
     /// It is loaded, or cannot be.
     Loaded(EngineKey, Result<Box<Loaded>, LoadFailed>),
+    /// This engine takes nothing new from now on (its device leaves), or does again. What was committed
+    /// before is in a flush that comes behind this.
+    Seal(EngineKey, bool),
     /// This engine's device is out: answer everything that waits, and let the engine go. Whether its
     /// blocks are elsewhere: then none are lost with it.
     Close(EngineKey, bool),

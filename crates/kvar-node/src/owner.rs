@@ -17,6 +17,9 @@
 //! | remove, purge, flush | an error that says to try again | the same |
 //! | take | gone | gone |
 //!
+//! A sealed one (its device leaves, and what is put by now goes to the others) serves everything but
+//! puts and takes: those are refused as in the last column, also where room was given before.
+//!
 //! Answers that are there at once (lookup, stat, a refused put) take the same way as those that
 //! come turns later, so nobody above can tell the difference.
 //!
@@ -63,6 +66,7 @@ pub(crate) struct Owner {
     /// Whether the engine was asked for something since its last turn.
     pub(crate) has_work: bool,
     is_out: bool,
+    is_sealed: bool,
     lost_blocks: u64,
 }
 
@@ -98,6 +102,7 @@ impl Owner {
             recovery: None,
             has_work: false,
             is_out: false,
+            is_sealed: false,
             lost_blocks: 0,
         }
     }
@@ -118,6 +123,7 @@ impl Owner {
             arena_bytes: 0,
             has_work: false,
             is_out: false,
+            is_sealed: false,
             lost_blocks: 0,
         }
     }
@@ -152,6 +158,11 @@ impl Owner {
             engine.set_standing(standing);
             self.has_work = true;
         }
+    }
+
+    /// Takes nothing new from now on, or does again.
+    pub(crate) fn seal(&mut self, is_sealed: bool) {
+        self.is_sealed = is_sealed;
     }
 
     /// What became of something it offered.
@@ -287,6 +298,19 @@ impl Owner {
         answers: &mut Vec<(Origin, Answer)>,
     ) {
         let engine = match &mut self.state {
+            State::Serving(engine) if self.is_sealed => match ask {
+                Ask::PutCommit(ticket) => {
+                    engine.put_abort(ticket);
+                    self.has_work = true;
+                    answers.push((origin, Answer::Put(PutOutcome::Refused(Refusal::Busy))));
+                    return;
+                }
+                Ask::PutBegin(_) | Ask::Take(..) => {
+                    answers.extend(away(&ask, MissReason::Absent, OUT).map(|it| (origin, it)));
+                    return;
+                }
+                _ => engine,
+            },
             State::Serving(engine) => engine,
             State::Closing(engine) => {
                 if let Ask::PutAbort(ticket) = ask {

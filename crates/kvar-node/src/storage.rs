@@ -266,8 +266,11 @@ impl Storage {
                     Err(error) => return Err(error.into()),
                 };
                 options.uuid = key_file.uuid;
-                let (superblock, probe) =
-                    format_probed(&mut *device, &arena, &options).map_err(on_device)?;
+                let made = format_probed(&mut *device, &arena, &options);
+                if made.is_err() {
+                    let_go(device);
+                }
+                let (superblock, probe) = made.map_err(on_device)?;
                 notes.extend(probe.map(|probe| probe_note(path, &probe)));
                 (superblock, key_file)
             }
@@ -369,12 +372,22 @@ pub(crate) fn make(
 ) -> Result<Superblock, StorageError> {
     let arena = arena(ARENA_BYTES)?;
     let mut device = device_over(target, &arena, io_engine)?;
-    match format_probed(&mut *device, &arena, options) {
+    let made = format_probed(&mut *device, &arena, options);
+    let_go(device);
+    match made {
         Ok((superblock, _)) => Ok(superblock),
         Err(source) => Err(StorageError::Device {
             path: target.path().into(),
             source,
         }),
+    }
+}
+
+/// Drops a device; one that has not answered would be waited for, perhaps for ever. What is under way
+/// keeps its memory, and the device stays locked until this process ends.
+fn let_go(device: Box<dyn Device>) {
+    if device.in_flight() > 0 {
+        std::mem::forget(device);
     }
 }
 

@@ -132,6 +132,7 @@ pub(crate) fn run(mut parts: ThreadParts) -> std::io::Result<ShutdownReport> {
         threads,
         parts.settings,
         parts.clock,
+        parts.keeper.clone(),
         links_registry,
         FIRST_LINK,
     );
@@ -277,6 +278,10 @@ impl Thread {
                 }
                 Mail::Open(shard) => self.open(*shard),
                 Mail::Loaded(key, result) => self.loaded(key, result),
+                Mail::Seal(key, is_sealed) => {
+                    let owner = self.owners.iter_mut().find(|owner| owner.key == key);
+                    owner.into_iter().for_each(|owner| owner.seal(is_sealed));
+                }
                 Mail::Close(key, has_moved) => self.close(key, has_moved),
                 Mail::Stop => self.stop(),
                 Mail::LinksClosed => self.threads_closed += 1,

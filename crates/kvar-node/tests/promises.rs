@@ -5,8 +5,8 @@ mod support;
 use kvar_base::{BlockId, LeaseToken, MissReason, PutOutcome};
 use kvar_node::{Hooks, Node, Readiness};
 use kvar_wire::*;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 use support::{Peer, bytes_of, config, start};
 
@@ -287,7 +287,7 @@ fn times_to_live_follow_a_clock_that_is_set() {
         }
         assert_eq!(peer.get(*id), Err(MissReason::Expired));
     }
-    // What is put now lives for an hour of the new time; an engine that comes later knows it, too.
+    // What is put now lives for an hour of the new time.
     put(&mut peer, ids[0]);
     let stat = Stat {
         id: ids[0],
@@ -298,6 +298,68 @@ fn times_to_live_follow_a_clock_that_is_set() {
     };
     let expires = stat.expires_unix_s.unwrap();
     assert!(expires > unix_s() + 3 * 3600 - 60, "{expires} {}", unix_s());
+}
+
+/// The clock is set while a shard is still being read back: it began with the old time.
+#[test]
+fn an_engine_that_comes_after_the_clock_was_set_knows_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(dir.path(), 2);
+    let node = Node::listen(&config, Hooks::default()).unwrap();
+    assert_eq!(node.loaded().unwrap(), Readiness::Ready);
+    let mut peer = Peer::greet(&node);
+    let ids = ids(16);
+    let (short, long) = ids.split_at(8);
+    for (ids, ttl_s) in [(short, 3600), (long, 3 * 3600)] {
+        for id in ids {
+            let bytes = bytes_of(id, 3000);
+            let mut put = Peer::put_message(*id, &[&bytes], true);
+            put.hints.ttl_s = Some(ttl_s);
+            let request = peer.number();
+            peer.send_with(request, &put, &bytes);
+            let outcome = PutOutcome::Stored;
+            assert_eq!(peer.receive().1, PutAnswer { outcome }.into());
+        }
+    }
+    drop(peer);
+    node.shutdown();
+    node.wait();
+
+    // Both loads stand still until the keeper has seen the new time and looked once more, behind
+    // its word to the threads.
+    let clock = Arc::new((Mutex::new((0, 0)), Condvar::new()));
+    let (told, held) = (clock.clone(), clock.clone());
+    let hooks = Hooks {
+        wall_clock: Some(Arc::new(move || {
+            let (state, changed) = &*told;
+            let mut state = state.lock().unwrap();
+            let (ahead_s, seen) = &mut *state;
+            *seen += u32::from(*ahead_s > 0);
+            changed.notify_all();
+            unix_s() + *ahead_s
+        })),
+        loading: Some(Arc::new(move |_, _| {
+            let (state, changed) = &*held;
+            let guard = state.lock().unwrap();
+            drop(changed.wait_while(guard, |(_, seen)| *seen < 2).unwrap());
+        })),
+        ..Hooks::default()
+    };
+    let node = Node::listen(&config, hooks).unwrap();
+    let mut peer = Peer::greet(&node);
+    assert_eq!(peer.get(ids[0]), Err(MissReason::Loading));
+    clock.0.lock().unwrap().0 = 2 * 3600;
+    assert_eq!(node.loaded().unwrap(), Readiness::Ready);
+    for id in short {
+        let found = peer.get(*id);
+        assert!(
+            matches!(found, Err(MissReason::Expired | MissReason::Absent)),
+            "it lives on"
+        );
+    }
+    for id in long {
+        assert!(peer.get(*id).is_ok(), "it has an hour left");
+    }
 }
 
 fn unix_s() -> u64 {

@@ -100,6 +100,9 @@ fn moved(moved: &Value) -> Option<String> {
     if let Some(lost) = number("lost_blocks").filter(|lost| *lost > 0) {
         text.push_str(&format!(", {lost} lost"));
     }
+    if let Some(count) = number("unreadable_segments").filter(|count| *count > 0) {
+        text.push_str(&format!(", {count} segments cannot be read"));
+    }
     Some(text)
 }
 

@@ -50,15 +50,17 @@ impl Session {
     }
 
     /// Ends leases of which the answer never came; who asked for them has been told that there is
-    /// none. They wait for a link as long as the node would hold them.
+    /// none. They wait for a link as long as the node would hold them; one that breaks before the node
+    /// has answered is followed by another.
     fn pay(&mut self, now: Moment) {
-        while let Some(Owed { token, until }) = self.board.owed.front().copied() {
+        while let Some(owed) = self.board.owed.front().copied() {
+            let Owed { token, until, link } = owed;
             let left = until.since(now);
             if left.is_zero() {
                 self.board.owed.pop_front();
                 continue;
             }
-            let Some(connection) = widest(&mut self.slots) else {
+            let Some(connection) = the_same_or_widest(&mut self.slots, link) else {
                 return;
             };
             let deadline_us = u64::try_from(left.as_micros()).unwrap_or(u64::MAX);
@@ -70,6 +72,7 @@ impl Session {
                 }
                 self.next_number += 1;
                 connection.requests_open += 1;
+                self.board.paying.insert(request, owed);
                 let (call, part) = (NOBODY, 0);
                 connection.open.insert(request, Open::Small { call, part });
             }
@@ -91,6 +94,7 @@ impl Session {
                 break;
             };
             call.sent.get_or_insert(now);
+            call.link = Some(connection.serial);
             any = true;
             let deadline_us =
                 u64::try_from(call.deadline.since(now).as_micros()).unwrap_or(u64::MAX);
@@ -120,6 +124,18 @@ impl Session {
             }
         }
         any
+    }
+}
+
+/// A link while it stands and its window is not full; once it is gone any other.
+fn the_same_or_widest(slots: &mut [Slot], link: Option<u64>) -> Option<&mut Connection> {
+    let stands = |slot: &Slot| {
+        let connection = slot.connection();
+        connection.is_some_and(|it| Some(it.serial) == link)
+    };
+    match slots.iter().position(stands) {
+        Some(at) => widest(&mut slots[at..=at]),
+        None => widest(slots),
     }
 }
 

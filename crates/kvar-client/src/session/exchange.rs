@@ -274,7 +274,8 @@ impl Session {
         let error = connection.fault.take().unwrap_or_else(|| {
             ClientError::Unreachable(format!("{}: {reason}", self.config.endpoint))
         });
-        for (_, open) in connection.open {
+        for (request, open) in connection.open {
+            self.board.owe_again(request);
             end_open(&mut self.board, &open);
         }
         if was_open {
@@ -448,7 +449,10 @@ impl Connection {
     /// A request is over: its part of the window is free.
     pub(super) fn forget(&mut self, request: u64, board: &mut Board) {
         match self.open.remove(&request) {
-            Some(Open::Small { .. }) => self.requests_open -= 1,
+            Some(Open::Small { .. }) => {
+                self.requests_open -= 1;
+                board.paying.remove(&request);
+            }
             Some(Open::Put { call, item }) => {
                 self.requests_open -= 1;
                 if let Some(slot) = board.put_slot(call, item) {

@@ -208,7 +208,11 @@ impl Session {
         let handshake = ClientHandshake::new(namespace, key.clone(), name, nonce);
         let token = Token(index);
         match Connection::begin(address, handshake, self.poll.registry(), token, begun) {
-            Ok(connection) => self.slots[index] = Slot::Linked(connection),
+            Ok(mut connection) => {
+                connection.serial = self.next_number;
+                self.next_number += 1;
+                self.slots[index] = Slot::Linked(connection);
+            }
             Err(error) => {
                 let text = format!("cannot connect to {}: {error}", self.config.endpoint);
                 self.connect_failed(index, now, ClientError::Unreachable(text));

@@ -246,6 +246,8 @@ impl Serving {
                     }
                 }
                 Message::Cancel(_) => drop(announced.remove(&request)),
+                // Before it does what is asked: it may be asked again.
+                _ if *self.shared.mood.lock().unwrap() == Mood::Close => return None,
                 message => {
                     let answer = self.answer(message)?;
                     self.say(request, &answer, &[])?;

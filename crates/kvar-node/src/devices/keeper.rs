@@ -29,9 +29,12 @@ mod asked;
 mod going;
 mod leaving;
 mod moves;
+#[cfg(test)]
+mod tests;
 mod told;
 
 use super::memory::Division;
+use super::removal::Removed;
 use super::routes::Routes;
 use super::surveyor::Said;
 use super::table::DeviceTable;
@@ -46,7 +49,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
 use kvar_base::{Clock as _, DeviceUuid, Moment, SystemClock};
 use kvar_engine::{EngineConfig, Shares, Superblock, WriteRates, memory_bytes};
 use kvar_io::Target;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -137,7 +140,15 @@ pub(crate) enum Event {
     /// The answer to an ask of the keeper's own.
     Answered(u64, Answer),
     /// What a device that leaves names.
-    Surveyed { device: u32, said: Said },
+    Surveyed {
+        device: u32,
+        survey: u64,
+        said: Said,
+    },
+    /// Blocks are about to be removed, under a number of this removal's own.
+    RemovalBegins(u64, Removed),
+    /// It is over, or given up.
+    RemovalEnds(u64),
     /// A request waits until this is remembered.
     Note(Origin, Note),
     /// An operator asks.
@@ -207,6 +218,8 @@ struct Live {
     reply: Option<Reply>,
     /// The device whose place it takes once it is loaded.
     replaces: Option<DeviceUuid>,
+    /// When it began to serve.
+    online_since: Option<Moment>,
     /// Its blocks move to the others.
     leaving: Option<Box<Leaving>>,
 }
@@ -236,7 +249,10 @@ pub(crate) struct Keeper {
     latest: Arc<AtomicU64>,
     /// Who owns what once the devices that leave are gone; only while some are.
     afterwards: Option<Arc<Routes>>,
+    /// What is being removed.
+    removals: HashMap<u64, Removed>,
     next_move: u64,
+    next_survey: u64,
     next_serial: u32,
     next_device: u32,
     /// Who has how much memory.
@@ -292,7 +308,9 @@ impl Keeper {
                 .collect(),
             latest: Arc::default(),
             afterwards: None,
+            removals: HashMap::new(),
             next_move: MOVES_FROM,
+            next_survey: 1,
             next_serial: 0,
             next_device: 0,
         };
@@ -324,30 +342,42 @@ impl Keeper {
                 Err(RecvTimeoutError::Timeout) => continue,
                 Err(RecvTimeoutError::Disconnected) => return,
             };
-            match event {
-                Event::Loaded(key, result) => self.on_loaded(key, result),
-                Event::Failed {
-                    device,
-                    kind,
-                    is_hard,
-                    text,
-                } => self.on_failed(device, kind, is_hard, &text),
-                Event::WritesAgain { device } => self.on_writes_again(device),
-                Event::StreamRefused { device } => self.on_stream_refused(device),
-                Event::Probed { device, alive } => self.on_probed(device, alive),
-                Event::Closed(key) => self.on_closed(key),
-                Event::Answered(number, answer) if number >= MOVES_FROM => {
-                    self.on_moved(number, answer);
-                }
-                Event::Answered(number, answer) => self.on_answered(number, &answer),
-                Event::Surveyed { device, said } => self.on_surveyed(device, said),
-                Event::Note(origin, Note::Removal) => self.note_removal(origin),
-                Event::Command(command, reply) => self.on_command(command, reply),
-                Event::Stop => {
-                    self.views.change(|view| view.phase = Phase::Stopping);
-                    return;
-                }
+            if matches!(event, Event::Stop) {
+                self.views.change(|view| view.phase = Phase::Stopping);
+                return;
             }
+            self.on_event(event);
+        }
+    }
+
+    fn on_event(&mut self, event: Event) {
+        match event {
+            Event::Loaded(key, result) => self.on_loaded(key, result),
+            Event::Failed {
+                device,
+                kind,
+                is_hard,
+                text,
+            } => self.on_failed(device, kind, is_hard, &text),
+            Event::WritesAgain { device } => self.on_writes_again(device),
+            Event::StreamRefused { device } => self.on_stream_refused(device),
+            Event::Probed { device, alive } => self.on_probed(device, alive),
+            Event::Closed(key) => self.on_closed(key),
+            Event::Answered(number, answer) if number >= MOVES_FROM => {
+                self.on_moved(number, answer);
+            }
+            Event::Answered(number, answer) => self.on_answered(number, &answer),
+            Event::Surveyed {
+                device,
+                survey,
+                said,
+            } => self.on_surveyed(device, survey, said),
+            Event::RemovalBegins(number, removed) => self.removal_begins(number, removed),
+            Event::RemovalEnds(number) => self.removal_ends(number),
+            Event::Note(origin, Note::Removal) => self.note_removal(origin),
+            Event::Command(command, reply) => self.on_command(command, reply),
+            // The loop ends at it.
+            Event::Stop => {}
         }
     }
 
@@ -454,6 +484,7 @@ impl Keeper {
             trouble: None,
             reply: None,
             replaces: None,
+            online_since: None,
             leaving: None,
         });
         let last = self.lives.len() - 1;
@@ -524,7 +555,9 @@ impl Keeper {
     }
 
     fn come_online(&mut self, at: usize) {
+        let now = self.clock.now();
         let live = &mut self.lives[at];
+        live.online_since = Some(now);
         live.stage = Stage::Online;
         live.is_routed = true;
         let (uuid, replaces, reply) = (live.uuid, live.replaces.take(), live.reply.take());

@@ -18,6 +18,7 @@
 //! | `watch` | is a device still one? |
 //! | `admit` | may this device come in? |
 //! | `memory` | who has how much of it? |
+//! | `removal` | what does a remove tell the keeper before it begins, and when is it over? |
 //! | `keeper` | the thread that decides: opens, fences, adds, retires, replaces |
 //! | `surveyor` | what is on a device that leaves? |
 //! | `view` | what status, metrics and `kvar device list` say of them |
@@ -30,6 +31,7 @@
 mod admit;
 mod keeper;
 mod memory;
+mod removal;
 mod routes;
 mod surveyor;
 mod table;
@@ -37,6 +39,7 @@ mod view;
 mod watch;
 
 pub(crate) use keeper::{Command, Event, Fatal, Keeper, KeeperParts, NewDevice, Note};
+pub(crate) use removal::{Removal, Removed};
 pub(crate) use routes::{RoutedDevice, Routes};
 pub use table::TableError;
 pub(crate) use table::{DeviceState, DeviceTable, Entry};

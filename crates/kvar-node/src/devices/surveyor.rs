@@ -5,24 +5,31 @@
 //! ```
 //!
 //! What must always be true: no more than one segment's blocks are on their way, whatever the device
-//! holds; the thread ends with its owner, who waits for the read under way at most.
+//! holds; its owner never waits for it. A thread that is of no use any more ends after the read under way,
+//! however long a device that is ill takes over that, and keeps the device open till then. What it says
+//! carries the number of its survey, so that nobody takes it for another's.
 
 use super::keeper::Event;
 use crate::storage::device_over;
 use crossbeam_channel::{Receiver, Sender, bounded};
 use kvar_engine::{
-    OpenError, Superblock, SurveyedBlock, survey_arena_bytes, survey_blocks, survey_segments,
+    OpenError, Superblock, SurveyedBlock, SurveyedSegments, survey_arena_bytes, survey_blocks,
+    survey_segments,
 };
 use kvar_io::{Arena, IoEngine, Target};
+use std::collections::HashSet;
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// A segment that is complete: its shard, and its opening number there.
+pub(crate) type Sealed = (u32, u64);
 
 /// What a surveyor says.
 pub(crate) enum Said {
-    /// So many segments, and the opening number of each shard's newest.
-    Begun { segments: u64, newest: Vec<u64> },
-    /// The blocks of the next segment.
-    Blocks(Vec<SurveyedBlock>),
+    /// So many segments, so many of which cannot even be said whether they are in use.
+    Begun { segments: u64, unreadable: u64 },
+    /// The blocks of the next segment; which one it was if nothing can come to it any more.
+    Blocks(Vec<SurveyedBlock>, Option<Sealed>),
     /// These were all.
     End,
     /// It cannot go on.
@@ -31,89 +38,88 @@ pub(crate) enum Said {
 
 /// One survey under way.
 pub(crate) struct Surveyor {
-    next: Option<Sender<()>>,
-    thread: Option<JoinHandle<()>>,
+    next: Sender<()>,
+    is_over: Arc<AtomicBool>,
 }
 
 impl Surveyor {
-    /// Begins; `from` is the oldest opening number that counts in each shard (none: all do).
+    /// Begins, with all segments but those that are `done`.
     pub(crate) fn begin(
-        device: u32,
+        (device, survey): (u32, u64),
         target: Arc<Target>,
         superblock: Arc<Superblock>,
-        from: Vec<u64>,
+        done: Arc<HashSet<Sealed>>,
         keeper: Sender<Event>,
     ) -> std::io::Result<Self> {
         let (next, asked) = bounded(1);
+        let is_over = Arc::new(AtomicBool::new(false));
+        let over = is_over.clone();
         let body = move || {
             let say = |said| {
                 // A keeper that is gone wants nothing any more.
-                let _ = keeper.send(Event::Surveyed { device, said });
+                let _ = keeper.send(Event::Surveyed {
+                    device,
+                    survey,
+                    said,
+                });
             };
-            if let Err(why) = survey(&target, &superblock, &from, &asked, &say) {
+            let goes_on = || !over.load(Ordering::Relaxed);
+            if let Err(why) = read_all(&target, &superblock, &done, &asked, &say, &goes_on) {
                 say(Said::Failed(why.to_string()));
             }
         };
         let spawn = std::thread::Builder::new().name("kvar-survey".to_owned());
-        Ok(Self {
-            next: Some(next),
-            thread: Some(spawn.spawn(body)?),
-        })
+        spawn.spawn(body)?;
+        Ok(Self { next, is_over })
     }
 
     /// Asks for the next segment.
     pub(crate) fn next(&self) {
-        if let Some(next) = &self.next {
-            // One is asked for at a time; a thread that has ended has said so.
-            let _ = next.try_send(());
-        }
+        // One is asked for at a time; a thread that has ended has said so.
+        let _ = self.next.try_send(());
     }
 }
 
 impl Drop for Surveyor {
     fn drop(&mut self) {
-        self.next = None;
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+        self.is_over.store(true, Ordering::Relaxed);
     }
 }
 
-fn survey(
+fn read_all(
     target: &Target,
     superblock: &Superblock,
-    from: &[u64],
+    done: &HashSet<Sealed>,
     asked: &Receiver<()>,
     say: &dyn Fn(Said),
+    goes_on: &dyn Fn() -> bool,
 ) -> Result<(), OpenError> {
     let arena = Arena::new(survey_arena_bytes(superblock)).map_err(|_| OpenError::NoMemory)?;
     // Threads: a ring of its own would cost more to set up than it saves here.
     let mut device = device_over(target, &arena, IoEngine::Threads)
         .map_err(|error| OpenError::Device(device_error(&error)))?;
-    let all = survey_segments(&mut *device, &arena, superblock)?;
-    let mut newest = vec![0; superblock.shards as usize];
-    for segment in &all {
-        let known = &mut newest[segment.shard as usize];
-        *known = segment.opened_sequence.max(*known);
+    let SurveyedSegments {
+        segments: all,
+        unreadable,
+    } = survey_segments(&mut *device, &arena, superblock, goes_on)?;
+    if !goes_on() {
+        return Ok(());
     }
-    let counts = |shard: u32, opened: u64| {
-        from.get(shard as usize)
-            .is_none_or(|oldest| opened >= *oldest)
-    };
     let wanted: Vec<_> = all
         .into_iter()
-        .filter(|segment| counts(segment.shard, segment.opened_sequence))
+        .filter(|segment| !done.contains(&(segment.shard, segment.opened_sequence)))
         .collect();
     say(Said::Begun {
         segments: wanted.len() as u64,
-        newest,
+        unreadable,
     });
     for segment in &wanted {
         if asked.recv().is_err() {
             return Ok(());
         }
-        let blocks = survey_blocks(&mut *device, &arena, superblock, segment)?;
-        say(Said::Blocks(blocks));
+        let (blocks, is_sealed) = survey_blocks(&mut *device, &arena, superblock, segment)?;
+        let sealed = is_sealed.then_some((segment.shard, segment.opened_sequence));
+        say(Said::Blocks(blocks, sealed));
     }
     if asked.recv().is_ok() {
         say(Said::End);

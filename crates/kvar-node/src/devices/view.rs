@@ -15,6 +15,9 @@ pub struct DeviceView {
     /// Its number in this process, while it is open.
     #[serde(skip)]
     pub number: Option<u32>,
+    /// Since when it serves, in seconds after the start of the node; none while it does not.
+    #[serde(skip)]
+    pub online_since_s: Option<u64>,
     /// Its place in the routes; none once retired.
     pub slot: Option<u32>,
     /// Its name.
@@ -48,12 +51,21 @@ pub struct Moved {
     pub segments: u64,
     /// Of these, gone through.
     pub segments_done: u64,
+    /// Beside them, those whose headers cannot be read: what they held is lost.
+    pub unreadable_segments: u64,
     /// Blocks moved, or there already.
     pub blocks: u64,
     /// Bytes of blocks moved.
     pub bytes: u64,
     /// Blocks that could not be moved: damaged, or the others took none for long.
     pub lost_blocks: u64,
+}
+
+impl Moved {
+    /// Whether everything that was found is elsewhere, and everything was found.
+    pub(crate) fn is_all(&self) -> bool {
+        self.lost_blocks == 0 && self.unreadable_segments == 0
+    }
 }
 
 /// A device with what its engines say.
@@ -66,9 +78,9 @@ pub struct DeviceReport {
     pub blocks: u64,
     /// Payload bytes its segments hold when full.
     pub payload_bytes_max: u64,
-    /// Bytes written to it since the start.
+    /// Bytes written to it since it came online.
     pub written_bytes: u64,
-    /// The same in writes of the whole device a day; null in the first minute.
+    /// The same in writes of the whole device a day; null in its first minute.
     pub drive_writes_per_day: Option<f64>,
     /// At this rate, years until it has been written as often as `flash_endurance` says; null where
     /// nothing was written.
@@ -98,9 +110,13 @@ impl DeviceReport {
                 .map(|shard| &shard.engine)
         };
         let written_bytes = own().map(|engine| engine.counters.written_bytes()).sum();
-        let days = uptime_s as f64 / DAY_S;
+        // Not since the node's start: a device that was added later would seem to last too long.
+        let online_s = device
+            .online_since_s
+            .map_or(0, |since| uptime_s.saturating_sub(since));
+        let days = online_s as f64 / DAY_S;
         let drive_writes = written_bytes as f64 / device.bytes.max(1) as f64;
-        let drive_writes_per_day = (uptime_s >= RATE_AFTER_S).then(|| drive_writes / days);
+        let drive_writes_per_day = (online_s >= RATE_AFTER_S).then(|| drive_writes / days);
         Self {
             written_bytes,
             drive_writes_per_day,
@@ -158,5 +174,56 @@ impl Views {
         let mut view = View::clone(&guard);
         change(&mut view);
         *guard = Arc::new(view);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvar_engine::ShardStatus;
+
+    /// The rate was that of a device which had been there since the node's start.
+    #[test]
+    fn a_device_that_was_added_late_seemed_to_last_longer_than_it_will() {
+        const BYTES: u64 = 1 << 30;
+        let report = |online_since_s, uptime_s| {
+            let device = DeviceView {
+                number: Some(3),
+                online_since_s,
+                slot: Some(0),
+                uuid: String::new(),
+                path: PathBuf::new(),
+                bytes: BYTES,
+                tier: DeviceTier::Fast,
+                state: "online",
+                reason: None,
+                share: 1.0,
+                stale: false,
+                write_streams: 0,
+                write_streams_off: None,
+                moved: None,
+            };
+            let mut engine = ShardStatus::default();
+            engine.counters.block_write_bytes = BYTES;
+            let shard = ShardReport {
+                device: 3,
+                state: "serving",
+                loaded_bytes: None,
+                failure: None,
+                lost_blocks: 0,
+                engine,
+                recovery: None,
+                io_engine: "threads",
+                io_notes: Vec::new(),
+                arena_bytes: 0,
+            };
+            DeviceReport::new(device, &[shard], uptime_s, 1000)
+        };
+        let (day_s, month_s) = (86_400, 30 * 86_400);
+        let rate = |report: DeviceReport| report.drive_writes_per_day;
+        assert_eq!(rate(report(Some(0), day_s)), Some(1.0));
+        assert_eq!(rate(report(Some(month_s), month_s + day_s)), Some(1.0));
+        assert_eq!(rate(report(Some(month_s), month_s + 10)), None);
+        assert_eq!(rate(report(None, month_s)), None);
     }
 }

@@ -4,11 +4,12 @@
 //! loop takes asks to their owners and brings the answers back under the same number.
 
 use crate::counters::{LinkCounters, NamespaceCounters};
-use crate::devices::{Note, Routes};
+use crate::devices::{Event, Note, Removal, Removed, Routes};
 use crate::links::attach::SharingSettings;
 use crate::mail::{Ask, EngineKey};
 use crate::namespaces::Namespaces;
 use crate::report::ThreadReport;
+use crossbeam_channel::Sender;
 use kvar_base::{BlockId, Clock as _, Moment, SystemClock};
 use kvar_engine::TENANTS;
 use kvar_wire::Limits;
@@ -99,6 +100,7 @@ pub(crate) struct Desk {
     pub(crate) registry: Registry,
     token_base: usize,
     clock: SystemClock,
+    keeper: Sender<Event>,
     next_number: u64,
 }
 
@@ -107,6 +109,7 @@ impl Desk {
         threads: u32,
         settings: LinkSettings,
         clock: SystemClock,
+        keeper: Sender<Event>,
         registry: Registry,
         token_base: usize,
     ) -> Self {
@@ -124,6 +127,7 @@ impl Desk {
             registry,
             token_base,
             clock,
+            keeper,
             next_number: 1,
         }
     }
@@ -163,6 +167,11 @@ impl Desk {
             None => To::Nobody(ask),
         };
         self.ask(to, operation);
+    }
+
+    /// The keeper hears of a remove at once: before any engine does.
+    pub(crate) fn begin_removal(&self, removed: Removed) -> Removal {
+        Removal::begin(&self.keeper, removed)
     }
 
     /// Leaves an ask that has no answer.

@@ -27,6 +27,7 @@ pub(crate) use desk::{Describe, LinkSettings, Outgoing, To};
 use crate::devices::Routes;
 use crate::mail::{Answer, Ticket};
 use conversation::{Conversation, Incoming, NodeLink, Phase, abort};
+use crossbeam_channel::Sender;
 use desk::{Desk, LINK_TIMER, LinkKey};
 use kvar_base::{Moment, SystemClock};
 use kvar_transport::{
@@ -84,10 +85,11 @@ impl Links {
         threads: u32,
         settings: LinkSettings,
         clock: SystemClock,
+        keeper: Sender<crate::devices::Event>,
         registry: Registry,
         token_base: usize,
     ) -> Self {
-        let desk = Desk::new(threads, settings, clock, registry, token_base);
+        let desk = Desk::new(threads, settings, clock, keeper, registry, token_base);
         Self {
             slots: Slab::new(),
             desk,

@@ -14,7 +14,7 @@
 //! A request ends once: by its answer, its deadline, a cancel, or with its link.
 
 use super::desk::To;
-use crate::devices::Routes;
+use crate::devices::{Removal, Routes};
 use crate::mail::Ticket;
 use crate::report::ThreadReport;
 use kvar_base::{BlockId, LeaseToken, MissReason, Moment};
@@ -165,6 +165,8 @@ pub(crate) struct Finish {
     pub(crate) failure: Option<String>,
     /// Whom it was asked of.
     pub(crate) routes: Arc<Routes>,
+    /// Where the keeper must know of it: it is over when this goes.
+    pub(crate) removal: Option<Removal>,
 }
 
 /// Which of them.

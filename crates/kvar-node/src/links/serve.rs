@@ -7,7 +7,7 @@ use super::request::{
     AboutLease, Below, Finish, Get, Item, ItemState, Kind, Lookup, Open, Put, PutState, Stat, Which,
 };
 use crate::config::DeviceTier;
-use crate::devices::{Note, Routes};
+use crate::devices::{Note, Removed, Routes};
 use crate::mail::{Answer, Ask};
 use crate::report::ThreadReport;
 use kvar_base::{BlockId, MissReason, PutOutcome, Refusal};
@@ -416,8 +416,14 @@ impl Conversation {
         if asks.is_empty() {
             asks.push(To::Nobody(Ask::Flush));
         }
-        // What goes while a device is away must not come back with it.
-        if routes.note_removals && which != Which::Flush {
+        // What goes while a device is away must not come back with it, nor by a move.
+        let is_noted = routes.note_removals && which != Which::Flush;
+        let removal = is_noted.then(|| match which {
+            Which::Remove => Removed::blocks(ids),
+            Which::Flush | Which::Purge => Removed::All(self.tenant),
+        });
+        let removal = removal.map(|removed| desk.begin_removal(removed));
+        if is_noted {
             let last = if in_turn { &mut then } else { &mut asks };
             last.push(To::Keeper(Note::Removal));
         }
@@ -429,6 +435,7 @@ impl Conversation {
             count: 0,
             failure: None,
             routes,
+            removal,
         });
         if let Some(operation) = self.open(desk, request, Some(left_us), kind) {
             asks.into_iter().for_each(|to| desk.ask(to, operation));
@@ -457,6 +464,7 @@ impl Conversation {
             return self.ask_all(desk, request, then);
         }
         let which = finish.which;
+        drop(finish.removal.take());
         let finished = match finish.failure.take() {
             // A device that came in meanwhile was not asked.
             None if which != Which::Flush && !finish.routes.is_latest() => {

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   Copying ── every segment read ──> Flushing ──> Last ── what came meanwhile ──> retired
-//!     │ it serves as before             │ new blocks and reads go to the others; it only hears of removes
+//!     │ it serves as before             │ new blocks and reads go to the others; it is sealed, and only
+//!                                          hears of removes
 //! ```
 //!
 //! Blocks move by the calls that links use: read at the engine that has it, put at the engine that
@@ -10,22 +11,24 @@
 //! round is over reads hit where the blocks are; then they hit where they went.
 //!
 //! What must always be true: what was removed does not come back by a move. While a device leaves
-//! every remove asks the keeper before it is acknowledged ([`Note`](crate::devices::Note)). By then
-//! it lies in every engine's mailbox, so a move that begins later sees it; one that had begun is
-//! given up, and if its bytes were committed already they are removed where they went before the
-//! remove is acknowledged.
+//! every remove names its blocks to the keeper before it asks an engine
+//! ([`Removal`](crate::devices::Removal)): none of them begins to move until it is over. And it asks
+//! the keeper before it is acknowledged ([`Note`](crate::devices::Note)): a move that had begun is
+//! given up, and if its bytes were committed already they are removed where they went first.
+//!
+//! And nothing counts as moved that nobody has seen: a device that cannot be read stays where it is.
 //!
 //! What is absent: the steps of one block (`moves`); blocks that were never worth a place on the device (ephemeral ones) are lost with
 //! it; leases stay with the old copy.
 
 use super::moves::{Block, Move};
 use super::{Event, Keeper, Stage};
-use crate::devices::surveyor::{Said, Surveyor};
+use crate::devices::surveyor::{Said, Sealed, Surveyor};
 use crate::devices::view::{DeviceView, Moved};
 use crate::devices::{RoutedDevice, Routes};
-use crate::mail::{Ask, Origin};
+use crate::mail::{Ask, Mail, Origin};
 use kvar_base::{Clock as _, Moment};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -44,8 +47,10 @@ const MOVES_MAX: usize = 8;
 const TRY_AGAIN: Duration = Duration::from_millis(100);
 const TRIES_MAX: u32 = 600;
 
-/// A round is begun again so often when the device cannot be read.
-const SURVEYS_MAX: u32 = 5;
+/// A round is begun so often when the device cannot be read, and how long after the last failure: what
+/// makes one fail (memory, threads) is there again in seconds or not at all.
+pub(super) const SURVEYS_MAX: u32 = 5;
+pub(super) const SURVEY_AGAIN: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Round {
@@ -60,14 +65,21 @@ pub(super) struct Leaving {
     round: Round,
     pub(super) rate_bytes_per_s: u64,
     surveyor: Option<Surveyor>,
+    /// The number of the survey under way; what others say is old.
+    pub(super) survey: u64,
     surveys_failed: u32,
+    /// When the next is begun, after one that failed.
+    survey_again: Option<Moment>,
     /// Whether the surveyor was asked for the next segment.
     is_asked: bool,
     /// Whether it has said that there is none.
     is_through: bool,
-    /// Each shard's newest segment when the first round began.
-    newest: Vec<u64>,
+    /// Segments that were complete when they were read: the last round reads all others. Not those above
+    /// a number: a shard has several open at a time.
+    done: HashSet<Sealed>,
     queue: VecDeque<Block>,
+    /// Blocks that are being removed: they move, if they are still there, once that is over.
+    pub(super) held: Vec<Block>,
     pub(super) moves: HashMap<u64, Move>,
     pub(super) not_before: Moment,
     pub(super) moved: Moved,
@@ -81,11 +93,14 @@ impl Leaving {
             round: Round::Copying,
             rate_bytes_per_s: rate_bytes_per_s.max(1),
             surveyor: None,
+            survey: 0,
             surveys_failed: 0,
+            survey_again: None,
             is_asked: false,
             is_through: false,
-            newest: Vec::new(),
+            done: HashSet::new(),
             queue: VecDeque::new(),
+            held: Vec::new(),
             moves: HashMap::new(),
             not_before: now,
             moved: Moved::default(),
@@ -98,8 +113,23 @@ impl Leaving {
         self.round != Round::Copying
     }
 
+    #[cfg(test)]
+    pub(super) fn is_flushed(&self) -> bool {
+        self.round == Round::Last
+    }
+
     pub(super) fn moved(&self) -> Moved {
         self.moved
+    }
+
+    /// A block that met a remove is next; that is no fault of anybody, so it costs no try.
+    pub(super) fn put_back(&mut self, block: Block) {
+        self.queue.push_front(block);
+    }
+
+    /// Removes are over: what they held up is looked at again.
+    pub(super) fn release(&mut self) {
+        self.held.drain(..).for_each(|it| self.queue.push_front(it));
     }
 
     pub(super) fn again(&mut self, mut block: Block, now: Moment) {
@@ -144,6 +174,8 @@ impl Keeper {
         tracing::info!(%uuid, rate, "device leaving: its blocks move to the others");
         let now = self.clock.now();
         self.lives[at].leaving = Some(Box::new(Leaving::new(rate, now)));
+        // It may tell why it did not leave the last time.
+        self.lives[at].trouble = None;
         self.publish();
         self.survey(at);
         self.view_of(uuid).ok_or_else(|| "it is gone".to_owned())
@@ -184,7 +216,15 @@ impl Keeper {
         }
         let uuid = self.lives[at].uuid;
         tracing::warn!(%uuid, "the device stays: no other is in service");
+        self.stay(at);
+    }
+
+    /// It does not leave any more. New routes are the caller's.
+    fn stay(&mut self, at: usize) {
+        let uuid = self.lives[at].uuid;
         self.stop_leaving(at);
+        // Only here: one that goes must take nothing between this and its close.
+        self.seal(at, false);
         if let Some(entry) = self.table.find_mut(uuid) {
             entry.leaving = false;
         }
@@ -213,45 +253,57 @@ impl Keeper {
         let Some(leaving) = &mut live.leaving else {
             return;
         };
-        // A thread that is still there reads on; it is joined before the next begins.
         leaving.surveyor = None;
+        leaving.survey_again = None;
         (leaving.is_asked, leaving.is_through) = (true, false);
-        let from = match leaving.round {
-            Round::Last => leaving.newest.clone(),
-            _ => Vec::new(),
-        };
+        leaving.survey = self.next_survey;
+        self.next_survey += 1;
+        let done = Arc::new(leaving.done.clone());
         let begun = Surveyor::begin(
-            live.number,
+            (live.number, leaving.survey),
             live.target.clone(),
             live.superblock.clone(),
-            from,
+            done,
             self.sender.clone(),
         );
         match begun {
             Ok(surveyor) => leaving.surveyor = Some(surveyor),
             Err(error) => {
-                let device = live.number;
+                let (device, survey) = (live.number, leaving.survey);
                 let said = Said::Failed(format!("a thread: {error}"));
-                let _ = self.sender.send(Event::Surveyed { device, said });
+                let _ = self.sender.send(Event::Surveyed {
+                    device,
+                    survey,
+                    said,
+                });
             }
         }
     }
 
-    pub(super) fn on_surveyed(&mut self, device: u32, said: Said) {
+    pub(super) fn on_surveyed(&mut self, device: u32, survey: u64, said: Said) {
+        let now = self.clock.now();
         let found = self.lives.iter().position(|it| it.number == device);
         let Some(at) = found else { return };
         let Some(leaving) = &mut self.lives[at].leaving else {
             return;
         };
+        if leaving.survey != survey {
+            return;
+        }
         leaving.is_asked = false;
         match said {
-            Said::Begun { segments, newest } => {
+            Said::Begun {
+                segments,
+                unreadable,
+            } => {
+                // Each round meets the same ones, and those that went bad since.
+                let moved = &mut leaving.moved;
+                moved.unreadable_segments = moved.unreadable_segments.max(unreadable);
                 leaving.moved.segments = leaving.moved.segments_done + segments;
-                if leaving.round == Round::Copying {
-                    leaving.newest = newest;
-                }
             }
-            Said::Blocks(blocks) => {
+            Said::Blocks(blocks, sealed) => {
+                leaving.done.extend(sealed);
+                leaving.surveys_failed = 0;
                 leaving.moved.segments_done += 1;
                 let blocks = blocks.into_iter().map(|block| Block { block, tries: 0 });
                 leaving.queue.extend(blocks);
@@ -261,12 +313,26 @@ impl Keeper {
                 leaving.surveys_failed += 1;
                 tracing::warn!(device, "cannot read what a leaving device holds: {why}");
                 if leaving.surveys_failed >= SURVEYS_MAX {
-                    leaving.is_through = true;
-                } else {
-                    self.survey(at);
+                    return self.cannot_leave(at, &why);
                 }
+                // Nothing more is asked of this one.
+                leaving.is_asked = true;
+                leaving.survey_again = Some(now.after(SURVEY_AGAIN));
             }
         }
+    }
+
+    /// Nobody can say what is on it: it stays, and says why. To retire it now would lose what it has.
+    fn cannot_leave(&mut self, at: usize, why: &str) {
+        let live = &mut self.lives[at];
+        let (uuid, path) = (live.uuid, live.path.display());
+        tracing::error!(%uuid, %path, why, "the device stays: what is on it cannot be read");
+        live.trouble = Some(format!(
+            "it was to leave and stays: what is on it cannot be read ({why}); retire it again, or with \
+             --now to drop its blocks"
+        ));
+        self.stay(at);
+        self.publish();
     }
 
     /// Begins as many moves as may be under way; when to come back.
@@ -275,6 +341,13 @@ impl Keeper {
         for at in 0..self.lives.len() {
             self.move_from(at, now);
             // It may be gone by now.
+            let live = self.lives.get(at);
+            let again = live.and_then(|it| it.leaving.as_ref()?.survey_again);
+            if again.is_some_and(|again| again <= now) {
+                self.survey(at);
+            } else if let Some(again) = again {
+                due = due.min(again);
+            }
             let live = self.lives.get(at);
             if let Some(leaving) = live.and_then(|it| it.leaving.as_ref())
                 && leaving.moves.len() < MOVES_MAX
@@ -296,7 +369,7 @@ impl Keeper {
                 self.look(at, block);
                 continue;
             }
-            if !leaving.queue.is_empty() || leaving.is_asked {
+            if !leaving.queue.is_empty() || !leaving.held.is_empty() || leaving.is_asked {
                 return;
             }
             if !leaving.is_through {
@@ -326,10 +399,19 @@ impl Keeper {
         leaving.round = Round::Flushing(live.engines.len());
         let operation = u64::from(live.number);
         let engines = live.engines.clone();
-        // In every mailbox before the flush: what is put after it goes elsewhere.
+        // In every mailbox before the flush: what is put after it goes elsewhere. A thread that has not
+        // heard yet may still ask the old engine, and some have room there already: that is refused.
         self.publish();
+        self.seal(at, true);
         for engine in engines {
             self.ask_engine(engine, operation, Ask::Flush);
+        }
+    }
+
+    fn seal(&self, at: usize, is_sealed: bool) {
+        for engine in &self.lives[at].engines {
+            self.post
+                .send(engine.thread, Mail::Seal(*engine, is_sealed));
         }
     }
 
@@ -358,6 +440,7 @@ impl Keeper {
             blocks = moved.blocks,
             bytes = moved.bytes,
             lost = moved.lost_blocks,
+            unreadable_segments = moved.unreadable_segments,
             "device has left: its blocks are on the others, and it can be taken away"
         );
         self.table.retire(uuid);
@@ -365,7 +448,7 @@ impl Keeper {
             // On disk it is leaving: the next start moves what is there, which is there already.
             tracing::error!("{text}");
         }
-        self.close_as(at, true);
+        self.close_as(at, moved.is_all());
         self.resume_leaving();
     }
 

@@ -6,6 +6,8 @@
 //!      └──> there                             └──> Removing ──> from the start
 //! ```
 //!
+//! A block that is being removed waits before it is looked at and before it is read.
+//!
 //! Each step is an ask of an engine, as links ask; the answer comes back to the keeper under the
 //! step's own number.
 //!
@@ -15,6 +17,7 @@
 //! What is absent: which blocks, and how fast (`leaving`).
 
 use super::Keeper;
+use crate::devices::removal::Removed;
 use crate::mail::{Answer, Ask, EngineKey, KEEPER, Mail, Origin, Ticket};
 use kvar_base::{Clock as _, MissReason, Moment, PutOutcome, Refusal};
 use kvar_engine::{Copy, GetRequest, PutHints, PutRequest, SurveyedBlock, Touch};
@@ -84,6 +87,9 @@ impl Keeper {
     }
 
     pub(super) fn look(&mut self, at: usize, block: Block) {
+        if self.is_being_removed(&block) {
+            return self.hold(at, block);
+        }
         let now = self.clock.now();
         match self.destination(at, &block) {
             Some(to) => {
@@ -116,11 +122,14 @@ impl Keeper {
         } = under_way;
         let id = block.block.id;
         match (step, answer) {
+            (Step::Looking, Answer::Stat(_)) if self.is_being_removed(&block) => {
+                self.hold(at, block);
+            }
             (Step::Looking, Answer::Stat(Ok(_))) => self.is_there(at, 0),
             (Step::Looking, Answer::Stat(Err(_))) => self.read_block(at, block, now),
             (Step::Reading | Step::Beginning(_), answer) if is_spoiled => {
                 self.give_back(answer);
-                self.try_again(at, block, now);
+                self.put_back(at, block);
             }
             (Step::Reading, Answer::Get(Ok(copy))) => self.begin_put(at, block, copy, now),
             (Step::Reading, Answer::Get(Err(reason))) => match reason {
@@ -136,8 +145,11 @@ impl Keeper {
             }
             (Step::Beginning(_), Answer::PutBegun(Err(outcome))) => match outcome {
                 PutOutcome::Refused(Refusal::TooBig | Refusal::WrongFormat) => self.is_lost(at),
-                PutOutcome::Refused(_) => self.try_again(at, block, now),
-                _ => self.is_there(at, 0),
+                // Who is at it may give up.
+                PutOutcome::Refused(_) | PutOutcome::InProgress => {
+                    self.try_again(at, block, now);
+                }
+                PutOutcome::Exists | PutOutcome::Stored => self.is_there(at, 0),
             },
             (Step::Committing(to), Answer::Put(PutOutcome::Stored)) if is_spoiled => {
                 // Whoever removed it has not been answered yet: it goes before he is.
@@ -145,14 +157,16 @@ impl Keeper {
             }
             (Step::Committing(_), Answer::Put(outcome)) => match outcome {
                 PutOutcome::Stored => self.is_there(at, u64::from(block.block.stored_bytes)),
-                PutOutcome::Refused(_) => self.try_again(at, block, now),
-                _ => self.is_there(at, 0),
+                PutOutcome::Refused(_) | PutOutcome::InProgress => {
+                    self.try_again(at, block, now);
+                }
+                PutOutcome::Exists => self.is_there(at, 0),
             },
             (Step::Removing, Answer::Done(result)) => {
                 if let Err(text) = result {
                     self.fail_notes(at, &text);
                 }
-                self.try_again(at, block, now);
+                self.put_back(at, block);
             }
             (_, answer) => {
                 debug_assert!(false, "an answer that fits no step");
@@ -178,6 +192,18 @@ impl Keeper {
     fn try_again(&mut self, at: usize, block: Block, now: Moment) {
         if let Some(leaving) = &mut self.lives[at].leaving {
             leaving.again(block, now);
+        }
+    }
+
+    fn put_back(&mut self, at: usize, block: Block) {
+        if let Some(leaving) = &mut self.lives[at].leaving {
+            leaving.put_back(block);
+        }
+    }
+
+    fn hold(&mut self, at: usize, block: Block) {
+        if let Some(leaving) = &mut self.lives[at].leaving {
+            leaving.held.push(block);
         }
     }
 
@@ -262,16 +288,36 @@ impl Keeper {
 
     // ---- removes ----------------------------------------------------------------------------
 
-    /// Blocks are being removed: what moves at this moment may be among them. Whether the remove
-    /// must wait for that; it is answered later then.
+    /// Blocks are about to be removed: what moves of them at this moment is given up, and nothing of
+    /// them begins to move until [`removal_ends`](Self::removal_ends).
+    pub(super) fn removal_begins(&mut self, number: u64, removed: Removed) {
+        for leaving in self.lives.iter_mut().filter_map(|it| it.leaving.as_mut()) {
+            for under_way in leaving.moves.values_mut() {
+                // One that only looks has read nothing yet; it is held before it does.
+                let has_read = !matches!(under_way.step, Step::Looking);
+                under_way.is_spoiled |= has_read && removed.names(&under_way.block.block);
+            }
+        }
+        self.removals.insert(number, removed);
+    }
+
+    /// Every engine has answered, or nobody was told that it is done.
+    pub(super) fn removal_ends(&mut self, number: u64) {
+        self.removals.remove(&number);
+        for leaving in self.lives.iter_mut().filter_map(|it| it.leaving.as_mut()) {
+            leaving.release();
+        }
+    }
+
+    fn is_being_removed(&self, block: &Block) -> bool {
+        self.removals.values().any(|it| it.names(&block.block))
+    }
+
+    /// Whether a remove must wait until what it spoiled is out of the way; it is answered later then.
     pub(super) fn must_wait_for_moves(&mut self, origin: Origin) -> bool {
         let Some(leaving) = self.lives.iter_mut().find_map(|it| it.leaving.as_mut()) else {
             return false;
         };
-        for under_way in leaving.moves.values_mut() {
-            // One that only looks has read nothing yet: it reads behind the remove.
-            under_way.is_spoiled |= !matches!(under_way.step, Step::Looking);
-        }
         let waits = leaving.moves.values().any(Move::holds_up_a_remove);
         if waits {
             leaving.notes.push(origin);

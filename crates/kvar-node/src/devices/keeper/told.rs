@@ -113,6 +113,7 @@ impl Keeper {
             write_streams: streams.and_then(Result::ok).unwrap_or(0),
             write_streams_off: streams.and_then(Result::err).map(NoStreams::text),
             number: live.map(|it| it.number),
+            online_since_s: live.and_then(|it| Some(it.online_since?.0 / 1_000_000)),
             slot: entry.slot,
             path: live.map_or_else(|| entry.path.clone(), |it| it.path.clone()),
             bytes: entry.bytes,
