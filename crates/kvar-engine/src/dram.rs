@@ -91,8 +91,18 @@ impl Resident {
 
     /// In memory alone, and nobody said that it may stay so.
     pub(crate) fn is_alone(&self) -> bool {
-        let is_only_here = matches!(self.state, State::Held | State::Volatile | State::Awaited);
+        let is_only_here = match self.state {
+            State::Held | State::Volatile | State::Awaited => true,
+            State::Spent => self.is_unread(),
+            State::Clean | State::Dirty | State::Writing => false,
+        };
         is_only_here && !self.ephemeral && !self.is_below
+    }
+
+    /// Was put to be read once, and never was.
+    pub(crate) fn is_unread(&self) -> bool {
+        let handover = self.handover.as_deref();
+        handover.is_some_and(|handover| !handover.is_read())
     }
 
     /// Its class in the order in which memory lets go.

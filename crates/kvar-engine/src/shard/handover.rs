@@ -8,6 +8,8 @@
 //!              │                          another request uses it ──> Held, a block like any other
 //!              ├── nothing else can leave ──> gone (`lost`)
 //!              └── flush, stop ──> queued: from then on a block like any other
+//!
+//!   a flush and a stop also write what is Spent and was never read: somebody asked for everything
 //! ```
 //!
 //! A reader that is split over several workers reads a block by its sections, some of them twice: it
@@ -65,6 +67,10 @@ impl Handover {
                 }
             }
         }
+        self.is_read()
+    }
+
+    pub(crate) fn is_read(&self) -> bool {
         self.unread.iter().all(|word| *word == 0)
     }
 }

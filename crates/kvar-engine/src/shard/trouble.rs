@@ -140,7 +140,8 @@ impl Shard {
             let may_leave = match resident.state {
                 State::Volatile | State::Held | State::Clean => true,
                 State::Awaited => is_asked,
-                State::Dirty | State::Writing | State::Spent => false,
+                State::Spent => is_asked && resident.is_unread(),
+                State::Dirty | State::Writing => false,
             };
             let is_safe = resident.ephemeral || resident.is_below;
             may_leave && !is_safe && index.find(id).is_none()
