@@ -30,7 +30,7 @@ from types import FrameType
 
 import report
 from prompts import Prompt, PromptMaker
-from servers import Answer, Engine, Node, say
+from servers import Answer, Engine, Node, kvar_transfer, say
 
 HERE = Path(__file__).parent
 BLOCK_TOKENS = 32
@@ -96,7 +96,7 @@ class Run:
 
     def start_engine(self) -> None:
         """Starts vLLM and asks the warm-up prompts, so that first-time costs fall on them."""
-        self.engine.start(self.node.endpoint, self.node.key_file)
+        self.engine.start(kvar_transfer(self.node))
         self.ask_warm_up()
 
     def ask_warm_up(self) -> None:
@@ -244,7 +244,7 @@ class Run:
         if self.quick:
             self.forget()
         else:
-            self.engine.start(self.node.endpoint, self.node.key_file)
+            self.engine.start(kvar_transfer(self.node))
         self.damaged_phase()
 
     def forget(self) -> None:

@@ -66,6 +66,10 @@ class Server:
             tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
             raise SystemExit(f"{self.name} ended with {code}; the end of {self.log}:\n{tail}")
 
+    def log_count(self, text: str) -> int:
+        """How often a text stands in the log."""
+        return self.log.read_text(errors="replace").count(text)
+
     def signal_group(self, number: signal.Signals) -> None:
         """Sends a signal to the process and all its children."""
         if self._process is not None:
@@ -208,35 +212,45 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self._path))
 
 
+def kvar_transfer(node: Node) -> dict[str, Any]:
+    """vLLM's setting for the connector, against this node."""
+    return {
+        "kv_connector": "KvarConnector",
+        "kv_connector_module_path": "kvar.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "endpoint": node.endpoint,
+            "namespace_key_file": str(node.key_file),
+            # The cores are shared with the engine here: late is better than recomputed.
+            "deadline_ms": 30_000,
+            "lookup_deadline_ms": 1_000,
+        },
+    }
+
+
 class Engine(Server):
-    """Stock vLLM on the CPU, with the connector."""
+    """Stock vLLM on the CPU, with a connector."""
 
     def __init__(
-        self, python: Path, model: Path, overlay: Path, block_tokens: int, folder: Path, log: Path
+        self,
+        python: Path,
+        model: Path,
+        overlay: Path | str,
+        block_tokens: int,
+        folder: Path,
+        log: Path,
     ) -> None:
         super().__init__("vLLM", log)
         self._python = python
         self._model = model
-        self._overlay = overlay
+        self._overlay = str(overlay)
         self._block_tokens = block_tokens
         self._folder = folder
         self._socket = folder / "engine.sock"
 
-    def start(self, endpoint: str, key_file: Path) -> None:
-        """Starts vLLM against a node and waits until it answers."""
-        transfer = {
-            "kv_connector": "KvarConnector",
-            "kv_connector_module_path": "kvar.vllm",
-            "kv_role": "kv_both",
-            "kv_load_failure_policy": "recompute",
-            "kv_connector_extra_config": {
-                "endpoint": endpoint,
-                "namespace_key_file": str(key_file),
-                # The cores are shared with the engine here: late is better than recomputed.
-                "deadline_ms": 30_000,
-                "lookup_deadline_ms": 1_000,
-            },
-        }
+    def start(self, transfer: dict[str, Any]) -> None:
+        """Starts vLLM with this ``--kv-transfer-config`` and waits until it answers."""
         command = [str(self._python), "-m", "vllm.entrypoints.openai.api_server"]
         command += ["--uds", str(self._socket), "--model", str(self._model)]
         command += ["--served-model-name", "model", "--dtype", "float32", "--enforce-eager"]
@@ -246,7 +260,7 @@ class Engine(Server):
         command += ["--kv-transfer-config", json.dumps(transfer)]
         environment = dict(os.environ)
         environment |= {
-            "PYTHONPATH": str(self._overlay),
+            "PYTHONPATH": self._overlay,
             "PYTHONUNBUFFERED": "1",
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -346,7 +360,3 @@ class Engine(Server):
                 return
             time.sleep(0.2)
         raise SystemExit("vLLM's prefix cache stays in use; see its log")
-
-    def log_count(self, text: str) -> int:
-        """How often a text stands in the log."""
-        return self.log.read_text(errors="replace").count(text)

@@ -132,7 +132,7 @@ impl PyClient {
     #[new]
     #[pyo3(signature = (
         endpoint, namespace = "default", key = None, *, key_file = None, deadline_ms = 1000,
-        connect_timeout_ms = 1000, links = 1, link = "auto",
+        connect_timeout_ms = 1000, links = 1, link = "auto", lazy = false,
     ))]
     #[allow(clippy::too_many_arguments)] // The public signature, nearly all of it by keyword.
     fn new(
@@ -145,6 +145,7 @@ impl PyClient {
         connect_timeout_ms: u64,
         links: usize,
         link: &str,
+        lazy: bool,
     ) -> PyResult<Self> {
         let link = link
             .parse()
@@ -158,8 +159,13 @@ impl PyClient {
             name: concat!("kvar-python ", env!("CARGO_PKG_VERSION")).to_owned(),
             ..ClientConfig::new(endpoint, key_of(key, key_file)?)
         };
+        let start = if lazy {
+            Client::lazy
+        } else {
+            Client::connect
+        };
         let client = py
-            .detach(|| Client::connect(config))
+            .detach(|| start(config))
             .map_err(|error| raise(&error))?;
         let preparer = Preparer::start()
             .map_err(|error| ConfigError::new_err(format!("cannot start a thread: {error}")))?;
@@ -186,6 +192,13 @@ impl PyClient {
     #[getter]
     fn not_shared(&self) -> PyResult<Option<String>> {
         Ok(self.open()?.client.stats().not_shared)
+    }
+
+    /// The longest block that the node takes, in bytes; None until a link stands.
+    #[getter]
+    fn block_bytes_max(&self) -> PyResult<Option<u32>> {
+        let limits = self.open()?.client.limits();
+        Ok(limits.map(|limits| limits.block_bytes_max))
     }
 
     /// How many leading blocks of a chain are there; refreshes their recency.

@@ -3,7 +3,7 @@
 ```python
 import kvar
 
-with kvar.Client("127.0.0.1:7070", key_file="kvar-data/store.kvar.key") as client:
+with kvar.Client("127.0.0.1:7411", key_file="kvar-data/store.kvar.key") as client:
     key = kvar.NamespaceKey.from_file("kvar-data/store.kvar.key")
     id = kvar.id_from_name(key, "greeting")
     client.put([(id, b"hello")])          # ['stored']

@@ -29,7 +29,7 @@ class AsyncClient:
     """A connection to a store, for asyncio.
 
     ```python
-    client = await kvar.AsyncClient.connect("127.0.0.1:7070", key_file="store.kvar.key")
+    client = await kvar.AsyncClient.connect("127.0.0.1:7411", key_file="store.kvar.key")
     async with client:
         await client.put([(id, b"hello")])
     ```

@@ -3,7 +3,7 @@
 ```json
 {"kv_connector": "KvarConnector", "kv_connector_module_path": "kvar.vllm", "kv_role": "kv_both",
  "kv_load_failure_policy": "recompute",
- "kv_connector_extra_config": {"endpoint": "127.0.0.1:7070",
+ "kv_connector_extra_config": {"endpoint": "127.0.0.1:7411",
                                "namespace_key_file": "/var/lib/kvar/data.key"}}
 ```
 

@@ -1,0 +1,273 @@
+"""Stock vLLM over the real LMCache server, whose L2 is a kvar node: everything is restarted once.
+
+```text
+  node + LMCache server + vLLM        cold: each prompt computed
+  kill -9 vLLM and LMCache            ask again: from the node's memory ("dram")
+  SIGTERM node, kill the others       ask again: from the node's file ("flash")
+  kill -9 the node, ask new and old   the engine serves on: equal answers, no request fails
+```
+
+LMCache's own memory (its L1) is empty after each restart, so that what is hit came from kvar. Ends
+with 0 only if every answer equals the cold one and at least 98 % of the prompts' full chunks were
+external hits by vLLM's own counter. Times are shown and never judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from prompts import Prompt, PromptMaker
+from servers import Answer, Engine, Node, Server, say
+
+HERE = Path(__file__).parent
+BLOCK_TOKENS = 32
+# LMCache's default; an object of this model is 9 MiB then, more than a block may be.
+CHUNK_TOKENS = 256
+ANSWER_TOKENS = 8
+LENGTHS_TOKENS = [1024, 4096]
+PROMPTS_A_LENGTH = 2
+WARM_UP_TOKENS = [600, 1200]
+LOGPROB_TOLERANCE = 1e-4
+HIT_SHARE_MIN = 0.98
+START_S_MAX = 300
+STORED_WAIT_S_MAX = 120
+# The store is taken for complete when it has not grown for so long.
+STORED_QUIET_S = 2.0
+FREE_BYTES_MIN = 6 << 30
+
+
+def free_port() -> int:
+    """A port that nobody has at this moment."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return int(place.getsockname()[1])
+
+
+class LMCache(Server):
+    """LMCache's server in MP mode, with a kvar node behind it."""
+
+    def __init__(self, python: Path, overlay: str, log: Path) -> None:
+        super().__init__("the LMCache server", log)
+        self._python = python
+        self._overlay = overlay
+        self.port = free_port()
+        self._http_port = free_port()
+
+    def start(self, node: Node) -> None:
+        """Starts the server and waits until it is healthy."""
+        adapter = {
+            "type": "native_plugin",
+            "module_path": "kvar.lmcache",
+            "class_name": "Client",
+            "adapter_params": {"endpoint": node.endpoint, "key_file": str(node.key_file)},
+        }
+        command = [str(self._python), "-m", "lmcache.cli.main", "server", "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), "--http-port", str(self._http_port)]
+        command += ["--chunk-size", str(CHUNK_TOKENS), "--l1-size-gb", "1"]
+        command += ["--eviction-policy", "LRU", "--supported-transfer-mode", "engine_driven"]
+        command += ["--l2-adapter", json.dumps(adapter)]
+        started = time.monotonic()
+        self.spawn(command, dict(os.environ) | {"PYTHONPATH": self._overlay})
+        while not self._healthy():
+            self.check_running()
+            if time.monotonic() - started > START_S_MAX:
+                raise SystemExit(f"LMCache is not up after {START_S_MAX} s; see {self.log}")
+            time.sleep(0.2)
+        say(f"LMCache up after {time.monotonic() - started:.0f} s")
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(
+                f"http://127.0.0.1:{self._http_port}/healthcheck", timeout=5
+            ) as answer:
+                return bool(answer.status == 200)
+        except (OSError, urllib.error.URLError):
+            return False
+
+    def transfer(self) -> dict[str, Any]:
+        """vLLM's setting for LMCache's own connector, against this server."""
+        return {
+            "kv_connector": "LMCacheMPConnector",
+            "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {
+                "lmcache.mp.host": "tcp://127.0.0.1",
+                "lmcache.mp.port": self.port,
+            },
+        }
+
+
+class Run:
+    """The servers, the prompts, and what came out."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        python, overlay = Path(sys.executable), arguments.overlay
+        self.node = Node(arguments.kvar, folder / "store.kvar", folder / "node.log")
+        self.lmcache = LMCache(python, overlay, folder / "lmcache.log")
+        self.engine = Engine(
+            python, arguments.model, overlay, BLOCK_TOKENS, folder, folder / "vllm.log"
+        )
+        maker = PromptMaker(AutoTokenizer.from_pretrained(arguments.model))
+        self.warm_up = [
+            maker.make(f"warm-up-{number}", "en", tokens)
+            for number, tokens in enumerate(WARM_UP_TOKENS)
+        ]
+        self.prompts = maker.series(LENGTHS_TOKENS, PROMPTS_A_LENGTH)
+        self.late = maker.make("late", "en", 700)
+        self.cold: dict[str, Answer] = {}
+        self.figures: list[dict[str, Any]] = []
+        self.wrong: list[str] = []
+
+    def start_engine(self) -> None:
+        """LMCache and vLLM, warmed up."""
+        self.lmcache.start(self.node)
+        self.engine.start(self.lmcache.transfer())
+        for prompt in self.warm_up * 2:
+            self.engine.ask(prompt.tokens, ANSWER_TOKENS)
+
+    def kill_engine(self) -> None:
+        """Both at once, by kill -9."""
+        self.engine.kill()
+        self.lmcache.kill()
+
+    def ask_cold(self) -> None:
+        """Every prompt for the first time."""
+        for prompt in self.prompts:
+            self.cold[prompt.name] = self.engine.ask(prompt.tokens, ANSWER_TOKENS)
+            say(f"  {prompt.name}: cold {self.cold[prompt.name].ttft_s:.3f} s")
+
+    def wait_until_stored(self) -> None:
+        """LMCache stores behind the answers: waits until the node grows no more."""
+        started = time.monotonic()
+        stored, since = -1, started
+        while time.monotonic() - since < STORED_QUIET_S or stored <= 0:
+            now = self.node.blocks_stored()
+            if now != stored:
+                stored, since = now, time.monotonic()
+            if time.monotonic() - started > STORED_WAIT_S_MAX:
+                self.wrong.append(f"the store still grows after {STORED_WAIT_S_MAX} s, or is empty")
+                break
+            time.sleep(0.1)
+        say(f"{stored} blocks stored")
+
+    def ask_again(self, tier: str) -> None:
+        """Every prompt again, with LMCache's and vLLM's own memory empty."""
+        hits_of_all = full_of_all = 0
+        for prompt in self.prompts:
+            before = self.engine.counter("external_prefix_cache_hits")
+            answer = self.engine.ask(prompt.tokens, ANSWER_TOKENS)
+            hits = int(self.engine.counter("external_prefix_cache_hits") - before)
+            full = prompt.full_block_tokens(CHUNK_TOKENS)
+            cold = self.cold[prompt.name]
+            self._compare(tier, prompt, answer)
+            say(
+                f"  {prompt.name}: {answer.ttft_s:.3f} s, {hits} of {full} tokens from the store, "
+                f"{cold.ttft_s / answer.ttft_s:.1f}x"
+            )
+            self.figures.append(
+                {
+                    "tier": tier,
+                    "prompt_tokens": len(prompt.tokens),
+                    "ttft_cold_s": cold.ttft_s,
+                    "ttft_hit_s": answer.ttft_s,
+                    "hit_tokens": hits,
+                    "full_chunk_tokens": full,
+                }
+            )
+            hits_of_all, full_of_all = hits_of_all + hits, full_of_all + full
+        if hits_of_all < HIT_SHARE_MIN * full_of_all:
+            self.wrong.append(f"{tier}: {hits_of_all} of {full_of_all} tokens were external hits")
+
+    def _compare(self, when: str, prompt: Prompt, answer: Answer) -> None:
+        if not answer.equals(self.cold[prompt.name], LOGPROB_TOLERANCE):
+            self.wrong.append(
+                f"{when}: {prompt.name} was answered differently "
+                f"({answer.distance(self.cold[prompt.name]):.1e} in logprobs)"
+            )
+
+    def without_node(self) -> None:
+        """The node dies under way: known and new prompts are answered all the same."""
+        self.node.kill()
+        begun = time.monotonic()
+        for prompt in self.prompts:
+            self._compare("node gone", prompt, self.engine.ask(prompt.tokens, ANSWER_TOKENS))
+        self.engine.ask(self.late.tokens, ANSWER_TOKENS)
+        said = self.lmcache.log_count("kvar:")
+        say(f"without the node: answered in {time.monotonic() - begun:.1f} s, {said} lines of kvar")
+
+    def all_phases(self) -> None:
+        """From an empty store to a node that is gone."""
+        self.node.start()
+        self.start_engine()
+        say(f"cold: {len(self.prompts)} prompts")
+        self.ask_cold()
+        self.wait_until_stored()
+        say("kill -9 of vLLM and LMCache")
+        self.kill_engine()
+        self.start_engine()
+        self.ask_again("dram")
+        self.kill_engine()
+        self.node.stop()
+        self.node.start()
+        self.start_engine()
+        self.ask_again("flash")
+        self.without_node()
+
+    def close(self) -> None:
+        """Ends all of it."""
+        self.kill_engine()
+        self.node.kill()
+
+
+def main() -> int:
+    """Runs everything; the exit code is the verdict."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kvar", type=Path, required=True, help="the kvar binary")
+    parser.add_argument("--model", type=Path, required=True, help="the model's folder")
+    parser.add_argument("--overlay", required=True, help="PYTHONPATH of kvar and LMCache")
+    parser.add_argument("--keep", action="store_true", help="keep logs also on success")
+    arguments = parser.parse_args()
+    out = HERE / "out"
+    out.mkdir(exist_ok=True)
+    if shutil.disk_usage(out).free < FREE_BYTES_MIN:
+        raise SystemExit(f"{FREE_BYTES_MIN >> 30} GiB are needed free in {out}")
+    folder = Path(tempfile.mkdtemp(prefix="lmcache-", dir=out))
+    run = Run(arguments, folder)
+    fine = False
+    try:
+        run.all_phases()
+        (out / "lmcache.json").write_text(json.dumps(run.figures, indent=1) + "\n")
+        for problem in run.wrong:
+            print(f"WRONG: {problem}")
+        fine = not run.wrong
+        print("all as it should be" if fine else f"{len(run.wrong)} problems")
+    finally:
+        run.close()
+        if fine and not arguments.keep:
+            shutil.rmtree(folder)
+        else:
+            run.node.data.unlink(missing_ok=True)
+            say(f"logs are kept in {folder}")
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        say("interrupted; everything was stopped")
+        sys.exit(130)
