@@ -19,22 +19,9 @@ command -v "$python" >/dev/null || fail "no $python found: install Python 3.11 o
 "$python" -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' ||
   fail "$("$python" --version) is too old: Python 3.11 or newer is needed; name one in KVAR_PYTHON"
 
-version=$("$python" -c 'import platform; print(platform.python_version())')
-hash=$(cat "$here/requirements-dev.lock" "${BASH_SOURCE[0]}" <(echo "$version") | sha256sum | cut -c1-16)
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/kvar
-tools=$cache/python-$hash
-mkdir -p "$cache"
-exec 9>"$tools.lock"
-flock 9
-if [ ! -f "$tools/complete" ]; then
-  say "setting up tools in $tools (once; under a minute)"
-  rm -rf "$tools"
-  "$python" -m venv "$tools"
-  "$tools/bin/python" -m pip --disable-pip-version-check --no-input install --quiet \
-    --no-deps --requirement "$here/requirements-dev.lock"
-  touch "$tools/complete"
-fi
-flock -u 9
+# shellcheck source=../scripts/environment.sh
+source "$root/scripts/environment.sh"
+cached_environment python "$here/requirements-dev.lock"
 
 say "lint and types"
 cd "$here"

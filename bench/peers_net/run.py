@@ -20,6 +20,7 @@ p99_us, p999_us, client_cpu_s_per_gb, server_cpu_s_per_gb, ratio_to_kvar, low, h
 
 from __future__ import annotations
 
+import abc
 import argparse
 import contextlib
 import csv
@@ -78,7 +79,7 @@ def idle_share() -> float:
     return (after[0] - before[0]) / max(after[1] - before[1], 1)
 
 
-class Peer:
+class Peer(abc.ABC):
     """A store: servers that can be stopped, and a way to measure one cell."""
 
     name = ""
@@ -93,11 +94,13 @@ class Peer:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
 
+    @abc.abstractmethod
     def fill(self, size: int) -> None:
-        raise NotImplementedError
+        """Puts the blocks of a size that gets will ask for."""
 
+    @abc.abstractmethod
     def run(self, cell: Cell, seconds: float, run: str) -> dict[str, Any] | None:
-        raise NotImplementedError
+        """Measures one cell; nothing if the store cannot be asked so."""
 
     def warm_up(self) -> None:
         """Writes as much as the store may hold."""

@@ -21,22 +21,9 @@ if ! command -v redis-server >/dev/null || ! command -v redis-benchmark >/dev/nu
   apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq redis-server redis-tools >/dev/null
 fi
 
-python=${KVAR_PYTHON:-python3}
-hash=$(cat "$here/requirements.lock" "${BASH_SOURCE[0]}" | sha256sum | cut -c1-16)
-cache=${XDG_CACHE_HOME:-$HOME/.cache}/kvar
-tools=$cache/peers-$hash
-mkdir -p "$cache"
-exec 9>"$tools.lock"
-flock 9
-if [ ! -f "$tools/complete" ]; then
-  say "setting up tools in $tools (once; a minute)"
-  rm -rf "$tools"
-  "$python" -m venv "$tools"
-  "$tools/bin/python" -m pip --disable-pip-version-check --no-input install --quiet \
-    --no-deps --requirement "$here/requirements.lock"
-  touch "$tools/complete"
-fi
-flock -u 9
+# shellcheck source=../../scripts/environment.sh
+source "$root/scripts/environment.sh"
+cached_environment peers "$here/requirements.lock"
 
 target=${CARGO_TARGET_DIR:-$root/target}
 if [ -z "${KVAR_BIN:-}" ]; then

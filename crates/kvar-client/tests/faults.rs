@@ -368,7 +368,8 @@ fn late_answers_are_drained_and_later_calls_go_on() {
 fn closing_a_client_ends_its_calls_and_frees_their_buffers() {
     let peer = Peer::start();
     let client = with_block(&peer);
-    peer.set(Mood::Stopped);
+    peer.set(Mood::Mute);
+    let before = peer.asked();
     let bytes = std::sync::Arc::new(vec![5_u8; 4 << 20]);
     struct Held(std::sync::Arc<Vec<u8>>);
     impl Source for Held {
@@ -380,7 +381,11 @@ fn closing_a_client_ends_its_calls_and_frees_their_buffers() {
     let item = || PutItem::of_pieces(id(5), Held(std::sync::Arc::clone(&bytes)));
     let puts = client.submit_put(vec![item(), item()], options);
     let gets = client.submit_get(vec![GetItem::to_vec(id(1))], options);
-    std::thread::sleep(Duration::from_millis(20));
+    let end = Instant::now() + Duration::from_secs(20);
+    while peer.asked() < before + 3 {
+        assert!(Instant::now() < end, "nothing is asked");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     drop(client);
     assert!(puts.is_done() && gets.is_done());
     assert_eq!(puts.wait(), [PutOutcome::Refused(Refusal::Unreachable); 2]);

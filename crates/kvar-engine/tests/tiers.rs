@@ -54,6 +54,25 @@ impl Tiers {
         self.above.engine.demoted(self.above.now, token, outcome);
     }
 
+    /// As [`answer`](Self::answer), to all that is on offer.
+    fn answer_all(&mut self, outcome: Demoted) {
+        for (token, _) in std::mem::take(&mut self.above.offers) {
+            self.answer(token, outcome);
+        }
+    }
+
+    /// Puts blocks until the first ones are offered, and leaves the offers lying; how many it put.
+    fn put_until_offered(&mut self) -> u64 {
+        for number in 0..2000 {
+            if !self.above.offers.is_empty() {
+                return number;
+            }
+            self.above.put(number, &[LEN], PutHints::default());
+            self.above.pass(STEP);
+        }
+        panic!("nothing is offered: {:?}", self.above.counters());
+    }
+
     /// A moment passes for both.
     fn step(&mut self) {
         self.above.pass(STEP);
@@ -172,13 +191,7 @@ fn a_store_with_one_tier_offers_nothing() {
 #[test]
 fn a_block_stays_readable_above_until_the_tier_below_has_flushed_it() {
     let mut tiers = Tiers::new();
-    let mut number = 0;
-    while tiers.above.offers.is_empty() {
-        tiers.above.put(number, &[LEN], PutHints::default());
-        tiers.above.pass(STEP);
-        number += 1;
-        assert!(number < 2000);
-    }
+    tiers.put_until_offered();
     let offers = std::mem::take(&mut tiers.above.offers);
     let (token, block) = offers.first().unwrap();
     let there = |tiers: &mut Tiers| {
@@ -203,10 +216,7 @@ fn a_block_stays_readable_above_until_the_tier_below_has_flushed_it() {
             .iter()
             .any(|it| matches!(it, Event::Put { token: 77, .. }));
     }
-    tiers
-        .above
-        .engine
-        .demoted(tiers.above.now, *token, Demoted::Stored);
+    tiers.answer(*token, Demoted::Stored);
     assert_eq!(tiers.above.counters().demoted, 1);
     let mut below = tiers.below.restart();
     assert_eq!(below.engine.lookup(below.now, &[block.id], 0), [true]);
@@ -263,12 +273,7 @@ fn a_tier_below_that_never_answers_costs_one_reclaim_two_seconds_and_no_put() {
     );
     // It answers at last: from now on it is asked again.
     tiers.below.now = tiers.above.now;
-    for (token, _) in std::mem::take(&mut tiers.above.offers) {
-        tiers
-            .above
-            .engine
-            .demoted(tiers.above.now, token, Demoted::Stored);
-    }
+    tiers.answer_all(Demoted::Stored);
     tiers.put(20_000..20_600);
     assert!(tiers.above.counters().demoted > 0);
 }
@@ -302,23 +307,12 @@ fn every_refusal_is_counted_under_its_reason() {
 #[test]
 fn a_removed_block_is_not_offered_any_more_and_one_on_offer_is_not_dropped_twice() {
     let mut tiers = Tiers::new();
-    let mut number = 0;
-    while tiers.above.offers.is_empty() {
-        tiers.above.put(number, &[LEN], PutHints::default());
-        tiers.above.pass(STEP);
-        number += 1;
-    }
+    let number = tiers.put_until_offered();
     // Removed with everything that is still to be offered; their answers come too late.
     let ids: Vec<BlockId> = (0..number).map(id).collect();
     tiers.above.engine.remove(9, &ids);
-    let offers = std::mem::take(&mut tiers.above.offers);
-    let mut offered = offers.len();
-    for (token, _) in offers {
-        tiers
-            .above
-            .engine
-            .demoted(tiers.above.now, token, Demoted::Stored);
-    }
+    let mut offered = tiers.above.offers.len();
+    tiers.answer_all(Demoted::Stored);
     for _ in 0..50 {
         tiers.above.pass(STEP);
         offered += tiers.above.offers.len();
@@ -331,12 +325,7 @@ fn a_removed_block_is_not_offered_any_more_and_one_on_offer_is_not_dropped_twice
 #[test]
 fn what_is_leased_on_its_way_down_stays_above_too() {
     let mut tiers = Tiers::new();
-    let mut number = 0;
-    while tiers.above.offers.is_empty() {
-        tiers.above.put(number, &[LEN], PutHints::default());
-        tiers.above.pass(STEP);
-        number += 1;
-    }
+    tiers.put_until_offered();
     let leased = tiers.above.offers[0].1.id;
     let request = LeaseRequest {
         ids: &[leased],
@@ -451,20 +440,10 @@ fn the_limit_of_writes_below_holds() {
 #[test]
 fn a_stop_leaves_what_was_not_offered_where_it_is() {
     let mut tiers = Tiers::new();
-    let mut number = 0;
-    while tiers.above.offers.is_empty() {
-        tiers.above.put(number, &[LEN], PutHints::default());
-        tiers.above.pass(STEP);
-        number += 1;
-    }
+    let number = tiers.put_until_offered();
     let before: Vec<u64> = (0..number).filter(|it| tiers.above.is_there(*it)).collect();
     // The tier below stops a moment earlier, and says so.
-    for (token, _) in std::mem::take(&mut tiers.above.offers) {
-        tiers
-            .above
-            .engine
-            .demoted(tiers.above.now, token, Demoted::Gone);
-    }
+    tiers.answer_all(Demoted::Gone);
     let mut above = tiers.above.shut_down();
     for number in before {
         assert!(above.is_there(number), "block {number} was dropped");

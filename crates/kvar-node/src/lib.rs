@@ -39,6 +39,7 @@ mod config_file;
 pub mod counters;
 mod device_door;
 mod devices;
+mod json_table;
 mod key_file;
 mod links;
 mod loading;

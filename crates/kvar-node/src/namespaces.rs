@@ -21,12 +21,11 @@
 //! engines, by kvar-policy).
 
 use crate::config::Config;
+use crate::json_table::{self, ReadFailed};
 use crate::key_file::{KeyFile, KeyFileError, KeyName};
 use kvar_base::{DeviceUuid, NamespaceKey};
 use kvar_engine::{Shares, TENANTS, Tenant};
 use serde::{Deserialize, Serialize};
-use std::fs::File;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 /// Name of the namespace that is there from the first start.
@@ -138,26 +137,22 @@ impl Table {
             path: path.into(),
             reason,
         };
-        let text = match std::fs::read_to_string(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+        let table: Self = match json_table::read(path) {
+            Ok(Some(table)) => table,
+            Ok(None) => {
                 return Ok(Self {
                     format: FORMAT,
                     namespaces: Vec::new(),
                 });
             }
-            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-                return Err(damaged("it is not text".into()));
-            }
-            Err(source) => {
+            Err(ReadFailed::Damaged(reason)) => return Err(damaged(reason)),
+            Err(ReadFailed::Io(source)) => {
                 return Err(NamespaceError::Io {
                     path: path.into(),
                     source,
                 });
             }
-            Ok(text) => text,
         };
-        let table: Self =
-            serde_json::from_str(&text).map_err(|error| damaged(error.to_string()))?;
         if table.format != FORMAT {
             let reason = format!("it has form {}, this program knows {FORMAT}", table.format);
             return Err(damaged(reason));
@@ -177,20 +172,8 @@ impl Table {
         Ok(table)
     }
 
-    /// Writes the table so that a power cut leaves the old or the new one.
     fn write(&self, path: &Path) -> Result<(), NamespaceError> {
-        let mut draft = path.to_path_buf().into_os_string();
-        draft.push(".draft");
-        let write = || {
-            let mut file = File::create(&draft)?;
-            file.write_all(&serde_json::to_vec_pretty(self)?)?;
-            file.sync_all()?;
-            std::fs::rename(&draft, path)?;
-            let folder = path.parent();
-            let folder = folder.filter(|folder| !folder.as_os_str().is_empty());
-            File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
-        };
-        write().map_err(|source| NamespaceError::Io {
+        json_table::write(path, self).map_err(|source| NamespaceError::Io {
             path: path.into(),
             source,
         })

@@ -3,16 +3,14 @@
 
 mod support;
 
-use kvar_base::{BlockId, ByteSize, MissReason, NamespaceKey, PutOutcome, Refusal};
+use kvar_base::{BlockId, ByteSize, MissReason, PutOutcome, Refusal};
 use kvar_node::{Config, DataPath, Node, NodeHandle};
 use kvar_wire::*;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use support::{Peer, bytes_of, http, key_of, post_devices, start};
-
-/// Long enough for a machine that compiles beside the test.
-const PATIENCE: Duration = Duration::from_secs(30);
+use support::store::{PATIENCE, device, devices, remove, stop, wait_for};
+use support::{Peer, bytes_of, http, key_of, post_devices, start, store};
 
 /// Settings of a node with a file for each name.
 fn config(dir: &Path, names: &[&str]) -> Config {
@@ -34,9 +32,7 @@ fn data_path(path: &Path) -> DataPath {
 }
 
 fn ids(count: u32) -> Vec<BlockId> {
-    let key = NamespaceKey::new([9; 32]);
-    let name = |number| BlockId::from_name(&key, &format!("block {number}"));
-    (0..count).map(name).collect()
+    store::ids(0, count)
 }
 
 fn fill(node: &NodeHandle, ids: &[BlockId]) {
@@ -49,56 +45,8 @@ fn fill(node: &NodeHandle, ids: &[BlockId]) {
     }
 }
 
-/// Which of them are there, every byte right.
 fn present(node: &NodeHandle, ids: &[BlockId]) -> Vec<BlockId> {
-    let mut peer = Peer::greet(node);
-    let mut found = Vec::new();
-    for id in ids {
-        match peer.get(*id) {
-            Ok(bytes) => {
-                assert!(bytes == bytes_of(id, 20_000));
-                found.push(*id);
-            }
-            Err(reason) => assert_eq!(reason, MissReason::Absent),
-        }
-    }
-    found
-}
-
-fn stop(node: NodeHandle) {
-    node.shutdown();
-    let report = node.wait();
-    assert!(report.defects.is_empty(), "{report:?}");
-}
-
-fn devices(node: &NodeHandle) -> Vec<Value> {
-    serde_json::from_str(&http(node, "/v1/devices").1).unwrap()
-}
-
-fn device(node: &NodeHandle, path: &Path) -> Value {
-    let path = path.to_str().unwrap();
-    let found = devices(node).into_iter().find(|it| it["path"] == path);
-    found.unwrap_or_else(|| panic!("{path} in {:?}", devices(node)))
-}
-
-/// Waits for what other threads of the node do.
-fn wait_for(what: &str, is_so: impl Fn() -> bool) {
-    let until = Instant::now() + PATIENCE;
-    while !is_so() {
-        assert!(Instant::now() < until, "never: {what}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-}
-
-fn remove(node: &NodeHandle, ids: &[BlockId]) -> Finished {
-    let remove = Remove {
-        ids: ids.to_vec(),
-        deadline_us: 10_000_000,
-    };
-    match Peer::greet(node).ask(&remove) {
-        Message::RemoveAnswer(answer) => answer.finished,
-        other => panic!("{other:?}"),
-    }
+    store::present(node, ids, 20_000)
 }
 
 fn refused(config: &Config, parts: &[&str]) {

@@ -3,17 +3,16 @@
 
 mod support;
 
-use kvar_base::{BlockId, ByteSize, MissReason, NamespaceKey, PutOutcome};
+use kvar_base::{BlockId, ByteSize, MissReason, PutOutcome};
 use kvar_node::{Config, DataPath, Hooks, Node, NodeHandle, Readiness};
 use kvar_wire::*;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
-use support::{Peer, bytes_of, http, post_devices, start};
+use support::store::{PATIENCE, device, remove, stop};
+use support::{Peer, bytes_of, http, post_devices, start, store};
 
-/// Long enough for a machine that compiles beside the test.
-const PATIENCE: Duration = Duration::from_secs(60);
 const LEN: usize = 20_000;
 
 fn config(dir: &Path, names: &[&str]) -> Config {
@@ -29,9 +28,7 @@ fn config(dir: &Path, names: &[&str]) -> Config {
 }
 
 fn ids(count: u32) -> Vec<BlockId> {
-    let key = NamespaceKey::new([9; 32]);
-    let name = |number| BlockId::from_name(&key, &format!("block {number}"));
-    (0..count).map(name).collect()
+    store::ids(0, count)
 }
 
 /// Blocks of one section and of three, in turn.
@@ -53,13 +50,6 @@ fn get(peer: &mut Peer, id: BlockId) -> Result<(), MissReason> {
     })
 }
 
-fn device(node: &NodeHandle, slot_or_path: &Path) -> Value {
-    let devices: Vec<Value> = serde_json::from_str(&http(node, "/v1/devices").1).unwrap();
-    let path = slot_or_path.to_str().unwrap();
-    let found = devices.into_iter().find(|it| it["path"] == path);
-    found.unwrap_or_else(|| panic!("{path} is not listed"))
-}
-
 fn retire(node: &NodeHandle, slot: &str, rate: Option<u64>) -> (u16, Value) {
     let body = json!({ "action": "retire", "device": slot, "rate": rate });
     post_devices(node, &body)
@@ -76,23 +66,6 @@ fn wait_until_gone(node: &NodeHandle, path: &Path, mut meanwhile: impl FnMut()) 
         assert!(Instant::now() < until, "it does not end: {found}");
         meanwhile();
     }
-}
-
-fn remove(node: &NodeHandle, ids: &[BlockId]) -> Finished {
-    let remove = Remove {
-        ids: ids.to_vec(),
-        deadline_us: 20_000_000,
-    };
-    match Peer::greet(node).ask(&remove) {
-        Message::RemoveAnswer(answer) => answer.finished,
-        other => panic!("{other:?}"),
-    }
-}
-
-fn stop(node: NodeHandle) {
-    node.shutdown();
-    let report = node.wait();
-    assert!(report.defects.is_empty(), "{report:?}");
 }
 
 #[test]

@@ -238,9 +238,13 @@ fn a_block_with_a_time_to_live_ends_by_itself() {
     node.wait();
     let node = start(&settings);
     let mut peer = Peer::greet(&node);
+    let begun = Instant::now();
     loop {
         match peer.get(ids[1]) {
-            Err(MissReason::Loading) => std::thread::sleep(Duration::from_millis(10)),
+            Err(MissReason::Loading) => {
+                assert!(begun.elapsed() < Duration::from_secs(20), "it loads on");
+                std::thread::sleep(Duration::from_millis(10));
+            }
             outcome => break assert!(outcome.is_ok(), "{outcome:?}"),
         }
     }

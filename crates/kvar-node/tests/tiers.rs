@@ -3,16 +3,15 @@
 
 mod support;
 
-use kvar_base::{BlockId, ByteSize, LeaseToken, MissReason, NamespaceKey, PutOutcome, Refusal};
+use kvar_base::{BlockId, ByteSize, LeaseToken, MissReason, PutOutcome, Refusal};
 use kvar_node::{Config, DataPath, DeviceTier, Node, NodeHandle};
 use kvar_wire::*;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::time::{Duration, Instant};
-use support::{Peer, bytes_of, http, post_devices, start};
+use support::store::{PATIENCE, device, ids, remove, stop, wait_for};
+use support::{Peer, bytes_of, http, post_devices, start, store};
 
-/// Long enough for a machine that compiles beside the test.
-const PATIENCE: Duration = Duration::from_secs(60);
 const LEN: usize = 64 << 10;
 /// Blocks: the fast device holds a third of them, the big one all.
 const BLOCKS: u32 = 2400;
@@ -36,12 +35,6 @@ fn config(dir: &Path, shards: u32) -> Config {
     // What is asked here is where blocks go, not which are worth a write.
     config.set("flash_write_budget", "unlimited").unwrap();
     config
-}
-
-fn ids(from: u32, count: u32) -> Vec<BlockId> {
-    let key = NamespaceKey::new([9; 32]);
-    let name = |number| BlockId::from_name(&key, &format!("block {number}"));
-    (from..from + count).map(name).collect()
 }
 
 fn counters(node: &NodeHandle, name: &str) -> u64 {
@@ -91,15 +84,6 @@ fn flush(peer: &mut Peer) {
     }
 }
 
-fn remove(node: &NodeHandle, ids: &[BlockId]) -> Finished {
-    let deadline_us = PATIENCE.as_micros() as u64;
-    let ids = ids.to_vec();
-    match Peer::greet(node).ask(&Remove { ids, deadline_us }) {
-        Message::RemoveAnswer(answer) => answer.finished,
-        other => panic!("{other:?}"),
-    }
-}
-
 fn lookup(node: &NodeHandle, ids: &[BlockId], leading_only: bool) -> LookupAnswer {
     let lookup = Lookup {
         ids: ids.to_vec(),
@@ -114,36 +98,8 @@ fn lookup(node: &NodeHandle, ids: &[BlockId], leading_only: bool) -> LookupAnswe
     }
 }
 
-/// Which of them are there, every byte right; lookup says the same.
 fn present(node: &NodeHandle, ids: &[BlockId]) -> Vec<BlockId> {
-    let mut peer = Peer::greet(node);
-    let mut found = Vec::new();
-    for id in ids {
-        match peer.get(*id) {
-            Ok(bytes) => {
-                assert!(bytes == bytes_of(id, LEN), "wrong bytes");
-                found.push(*id);
-            }
-            Err(reason) => assert_eq!(reason, MissReason::Absent),
-        }
-    }
-    found
-}
-
-fn stop(node: NodeHandle) {
-    node.shutdown();
-    let report = node.wait();
-    assert!(report.defects.is_empty(), "{report:?}");
-}
-
-fn devices(node: &NodeHandle) -> Vec<Value> {
-    serde_json::from_str(&http(node, "/v1/devices").1).unwrap()
-}
-
-fn device(node: &NodeHandle, path: &Path) -> Value {
-    let path = path.to_str().unwrap();
-    let found = devices(node).into_iter().find(|it| it["path"] == path);
-    found.unwrap_or_else(|| panic!("{path} in {:?}", devices(node)))
+    store::present(node, ids, LEN)
 }
 
 /// What left the store for a reason that is counted: too late or not wanted below, or another block
@@ -260,11 +216,9 @@ fn a_lease_over_both_tiers_promises_the_whole_chain_and_gives_back_what_is_behin
         (answer.leading, answer.reason),
         (13, Some(MissReason::Absent))
     );
-    let until = Instant::now() + PATIENCE;
-    while leased(&node) != 40 {
-        assert!(Instant::now() < until, "{} are leased", leased(&node));
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    wait_for("what is behind the gap is given back", || {
+        leased(&node) == 40
+    });
     stop(node);
 }
 
@@ -333,9 +287,12 @@ fn either_tier_may_go_and_come() {
     assert!(below > u64::from(BLOCKS) / 3);
     // The big one goes at once, while blocks are on their way to it.
     let more = ids(10_000, 600);
+    let offered = counters(&node, "offered");
     std::thread::scope(|scope| {
         let filling = scope.spawn(|| fill(&node, &more));
-        std::thread::sleep(Duration::from_millis(50));
+        wait_for("blocks go down again", || {
+            counters(&node, "offered") > offered
+        });
         let retire = json!({ "action": "retire", "device": big, "now": true });
         let (code, answer) = post_devices(&node, &retire);
         assert_eq!(code, 200, "{answer}");
@@ -365,11 +322,9 @@ fn either_tier_may_go_and_come() {
         (200, &"leaving".into()),
         "{answer}"
     );
-    let until = Instant::now() + PATIENCE;
-    while device(&node, &fast)["state"] != "retired" {
-        assert!(Instant::now() < until, "{}", device(&node, &fast));
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_for("the fast device has left", || {
+        device(&node, &fast)["state"] == "retired"
+    });
     assert_eq!(present(&node, &last).len(), last.len());
     let alone = ids(50_000, 200);
     fill(&node, &alone);

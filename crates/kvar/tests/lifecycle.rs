@@ -5,7 +5,7 @@ mod support;
 use std::io::Write as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
-use support::{PATIENCE, Place, Server, fails, finish, kvar, monotonic_us, write_trace};
+use support::{PATIENCE, Place, Server, fails, finish, kvar, ticks_when_idle, write_trace};
 
 fn check_is_clean(place: &Place) {
     let mut check = kvar();
@@ -241,12 +241,7 @@ fn a_kill_loses_nothing_that_was_settled() {
             std::thread::sleep(Duration::from_millis(2));
         }
         std::thread::sleep(Duration::from_millis(after_ms));
-        let asked_at_us = monotonic_us();
-        let status = server.json("status", &[]);
-        let shards = status["shards"].as_array().unwrap().iter();
-        let unflushed_us =
-            shards.map(|shard| shard["engine"]["unflushed_age_us"].as_u64().unwrap());
-        let flushed_through_us = (asked_at_us - unflushed_us.max().unwrap()).to_string();
+        let (_, flushed_through_us) = server.status_flushed();
         let place = server.kill();
         let output = running.join().unwrap();
         assert_eq!(
@@ -257,15 +252,7 @@ fn a_kill_loses_nothing_that_was_settled() {
         assert!(String::from_utf8_lossy(&output.stderr).contains("went away"));
 
         server = place.serve();
-        let words = [
-            "--verify",
-            journal.to_str().unwrap(),
-            "--older-than",
-            "0s",
-            "--killed-at-us",
-            &flushed_through_us,
-        ];
-        let report = server.json("replay", &words);
+        let report = server.verify(&journal, flushed_through_us);
         settled += report["settled"].as_u64().unwrap();
         assert_eq!(
             report["settled"], report["settled_hits"],
@@ -340,18 +327,6 @@ fn a_server_that_is_killed_or_stuck_costs_a_client_its_deadline_at_most() {
     assert_eq!(server.stop(), 0);
 }
 
-/// CPU time of a process so far, in ticks of 10 ms.
-fn cpu_ticks(pid: u32) -> u64 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let fields: Vec<&str> = stat
-        .rsplit(')')
-        .next()
-        .unwrap()
-        .split_whitespace()
-        .collect();
-    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
-}
-
 /// With a client connected, a shard's loop never slept: a whole core for nothing.
 #[test]
 fn a_node_with_an_idle_client_sleeps() {
@@ -369,16 +344,7 @@ fn a_node_with_an_idle_client_sleeps() {
     client.put(vec![PutItem::of_bytes(id, vec![7; 100_000])]);
     assert!(client.get(vec![GetItem::to_vec(id)])[0].is_hit());
     server.json("flush", &[]);
-    let measure = || {
-        let (node, own) = (cpu_ticks(server.child.id()), cpu_ticks(std::process::id()));
-        std::thread::sleep(Duration::from_secs(2));
-        (
-            cpu_ticks(server.child.id()) - node,
-            cpu_ticks(std::process::id()) - own,
-        )
-    };
-    // A checkpoint or a last flush may still be under way at first.
-    let (node, own) = (0..5).map(|_| measure()).min().unwrap();
+    let [node, own] = ticks_when_idle([(server.child.id(), 4), (std::process::id(), 10)]);
     assert!(
         node <= 4,
         "the node used {node} of 200 ticks with nothing to do"

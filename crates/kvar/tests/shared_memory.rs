@@ -9,7 +9,7 @@ use kvar_client::{
 };
 use kvar_node::KeyFile;
 use std::time::{Duration, Instant};
-use support::{PATIENCE, Place, Server};
+use support::{PATIENCE, Place, Server, ticks_when_idle};
 
 fn config(server: &Server, link: LinkChoice) -> ClientConfig {
     let key = KeyFile::read(&server.key_file).unwrap().key;
@@ -261,14 +261,6 @@ fn many_clients_share_memory_each_with_its_own() {
     });
 }
 
-/// Processor time of a process, in ticks of 10 ms.
-fn ticks(pid: u32) -> u64 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let after = stat.rsplit_once(')').unwrap().1;
-    let fields: Vec<&str> = after.split_whitespace().collect();
-    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
-}
-
 #[test]
 fn an_idle_link_costs_the_node_nothing() {
     let dir = tempfile::tempdir().unwrap();
@@ -277,11 +269,7 @@ fn an_idle_link_costs_the_node_nothing() {
     for client in &clients {
         let _ = client.get(vec![GetItem::to_vec(id(7))]);
     }
-    // What follows a burst of work, looking and writing, is over soon.
-    std::thread::sleep(Duration::from_millis(1500));
-    let before = ticks(server.child.id());
-    std::thread::sleep(Duration::from_secs(2));
-    let used = ticks(server.child.id()) - before;
+    let [used] = ticks_when_idle([(server.child.id(), 4)]);
     assert!(
         used <= 4,
         "an idle node with idle links used {used}0 ms of 2 s"

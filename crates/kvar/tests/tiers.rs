@@ -4,7 +4,7 @@ mod support;
 
 use std::path::Path;
 use std::time::{Duration, Instant};
-use support::{PATIENCE, Place, finish, monotonic_us};
+use support::{PATIENCE, Place, finish};
 
 /// Prompts of eight new blocks each, 20 ms apart: 25 MB a second with blocks of 64 KiB, which a big
 /// tier keeps pace with on any disk.
@@ -62,31 +62,19 @@ fn a_kill_loses_nothing_that_was_settled_in_either_tier() {
         .arg(&journal);
     let running = std::thread::spawn(move || finish(command));
     let until = Instant::now() + PATIENCE;
-    let (status, asked_at_us) = loop {
-        let asked_at_us = monotonic_us();
-        let status = server.json("status", &[]);
+    let (status, flushed_through_us) = loop {
+        let (status, flushed_through_us) = server.status_flushed();
         if count(&status, "demoted") > 600 {
-            break (status, asked_at_us);
+            break (status, flushed_through_us);
         }
         assert!(Instant::now() < until, "nothing goes down: {}", place.log());
         std::thread::sleep(Duration::from_millis(20));
     };
-    let shards = status["shards"].as_array().unwrap().iter();
-    let unflushed_us = shards.map(|shard| shard["engine"]["unflushed_age_us"].as_u64().unwrap());
-    let flushed_through_us = (asked_at_us - unflushed_us.max().unwrap()).to_string();
     let place = server.kill();
     assert_eq!(running.join().unwrap().status.code(), Some(1));
 
     let server = place.serve();
-    let words = [
-        "--verify",
-        journal.to_str().unwrap(),
-        "--older-than",
-        "0s",
-        "--killed-at-us",
-        &flushed_through_us,
-    ];
-    let report = server.json("replay", &words);
+    let report = server.verify(&journal, flushed_through_us);
     let (settled, hits) = (&report["settled"], &report["settled_hits"]);
     let settled = settled.as_u64().unwrap();
     assert!(settled > 800, "{report}");

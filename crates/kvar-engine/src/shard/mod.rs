@@ -29,6 +29,7 @@
 //! | `trouble` | what if the device refuses? |
 //! | `scrub` | is what lies on the device still what was written? |
 //! | `reclaim`, `checkpoint` | which segment becomes free again; how is recovery kept short? |
+//! | `records` | which records does a segment have? |
 //! | `demote`, `take` | what goes to the tier below; what comes from the one above? |
 //! | `shutdown`, `status` | how does it end; what does it say of itself? |
 //! | `journal` | for tests: where did every block go? |
@@ -53,6 +54,7 @@ mod write;
 mod checkpoint;
 mod demote;
 mod reclaim;
+mod records;
 mod scrub;
 mod take;
 
@@ -82,7 +84,7 @@ pub(crate) use handover::Handover;
 pub use journal::{Change, Displaced};
 use read::{FlashRead, MoveRead};
 use reclaim::Reclaim;
-pub(crate) use reclaim::{directory_records, footer_records};
+pub(crate) use records::{directory_records, footer_records};
 use scrub::{Scrub, ScrubRead};
 use sections::{Directories, Part, PartRead};
 use shutdown::Shutdown;

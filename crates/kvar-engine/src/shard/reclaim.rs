@@ -9,33 +9,30 @@
 //!                 the others go to the tier below, where there is one       readers gone
 //! ```
 //!
-//! Which blocks are kept is the policy's word; this file asks it about every block whose index
+//! Which blocks are kept is the policy's word: it is asked about every block whose index
 //! entry still leads here, those worth most first; what is leased is kept without asking, and what
-//! has expired is not. Of several tenants those within their parts keep what they have, whatever it is
-//! worth (`Losses` of kvar-policy). While the write budget is short, what memory holds as well is not written
-//! again: it is decided about when it leaves memory. Until the footer is read, the largest share that may be kept is held free in the
-//! open segment and the prepared one, so that keeping never waits for the segment it is to free.
+//! has expired is not. Until the footer is read, the largest share that may be kept is held free in
+//! the open segment and the prepared one, so that keeping never waits for the segment it is to free.
+//!
+//! | file | question |
+//! |---|---|
+//! | `decide` | which blocks are kept, which go down, which go? |
+//! | `moves` | how do kept blocks get to the log's head? |
+
+mod decide;
+mod moves;
 
 use super::demote::Descent;
-use super::read::{Brought, MoveRead};
-use super::write::{Source, WriteItem, stored_bytes};
+use super::records::{directory_records, footer_records};
 use super::{Change, Displaced, Pending, Shard};
-use crate::dram::State;
 use crate::index::Entry;
-use crate::layout::{
-    PAGE, PageKind, RECORD_BLOCK, RECORDS_PER_PAGE, Record, RecordHints, decode_page,
-};
+use crate::layout::{PAGE, RECORDS_PER_PAGE, Record, RecordHints};
 use crate::mutation::{Check, is_disabled};
 use crate::segments::{SegmentPhase, Spare};
 use kvar_base::{BlockId, PAGE_BYTES};
 use kvar_io::{DeviceError, Op};
-use kvar_policy::Losses;
-use std::cmp::Reverse;
 use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
-
-/// Bytes of kept blocks on their way from device to device at once; two of the largest fit.
-const MOVING_BYTES_MAX: u64 = 8 << 20;
 
 pub(super) enum Stage {
     Reading,
@@ -203,185 +200,6 @@ impl Shard {
         self.decide();
     }
 
-    /// Says which blocks are kept, once there is a segment for them to go to; right after a start
-    /// on a full device there is none, and none to come.
-    fn decide(&mut self) {
-        let decides = self
-            .reclaim
-            .as_ref()
-            .is_some_and(|reclaim| matches!(reclaim.stage, Stage::Deciding));
-        if !decides || self.segments.open.is_none() && !self.segments.is_exhausted() {
-            return;
-        }
-        let Some(mut reclaim) = self.reclaim.take() else {
-            return;
-        };
-        let segment = reclaim.segment;
-        let mut live = Vec::new();
-        let mut seen = HashSet::new();
-        for record in std::mem::take(&mut reclaim.records) {
-            if record.kind != RECORD_BLOCK {
-                continue;
-            }
-            let position = self.segments.position(segment, record.place.get());
-            if let Some((_, entry)) = self.find(&record.id())
-                && entry.position == position
-                && seen.insert(position)
-            {
-                live.push((record.id(), entry, record.hints()));
-            }
-        }
-        if !reclaim.whole {
-            // Of what is promised the lease knows the id, whatever became of its record.
-            let positions = self.positions_of(segment);
-            for id in self.leases.at(&positions) {
-                if let Some((_, entry)) = self.find(&id)
-                    && positions.contains(&entry.position)
-                    && seen.insert(entry.position)
-                {
-                    let hints = RecordHints {
-                        expires_unix_s: self.flash_expiry(&entry),
-                        tenant: entry.tenant,
-                        ..RecordHints::default()
-                    };
-                    live.push((id, entry, hints));
-                }
-            }
-        }
-        if !reclaim.whole {
-            // What the records do not name goes now, before somebody is promised it.
-            self.drop_strays(segment, &seen);
-        }
-        let opened_at = self.segments.get(segment).opened_at;
-        self.keep.set_oldest(opened_at);
-        let costs = |(_, entry, hints): &(_, Entry, RecordHints)| {
-            (hints.recompute_us, Self::demand_of(entry))
-        };
-        self.keep.remind_of_costs(live.iter().map(costs));
-        let mut live: Vec<_> = live
-            .into_iter()
-            .map(|(id, entry, hints)| {
-                let worth = self.worth_of(&entry, &hints);
-                (
-                    self.leases.holds(&id),
-                    worth,
-                    Reverse(hints.depth),
-                    id,
-                    entry,
-                    hints,
-                )
-            })
-            .collect();
-        // What is promised goes on before anything else, as far as there is room at all; then what
-        // is worth most, of equals the head.
-        live.sort_by(|a, b| {
-            (b.0.cmp(&a.0))
-                .then(b.1.total_cmp(&a.1))
-                .then(b.2.cmp(&a.2))
-                .then(a.3.cmp(&b.3))
-        });
-        (reclaim.left_bytes, reclaim.left_blocks) = (0, 0);
-        let (most, room) = self.room_for_kept();
-        // Nobody's promise is broken where nothing is promised.
-        let has_leased = live.first().is_some_and(|(leased, ..)| *leased);
-        let entitled_most = if has_leased { most } else { room };
-        let records_max = self.records_for_kept();
-        let time = Self::budget_time(self.now);
-        let has_room = self.budget.has_room(0, time);
-        let has_plenty = self.budget.has_plenty(0, time);
-        live.retain(|(_, _, _, id, entry, hints)| {
-            let is_over = self.is_over(self.now, id, hints.expires_unix_s);
-            if is_over {
-                self.drop_expired(id, entry.position);
-            }
-            !is_over
-        });
-        let held = self.index.holdings();
-        let mut losses = Losses::new(&self.config.shares, self.capacity_bytes(), held);
-        for (.., entry, _) in &live {
-            losses.announce(entry.tenant, entry.stored_bytes());
-        }
-        self.keep.keeper_mut().begin_reclaim();
-        let is_late = self.below_is_late();
-        for (_, worth, _, id, entry, hints) in live {
-            let leased = self.leases.protects(&id);
-            let bytes = entry.stored_bytes();
-            let entitled = losses.is_entitled(entry.tenant, bytes);
-            // While the budget is short, memory keeps for a time what it holds, too; not at the end
-            // of the process.
-            let waits = !has_plenty
-                && self.shutdown.is_none()
-                && self
-                    .dram
-                    .get(&id)
-                    .is_some_and(|resident| resident.state == State::Clean);
-            let after = reclaim.left_bytes + bytes;
-            let keeps = if reclaim.left_blocks >= records_max {
-                false
-            } else if leased {
-                after <= room
-            } else if entitled {
-                has_room && after <= entitled_most && self.keep.keeper_mut().keeps_entitled(bytes)
-            } else {
-                // What was to be read once, a turnover ago, nobody waits for any more.
-                let is_wanted = !waits && !hints.handover && has_room && after <= most;
-                is_wanted && self.keep.keeper_mut().keeps(worth, bytes)
-            };
-            if keeps {
-                self.budget.spend(bytes);
-                reclaim.keep(id, entry, hints, bytes);
-                self.by_tenant[entry.tenant.index()].kept_entitled += u64::from(entitled);
-            } else if self.goes_down(&id, &hints) {
-                if is_late {
-                    self.drop_late(&id, &entry);
-                } else {
-                    reclaim.descent.waiting.push_back((id, entry, hints));
-                }
-            } else {
-                losses.lost(entry.tenant, bytes);
-                self.index.remove_at(&id, entry.position);
-                self.note_displaced(entry.position, Displaced::Reclaim);
-                let state = if waits { State::Held } else { State::Volatile };
-                let cost = self.keep.cost(hints.recompute_us, Self::demand_of(&entry));
-                self.dram.set_hints(&id, &hints, cost);
-                self.drop_flash_copy(&id, &entry, state);
-            }
-        }
-        self.keep.end_reclaim();
-        reclaim.stage = Stage::Moving;
-        self.reclaim = Some(reclaim);
-    }
-
-    /// Blocks for which there is a record: tombstones may have taken those of the open segment.
-    pub(super) fn records_for_kept(&self) -> usize {
-        let next = self.segments.prepared.is_some() || self.segments.preparing.is_some();
-        match &self.segments.open {
-            Some(_) if next => usize::MAX,
-            Some(open) => open.records_left(),
-            None => 0,
-        }
-    }
-
-    /// Bytes of what is kept that there is room for, of what nobody was promised and of all: with no
-    /// segment open (right after a start on a full device) there is nowhere to go.
-    pub(super) fn room_for_kept(&self) -> (u64, u64) {
-        let Some(open) = &self.segments.open else {
-            return (0, 0);
-        };
-        // Another one may be on its way already: then what does not fit here goes there.
-        let next = self.segments.prepared.is_some() || self.segments.preparing.is_some();
-        let left = u64::from(open.pages_left()) * PAGE_BYTES;
-        let more = if next {
-            self.superblock.payload_bytes()
-        } else {
-            0
-        };
-        let room = left + more;
-        // Some is lost at the borders of directory areas, and what is in memory goes before what must
-        // be read: blocks that nobody was promised leave that much free for those that were.
-        (room / 8 * 7, room)
-    }
-
     /// What puts and tombstones must leave free in the open segment for what reclaim brings: a
     /// prepared segment takes its part of that.
     pub(super) fn spare(&self) -> Spare {
@@ -397,25 +215,6 @@ impl Shard {
         Spare {
             pages: wanted.pages.saturating_sub(pages - pages / 7),
             records: 0,
-        }
-    }
-
-    /// Reclaim gave up the copy on the device; one in memory is the last, and in this state now.
-    pub(super) fn drop_flash_copy(&mut self, id: &BlockId, entry: &Entry, state: State) {
-        if self
-            .dram
-            .get(id)
-            .is_some_and(|resident| resident.state == State::Clean)
-        {
-            self.dram.set_state(id, state);
-            self.counters.reclaim_to_memory += 1;
-        } else {
-            self.counters.reclaim_dropped += 1;
-        }
-        if self.dram.get(id).is_none() {
-            self.by_tenant[entry.tenant.index()].evicted += 1;
-            self.let_go(id, entry.class());
-            self.counters.leased_dropped += u64::from(self.lose_lease(id));
         }
     }
 
@@ -500,226 +299,4 @@ impl Shard {
                 .flatten()
                 .any(crate::segments::OpenSegment::has_unwritten)
     }
-
-    /// Brings kept blocks to the write queue, a window at a time.
-    fn start_moves(&mut self) {
-        loop {
-            let Some(reclaim) = &mut self.reclaim else {
-                return;
-            };
-            if !matches!(reclaim.stage, Stage::Moving) || reclaim.moving_bytes >= MOVING_BYTES_MAX {
-                return;
-            }
-            let Some((id, entry, hints)) = reclaim.kept.pop_front() else {
-                return;
-            };
-            let bytes = stored_bytes(entry.len);
-            if self
-                .index
-                .find(&id)
-                .is_none_or(|(_, now)| now.position != entry.position)
-            {
-                reclaim.left(bytes);
-                continue;
-            }
-            reclaim.moving_bytes += bytes;
-            let resident = self
-                .dram
-                .get(&id)
-                .filter(|resident| resident.state == State::Clean);
-            if let Some(resident) = resident.cloned() {
-                let plan = crate::layout::ImagePlan::new(
-                    &resident
-                        .sections
-                        .iter()
-                        .map(|section| (section.len, section.check))
-                        .collect::<Vec<_>>(),
-                );
-                let crc = super::head_crc(&id, &plan, resident.image.as_slice());
-                self.moved.push_back(WriteItem {
-                    id,
-                    len: plan.bytes as u32,
-                    sectioned: plan.is_sectioned(),
-                    sections: plan.sections.len() as u16,
-                    crc,
-                    version: resident.version,
-                    hints,
-                    image: resident.image,
-                    source: Source::Moved {
-                        from: entry.position,
-                    },
-                });
-                continue;
-            }
-            let place = self.place_of(&entry);
-            let (segment, _) = self.segments.locate(entry.position);
-            match self.allocate_block(entry.len as usize) {
-                Some(buffer) => {
-                    self.segments.get(segment).readers += 1;
-                    self.counters.device_read_bytes += bytes;
-                    let read = MoveRead {
-                        id,
-                        entry,
-                        place,
-                        segment,
-                        hints,
-                        goes_down: false,
-                        is_again: false,
-                    };
-                    self.submit(
-                        Pending::MoveRead(read),
-                        Op::Read {
-                            offset: place.offset,
-                            buffer,
-                        },
-                    );
-                }
-                None => self.give_up_move(&id, &entry),
-            }
-        }
-    }
-
-    pub(super) fn give_up_move(&mut self, id: &BlockId, entry: &Entry) {
-        if let Some(reclaim) = &mut self.reclaim {
-            reclaim.moved(stored_bytes(entry.len));
-        }
-        if self.index.remove_at(id, entry.position) {
-            self.note_displaced(entry.position, Displaced::Reclaim);
-            self.drop_flash_copy(id, entry, State::Held);
-        }
-    }
-
-    /// The open segment was given up (its device refused a write) and there is no other: what is
-    /// kept has nowhere to go, and only letting it go frees the next segment.
-    fn give_up_moves(&mut self) {
-        for item in std::mem::take(&mut self.moved) {
-            if let Source::Moved { from } = item.source {
-                self.give_up_item(&item.id, item.len, from);
-            }
-        }
-        let Some(reclaim) = &mut self.reclaim else {
-            return;
-        };
-        for (id, entry, _) in std::mem::take(&mut reclaim.kept) {
-            if self.index.remove_at(&id, entry.position) {
-                self.note_displaced(entry.position, Displaced::Reclaim);
-                self.drop_flash_copy(&id, &entry, State::Held);
-            }
-        }
-    }
-
-    /// As [`give_up_move`](Self::give_up_move), of a block that is queued.
-    pub(super) fn give_up_item(&mut self, id: &BlockId, len: u32, from: u32) {
-        match self.find(id) {
-            Some((_, entry)) if entry.position == from => self.give_up_move(id, &entry),
-            _ => {
-                if let Some(reclaim) = &mut self.reclaim {
-                    reclaim.moved(stored_bytes(len));
-                }
-            }
-        }
-    }
-
-    pub(super) fn move_read_done(
-        &mut self,
-        read: MoveRead,
-        op: Op,
-        result: &Result<(), DeviceError>,
-    ) {
-        let Op::Read { buffer, offset } = op else {
-            unreachable!("a read ends as a read")
-        };
-        let MoveRead {
-            id,
-            entry,
-            place,
-            segment,
-            hints,
-            goes_down,
-            is_again,
-        } = read;
-        let plan = match self.brought(&id, &entry, &place, &buffer, result, is_again) {
-            Brought::Block(plan) => plan,
-            Brought::Again => {
-                let is_again = true;
-                let read = MoveRead { is_again, ..read };
-                return self.submit(Pending::MoveRead(read), Op::Read { offset, buffer });
-            }
-            Brought::Nothing => {
-                self.segments.get(segment).readers -= 1;
-                if goes_down {
-                    return self.read_to_offer(&read, buffer, None);
-                }
-                return self.give_up_move(&id, &entry);
-            }
-        };
-        self.segments.get(segment).readers -= 1;
-        if goes_down {
-            return self.read_to_offer(&read, buffer, Some(&plan));
-        }
-        let crc = super::head_crc(&id, &plan, buffer.as_slice());
-        let version = kvar_base::check::version(plan.sections.iter().map(|section| section.check));
-        self.moved.push_back(WriteItem {
-            id,
-            len: entry.len,
-            sectioned: entry.sectioned,
-            sections: plan.sections.len() as u16,
-            crc,
-            version,
-            hints,
-            image: buffer.freeze(),
-            source: Source::Moved {
-                from: entry.position,
-            },
-        });
-    }
-}
-
-/// Whether a page is of this segment and of its present generation.
-fn is_wanted(found: (u32, u32), wanted: (u32, u32)) -> bool {
-    found.0 == wanted.0 && (found.1 == wanted.1 || is_disabled(Check::Generation))
-}
-
-/// The records of a footer, if it is whole.
-pub(crate) fn footer_records(
-    pages: &[u8],
-    superblock: &crate::layout::Superblock,
-    offset: u64,
-    wanted: (u32, u32),
-) -> Option<Vec<Record>> {
-    let mut records = Vec::new();
-    let mut count = 1;
-    for (number, page) in pages.chunks_exact(PAGE).enumerate() {
-        if number >= count {
-            return Some(records);
-        }
-        let (head, found) = decode_page(page, superblock, offset + (number * PAGE) as u64)?;
-        let mine = head.kind == PageKind::Footer
-            && is_wanted((head.segment, head.generation), wanted)
-            && usize::from(head.page_number) == number;
-        if !mine {
-            return None;
-        }
-        count = usize::from(head.page_count);
-        records.extend(found);
-    }
-    (!pages.is_empty() && pages.len() / PAGE >= count).then_some(records)
-}
-
-/// The records of whatever pages of a directory area are whole.
-pub(crate) fn directory_records(
-    pages: &[u8],
-    superblock: &crate::layout::Superblock,
-    offset: u64,
-    wanted: (u32, u32),
-) -> Vec<Record> {
-    pages
-        .chunks_exact(PAGE)
-        .enumerate()
-        .filter_map(|(number, page)| decode_page(page, superblock, offset + (number * PAGE) as u64))
-        .filter(|(head, _)| {
-            head.kind == PageKind::Directory && is_wanted((head.segment, head.generation), wanted)
-        })
-        .flat_map(|(_, records)| records)
-        .collect()
 }

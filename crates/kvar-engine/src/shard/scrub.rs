@@ -15,7 +15,7 @@
 //! have; one read of it at most is under way.
 
 use super::read::Brought;
-use super::reclaim::{directory_records, footer_records};
+use super::records::{directory_records, footer_records};
 use super::{Pending, Shard};
 use crate::index::Entry;
 use crate::layout::{PAGE, RECORD_BLOCK, Record};

@@ -24,10 +24,9 @@
 //! What is absent: whether a device is there right now; that is seen, not stored.
 
 use crate::config::DeviceTier;
+use crate::json_table::{self, ReadFailed};
 use kvar_base::DeviceUuid;
 use serde::{Deserialize, Serialize};
-use std::fs::File;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 /// The form this code reads and writes.
@@ -136,20 +135,18 @@ impl DeviceTable {
             path: path.into(),
             reason,
         };
-        let text = match std::fs::read_to_string(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => {
-                return Err(TableError::Io {
-                    path: path.into(),
-                    source,
-                });
+        match json_table::read::<Self>(path) {
+            Ok(None) => Ok(None),
+            Ok(Some(table)) => {
+                table.check().map_err(damaged)?;
+                Ok(Some(table))
             }
-            Ok(text) => text,
-        };
-        let table: Self =
-            serde_json::from_str(&text).map_err(|error| damaged(error.to_string()))?;
-        table.check().map_err(damaged)?;
-        Ok(Some(table))
+            Err(ReadFailed::Damaged(reason)) => Err(damaged(reason)),
+            Err(ReadFailed::Io(source)) => Err(TableError::Io {
+                path: path.into(),
+                source,
+            }),
+        }
     }
 
     fn check(&self) -> Result<(), String> {
@@ -183,19 +180,7 @@ impl DeviceTable {
     /// Writes the table so that a power cut leaves the old or the new one.
     pub(crate) fn write(&self, path: &Path) -> Result<(), TableError> {
         debug_assert_eq!(self.check(), Ok(()));
-        let mut draft = path.to_path_buf().into_os_string();
-        draft.push(".draft");
-        let write = || {
-            let mut file = File::create(&draft)?;
-            file.write_all(&serde_json::to_vec_pretty(self)?)?;
-            file.sync_all()?;
-            std::fs::rename(&draft, path)?;
-            let folder = path
-                .parent()
-                .filter(|folder| !folder.as_os_str().is_empty());
-            File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
-        };
-        write().map_err(|source| TableError::Io {
+        json_table::write(path, self).map_err(|source| TableError::Io {
             path: path.into(),
             source,
         })

@@ -1,4 +1,4 @@
-//! One link's conversation: frames in, asks out; answers in, frames out.
+//! One link's conversation from Hello to its end: the handshake, what is open, and how it ends.
 //!
 //! ```text
 //!   Handshake ── Welcome ──> Serving ── Failure sent ──> Closing ── a second, or the peer ──> gone
@@ -12,21 +12,19 @@
 //! * every request is answered once, or cancelled, or its link is gone; a put's memory always
 //!   goes back to its owner as commit or abort.
 //!
-//! What is absent: the engine (see [`Desk`]) and the socket's readiness (see `links`).
+//! What is absent: what each request asks (see `serve`), the engine (see [`Desk`]) and the socket's
+//! readiness (see `links`).
 
 use super::attach::Seat;
-use super::desk::{Desk, LINK_TIMER, LinkKey, Operation, To};
+use super::desk::{Desk, LINK_TIMER, LinkKey, Operation};
 use super::filling::Filling;
-use super::request::{Get, Item, ItemState, Kind, Open, Put, PutState};
+use super::request::{Get, Item, ItemState, Kind, Open};
 use crate::mail::{Ask, Ticket};
 use crate::report::NodeFacts;
-use kvar_base::{BLOCK_BYTES_MAX, MissReason, Moment, PutOutcome, Refusal};
-use kvar_engine::{Copy, GetRequest, Tenant, Touch};
+use kvar_base::{MissReason, Moment, PutOutcome, Refusal};
+use kvar_engine::Tenant;
 use kvar_transport::{AnyLink, Link as _, SharedPieces};
-use kvar_wire::{
-    Body, Failure, FailureCode, GetAnswer, GetOutcome, Header, Message, NodeHandshake, NodeStep,
-    PutAnswer, Section,
-};
+use kvar_wire::{Body, Failure, FailureCode, Header, Message, NodeHandshake, NodeStep, PutAnswer};
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -36,9 +34,6 @@ pub(crate) type NodeLink = AnyLink<SharedPieces, Filling>;
 
 /// How long a link that is told to go may take to read why.
 const CLOSING: Duration = Duration::from_secs(1);
-
-/// Reads under way while the link has not seen a block yet and nobody knows how large they are.
-const FIRST_READS: u32 = 8;
 
 /// Where the conversation is.
 pub(super) enum Phase {
@@ -73,12 +68,12 @@ pub(crate) struct Conversation {
     pub(super) open: HashMap<u64, Open>,
     /// Sum of the open requests' weights.
     pub(super) open_weight: u32,
-    waiting_gets: VecDeque<(u64, u64, u16)>,
-    reading_bytes: u64,
+    pub(super) waiting_gets: VecDeque<(u64, u64, u16)>,
+    pub(super) reading_bytes: u64,
     pub(super) announced_bytes: u64,
-    reads: u32,
+    pub(super) reads: u32,
     /// The largest block this link was sent; none yet at first.
-    block_bytes_seen: Option<u64>,
+    pub(super) block_bytes_seen: Option<u64>,
     pub(super) incoming: Incoming,
     /// Whether it stands in the list of links to be polled.
     pub(super) is_listed: bool,
@@ -242,319 +237,6 @@ impl Conversation {
         Some(open)
     }
 
-    // ---- gets -------------------------------------------------------------------------------
-
-    /// Puts a get's items in line.
-    pub(super) fn line_up(&mut self, request: u64, opening: u64, items: usize) {
-        let items = (0..items).map(|item| (request, opening, item as u16));
-        self.waiting_gets.extend(items);
-    }
-
-    /// Asks for as many waiting items as the link's budget has room for, and lets the peer feel
-    /// it when it takes its answers too slowly.
-    pub(super) fn start_gets(&mut self, desk: &mut Desk) {
-        let budget = desk.settings.limits.bytes_max;
-        let queued = self.link.outgoing_bytes() as u64;
-        self.link.pause(queued > budget);
-        while let Some((request, opening, index)) = self.waiting_gets.front().copied() {
-            // At least one is always under way, else a budget below one block would wait for ever.
-            if self.reading_bytes + queued >= budget && self.reading_bytes + queued > 0 {
-                return;
-            }
-            if self.block_bytes_seen.is_none() && self.reads >= FIRST_READS {
-                return;
-            }
-            self.waiting_gets.pop_front();
-            let guess = self
-                .block_bytes_seen
-                .unwrap_or(desk.settings.block_bytes_guess);
-            let Some(open) = self.open.get_mut(&request) else {
-                continue;
-            };
-            let Kind::Get(get) = &mut open.kind else {
-                continue;
-            };
-            if open.opening != opening {
-                continue;
-            }
-            let (touch_request, deadline) = (get.touch_request, open.deadline);
-            let item = &mut get.items[usize::from(index)];
-            let bytes = expected_bytes(&item.wanted)
-                .unwrap_or(guess)
-                .min(BLOCK_BYTES_MAX);
-            item.state = ItemState::Asked(bytes);
-            self.reading_bytes += bytes;
-            self.reads += 1;
-            let id = item.wanted.id;
-            let ask = Ask::Get(GetRequest {
-                id,
-                sections: item.wanted.sections.clone(),
-                deadline,
-                touch: Touch {
-                    request: touch_request,
-                    depth: item.wanted.depth,
-                },
-            });
-            let operation = Operation {
-                link: self.key,
-                request,
-                opening,
-                part: u32::from(index),
-            };
-            desk.ask_owner(&id, operation, ask);
-        }
-    }
-
-    /// An owner has answered an item.
-    pub(super) fn on_got(
-        &mut self,
-        desk: &mut Desk,
-        request: u64,
-        index: u32,
-        outcome: Result<Copy, MissReason>,
-    ) {
-        let Some(Open {
-            kind: Kind::Get(get),
-            ..
-        }) = self.open.get_mut(&request)
-        else {
-            return;
-        };
-        let item = &mut get.items[index as usize];
-        let (bytes, outcome) = match (item.state, outcome) {
-            (ItemState::Asked(bytes), Err(reason)) if may_be_below(reason) => {
-                if self.ask_below(desk, request, index, bytes, reason) {
-                    return;
-                }
-                (bytes, Err(reason))
-            }
-            (ItemState::Asked(bytes), outcome) => (bytes, outcome),
-            // What the first one said is the reason, unless the other knows more than that.
-            (ItemState::AskedBelow(bytes, above), Err(MissReason::Absent)) => (bytes, Err(above)),
-            (ItemState::AskedBelow(bytes, _), outcome) => (bytes, outcome),
-            (ItemState::Waiting | ItemState::Answered, _) => return,
-        };
-        let Some(Open {
-            kind: Kind::Get(get),
-            ..
-        }) = self.open.get_mut(&request)
-        else {
-            return;
-        };
-        let item = &mut get.items[index as usize];
-        item.state = ItemState::Answered;
-        self.reading_bytes -= bytes;
-        self.reads -= 1;
-        get.left -= 1;
-        self.open_weight -= 1;
-        let is_over = get.left == 0;
-        let outcome = outcome.and_then(|copy| fits(&item.wanted, copy));
-        match outcome {
-            Ok(copy) => self.push_copy(desk, request, index as u16, copy),
-            Err(reason) => self.send_miss(desk, request, index as u16, reason),
-        }
-        if is_over {
-            self.close(desk, request);
-        }
-    }
-
-    /// Asks the tier below for an item, if there is one; its budget stays as it is.
-    fn ask_below(
-        &mut self,
-        desk: &mut Desk,
-        request: u64,
-        index: u32,
-        bytes: u64,
-        reason: MissReason,
-    ) -> bool {
-        let Some(open) = self.open.get_mut(&request) else {
-            return false;
-        };
-        let (opening, deadline) = (open.opening, open.deadline);
-        let Kind::Get(get) = &mut open.kind else {
-            return false;
-        };
-        let touch_request = get.touch_request;
-        let item = &mut get.items[index as usize];
-        let Some(engine) = desk.routes.lower_owner(&item.wanted.id) else {
-            return false;
-        };
-        item.state = ItemState::AskedBelow(bytes, reason);
-        let ask = Ask::Get(GetRequest {
-            id: item.wanted.id,
-            sections: item.wanted.sections.clone(),
-            deadline,
-            touch: Touch {
-                request: touch_request,
-                depth: item.wanted.depth,
-            },
-        });
-        let operation = Operation {
-            link: self.key,
-            request,
-            opening,
-            part: index,
-        };
-        desk.ask(To::Engine(engine, ask), operation);
-        true
-    }
-
-    pub(super) fn send_miss(
-        &mut self,
-        desk: &mut Desk,
-        request: u64,
-        item: u16,
-        reason: MissReason,
-    ) {
-        desk.counters.get_misses.add(reason);
-        desk.of_namespace[self.tenant.index()].misses += 1;
-        self.send(
-            desk,
-            request,
-            &GetAnswer {
-                item,
-                outcome: GetOutcome::Miss(reason),
-            },
-        );
-    }
-
-    fn push_copy(&mut self, desk: &mut Desk, request: u64, item: u16, copy: Copy) {
-        let sections: Vec<Section> = copy
-            .sections
-            .iter()
-            .map(|section| Section {
-                len: section.len,
-                check: section.check,
-            })
-            .collect();
-        let ranges: smallvec::SmallVec<[_; 2]> = copy
-            .sections
-            .iter()
-            .map(|section| {
-                let start = section.offset as usize;
-                start..start + section.len as usize
-            })
-            .collect();
-        let bytes = ranges.iter().map(ExactSizeIterator::len).sum::<usize>();
-        let first_section = copy.sections.first().map_or(0, |section| section.index);
-        let outcome = GetOutcome::Hit {
-            version: copy.version,
-            first_section,
-            sections,
-        };
-        desk.scratch.clear();
-        let answer = GetAnswer { item, outcome };
-        if let Err(error) =
-            kvar_wire::encode(&mut desk.scratch, request, NodeFacts::EPOCH, &answer, bytes)
-        {
-            tracing::error!(peer = %self.peer, %error, "an answer does not fit its bounds");
-            return self.link.close();
-        }
-        self.block_bytes_seen = self.block_bytes_seen.max(Some(bytes as u64));
-        desk.counters.get_hits += 1;
-        desk.of_namespace[self.tenant.index()].hits += 1;
-        desk.counters.payload_bytes_out += bytes as u64;
-        let token = desk.number();
-        let source = SharedPieces {
-            bytes: copy.bytes,
-            ranges,
-        };
-        if self.link.push(&desk.scratch, token, source).is_err() {
-            self.link.close();
-        }
-    }
-
-    // ---- puts -------------------------------------------------------------------------------
-
-    /// Answers a put and closes it.
-    pub(super) fn answer_put(&mut self, desk: &mut Desk, request: u64, outcome: PutOutcome) {
-        self.close(desk, request);
-        let is_stored = outcome == PutOutcome::Stored;
-        desk.of_namespace[self.tenant.index()].stored += u64::from(is_stored);
-        desk.counters.puts.add(outcome);
-        self.send(desk, request, &PutAnswer { outcome });
-    }
-
-    /// The owner has said whether it takes the block.
-    pub(super) fn on_put_begun(
-        &mut self,
-        desk: &mut Desk,
-        request: u64,
-        begun: Result<Ticket, PutOutcome>,
-    ) {
-        let Some(Open {
-            kind: Kind::Put(put),
-            ..
-        }) = self.open.get_mut(&request)
-        else {
-            return abort(desk, begun.ok());
-        };
-        let PutState::Beginning { eager } = put.state else {
-            return abort(desk, begun.ok());
-        };
-        match begun {
-            Ok(ticket) if eager => {
-                let token = desk.number();
-                match self.link.pull(token, Filling(ticket)) {
-                    Ok(()) => {
-                        put.state = PutState::Receiving(token);
-                        self.incoming = Incoming::Filling { request, token };
-                    }
-                    Err(refused) => {
-                        // The link went down meanwhile; it ends its requests by itself.
-                        abort(desk, Some(refused.sink.0));
-                    }
-                }
-            }
-            Ok(ticket) => {
-                put.state = PutState::Pulling(ticket);
-                self.send(desk, request, &kvar_wire::Pull {});
-            }
-            Err(outcome) => {
-                if eager {
-                    self.turn_away();
-                }
-                self.answer_put(desk, request, outcome);
-            }
-        }
-    }
-
-    /// The payload at the door is not wanted.
-    pub(super) fn turn_away(&mut self) {
-        self.link.discard();
-        self.incoming = Incoming::Nothing;
-    }
-
-    /// A put's payload is complete: on to its owner.
-    pub(super) fn on_received(&mut self, desk: &mut Desk, ticket: Ticket) {
-        let Incoming::Filling { request, .. } = self.incoming else {
-            return abort(desk, Some(ticket));
-        };
-        self.incoming = Incoming::Nothing;
-        let key = self.key;
-        match self.open.get_mut(&request) {
-            Some(Open {
-                opening,
-                kind: Kind::Put(put),
-                ..
-            }) => {
-                desk.counters.payload_bytes_in += put.payload_bytes;
-                put.state = PutState::Committing;
-                let operation = Operation {
-                    link: key,
-                    request,
-                    opening: *opening,
-                    part: 0,
-                };
-                let Ticket { engine, ticket } = ticket;
-                desk.ask(To::Engine(engine, Ask::PutCommit(ticket)), operation);
-            }
-            _ => abort(desk, Some(ticket)),
-        }
-    }
-
-    // ---- ends -------------------------------------------------------------------------------
-
     /// A request is over before its answer: by its deadline (`answer`) or a cancel.
     pub(super) fn cut_short(&mut self, desk: &mut Desk, request: u64, answer: bool) {
         let Some(open) = self.close(desk, request) else {
@@ -585,20 +267,6 @@ impl Conversation {
         }
     }
 
-    /// Gives a put's memory back to its owner, wherever it is.
-    fn drop_put(&mut self, desk: &mut Desk, put: Put) {
-        match put.state {
-            PutState::Beginning { eager: true } => self.turn_away(),
-            PutState::Pulling(ticket) => abort(desk, Some(ticket)),
-            PutState::Receiving(token) => {
-                self.incoming = Incoming::Nothing;
-                abort(desk, self.link.fence_pull(token).map(|filling| filling.0));
-            }
-            // The owner has the ticket, or will hand it to nobody.
-            PutState::Beginning { eager: false } | PutState::Committing => {}
-        }
-    }
-
     /// The link goes: nothing is answered any more, and all memory goes back.
     pub(super) fn end_requests(&mut self, desk: &mut Desk) {
         let requests: Vec<u64> = self.open.keys().copied().collect();
@@ -622,30 +290,4 @@ pub(super) fn abort(desk: &mut Desk, ticket: Option<Ticket>) {
     if let Some(Ticket { engine, ticket }) = ticket {
         desk.tell(engine, Ask::PutAbort(ticket));
     }
-}
-
-/// Bytes a reader says it has room for.
-fn expected_bytes(item: &kvar_wire::GetItem) -> Option<u64> {
-    match &item.expected {
-        kvar_wire::Lengths::Any => None,
-        kvar_wire::Lengths::Equal(count, len) => Some(u64::from(*count) * u64::from(*len)),
-        kvar_wire::Lengths::Each(lengths) => Some(lengths.iter().map(|len| u64::from(*len)).sum()),
-    }
-}
-
-/// Whether a copy is what the reader wants and has room for.
-fn fits(wanted: &kvar_wire::GetItem, copy: Copy) -> Result<Copy, MissReason> {
-    if wanted
-        .version
-        .is_some_and(|version| version != copy.version)
-    {
-        return Err(MissReason::Version);
-    }
-    if !wanted
-        .expected
-        .fit(copy.sections.iter().map(|section| section.len))
-    {
-        return Err(MissReason::WrongFormat);
-    }
-    Ok(copy)
 }

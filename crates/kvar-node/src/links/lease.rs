@@ -16,8 +16,9 @@
 
 use super::conversation::{Conversation, may_be_below};
 use super::desk::{Desk, Operation, To};
+use super::parts::{split, split_below};
 use super::request::{AboutLease, Kind, Lease, LeaseBelow, Open};
-use super::serve::{split, split_below, touch_request};
+use super::serve::touch_request;
 use crate::mail::{Ask, EngineKey, LeaseAsk};
 use kvar_base::{BlockId, MissReason, Moment};
 use kvar_engine::{LEASE_DEFAULT, LeaseGrant};

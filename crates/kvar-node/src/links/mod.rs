@@ -3,7 +3,11 @@
 //! | file | question |
 //! |---|---|
 //! | `conversation` | how does one link go from Hello to its end? |
-//! | `serve` | what does each request ask, and each answer say? |
+//! | `serve` | what does each request, and each answer, make a link do? |
+//! | `lookup`, `lease` | which blocks are there, and which are promised? |
+//! | `get`, `put` | how does a block go out, and come in? |
+//! | `finish`, `stat` | what is asked of all engines, and what of one block or the node? |
+//! | `parts` | which engine is asked for which blocks? |
 //! | `attach` | may a link share memory with its client? |
 //! | `request` | what is open on a link? |
 //! | `desk` | what do all links of the thread share? |
@@ -16,9 +20,15 @@ mod attach;
 mod conversation;
 mod desk;
 mod filling;
+mod finish;
+mod get;
 mod lease;
+mod lookup;
+mod parts;
+mod put;
 mod request;
 mod serve;
+mod stat;
 
 pub use attach::Sharing;
 pub(crate) use attach::SharingSettings;

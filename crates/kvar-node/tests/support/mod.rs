@@ -2,6 +2,8 @@
 //! no client of ours would.
 #![allow(dead_code)] // each test file uses its part
 
+pub(crate) mod store;
+
 use kvar_base::{BlockId, ByteSize, ContentCheck, MapEpoch, NamespaceKey, PutOutcome};
 use kvar_node::{Config, DataPath, KeyFile, Node, NodeHandle};
 use kvar_wire::*;

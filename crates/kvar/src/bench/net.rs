@@ -7,11 +7,12 @@
 //! they are compared with does. Every byte passes its check on both sides.
 
 use super::fio::{self, Job};
+use super::load::{Filling, Random};
 use super::pair::{Pair, Reached};
 use super::stats::{idle_cpu, latencies};
 use super::{BLOCK_BYTES, Outcome, Row, bar, shared};
 use crate::failure::Failure;
-use kvar_base::{BlockId, ByteSize, PutOutcome};
+use kvar_base::{BlockId, ByteSize};
 use kvar_client::{
     Answer, ClientConfig, Completion, Filled, GetItem, Lengths, LinkChoice, PutItem, Request,
     Session, Ticket,
@@ -260,7 +261,7 @@ impl Drop for NodeProcess {
 pub(super) struct Client {
     session: Session,
     done: Vec<Completion>,
-    random: u64,
+    random: Random,
     spare: Vec<Filled>,
     at_random: bool,
 }
@@ -284,7 +285,7 @@ impl Client {
         Ok(Self {
             session,
             done: Vec::new(),
-            random: 0x1357_9bdf,
+            random: Random::new(0x1357_9bdf),
             spare: Vec::new(),
             at_random: false,
         })
@@ -296,13 +297,6 @@ impl Client {
         BlockId::new(bytes)
     }
 
-    fn next_random(&mut self) -> u64 {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        self.random
-    }
-
     /// From now on reads into so many places by turns, at random, and not into those just free.
     pub(super) fn read_into_places(&mut self, count: usize) {
         let place = || Filled::Place(Box::new(vec![7_u8; BLOCK_BYTES]));
@@ -312,60 +306,22 @@ impl Client {
 
     fn spare(&mut self) -> Option<Filled> {
         if self.at_random && !self.spare.is_empty() {
-            let number = self.next_random() as usize % self.spare.len();
+            let number = self.random.number() as usize % self.spare.len();
             return Some(self.spare.swap_remove(number));
         }
         self.spare.pop()
     }
 
     pub(super) fn fill(&mut self, blocks: u64) -> Result<(), Failure> {
-        let progress = bar(blocks, "blocks filled");
-        let mut under_way: HashMap<Ticket, u64> = HashMap::new();
-        let mut next = 0;
-        let mut again: Vec<u64> = Vec::new();
-        let started = Instant::now();
-        while next < blocks || !under_way.is_empty() || !again.is_empty() {
-            while under_way.len() < PUTS_IN_FLIGHT && (next < blocks || !again.is_empty()) {
-                let number = again.pop().unwrap_or_else(|| {
-                    next += 1;
-                    next - 1
-                });
-                let bytes: Vec<u8> = (0..BLOCK_BYTES / 8)
-                    .flat_map(|_| self.next_random().to_le_bytes())
-                    .collect();
-                let items = vec![PutItem::of_bytes(Self::id(number), bytes).prepare()];
-                under_way.insert(
-                    self.session.submit(Request::Put { items }, DEADLINE),
-                    number,
-                );
-            }
-            self.session
-                .poll(Duration::from_millis(100), &mut self.done);
-            let mut refused = false;
-            for completion in self.done.drain(..) {
-                let Some(number) = under_way.remove(&completion.ticket) else {
-                    continue;
-                };
-                match completion.answer {
-                    Answer::Put(outcomes)
-                        if matches!(outcomes[..], [PutOutcome::Stored | PutOutcome::Exists]) =>
-                    {
-                        progress.inc(1);
-                    }
-                    _ => {
-                        again.push(number);
-                        refused = true;
-                    }
-                }
-            }
-            if refused {
-                // Busy: the device is behind. A put never waits in the node, so it waits here.
-                std::thread::sleep(Duration::from_millis(2));
-            }
-            if started.elapsed() > Duration::from_secs(300) {
-                return Err(Failure::failed("the store was not filled within 300 s"));
-            }
-        }
+        let filling = Filling {
+            blocks,
+            in_flight: PUTS_IN_FLIGHT,
+            deadline: DEADLINE,
+        };
+        let random = &mut self.random;
+        filling.put(&mut self.session, |number| {
+            PutItem::of_bytes(Self::id(number), random.bytes(BLOCK_BYTES))
+        })?;
         let flush = self.session.submit(Request::Flush, DEADLINE);
         while !self
             .done
@@ -376,7 +332,6 @@ impl Client {
                 .poll(Duration::from_millis(100), &mut self.done);
         }
         self.done.clear();
-        progress.finish_and_clear();
         Ok(())
     }
 
@@ -394,7 +349,7 @@ impl Client {
         loop {
             let now = Instant::now();
             while begun.len() < depth && now < end {
-                let number = self.next_random() % blocks;
+                let number = self.random.number() % blocks;
                 let into = self
                     .spare()
                     .unwrap_or_else(|| Filled::Place(Box::new(vec![0_u8; BLOCK_BYTES])));

@@ -11,7 +11,7 @@
 //!
 //! Left to others: how fast the machine could be (`kvar bench net`), other stores (`bench/peers_net`).
 
-use super::bar;
+use super::load::{Filling, Random};
 use super::stats::{Cpu, latencies};
 use crate::arguments::NodeArguments;
 use crate::failure::Failure;
@@ -101,7 +101,7 @@ struct Load<'a> {
     session: Session,
     key: NamespaceKey,
     done: Vec<Completion>,
-    random: u64,
+    random: Random,
     spare: Vec<Filled>,
     contents: Vec<Vec<u8>>,
     /// Tells apart the puts of this run from those of others.
@@ -131,95 +131,39 @@ pub(crate) fn run(settings: &Settings) -> Result<Reached, Failure> {
         session,
         key,
         done: Vec::new(),
-        random: run | 1,
+        random: Random::new(run | 1),
         spare: Vec::new(),
         contents: Vec::new(),
         run,
         put: 0,
     };
-    load.contents = (0..CONTENTS).map(|_| load.content()).collect();
+    let content = |_| load.random.bytes(settings.block_bytes);
+    load.contents = (0..CONTENTS).map(content).collect();
     if settings.operation == Operation::Get && settings.fills {
         load.fill()?;
     }
     load.measure()
 }
 
+/// The block of a number: another one for each size.
+fn id(key: &NamespaceKey, block_bytes: usize, number: u64) -> BlockId {
+    BlockId::from_name(key, &format!("kvar bench/{block_bytes}/{number}"))
+}
+
 impl Load<'_> {
-    fn next_random(&mut self) -> u64 {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        self.random
-    }
-
-    fn content(&mut self) -> Vec<u8> {
-        let words = self.settings.block_bytes.div_ceil(8);
-        let mut bytes: Vec<u8> = (0..words)
-            .flat_map(|_| self.next_random().to_le_bytes())
-            .collect();
-        bytes.truncate(self.settings.block_bytes);
-        bytes
-    }
-
-    fn id(&self, number: u64) -> BlockId {
-        let name = format!("kvar bench/{}/{number}", self.settings.block_bytes);
-        BlockId::from_name(&self.key, &name)
-    }
-
     /// Puts the blocks that gets will ask for.
     fn fill(&mut self) -> Result<(), Failure> {
-        let blocks = self.settings.blocks;
-        let progress = bar(blocks, "blocks filled");
-        let most = (FILL_BYTES_IN_FLIGHT / self.settings.block_bytes).clamp(1, 64);
-        let mut under_way: HashMap<Ticket, u64> = HashMap::new();
-        let mut again: Vec<u64> = Vec::new();
-        let (mut next, mut moved_at) = (0, Instant::now());
-        while next < blocks || !under_way.is_empty() || !again.is_empty() {
-            while under_way.len() < most && (next < blocks || !again.is_empty()) {
-                let number = again.pop().unwrap_or_else(|| {
-                    next += 1;
-                    next - 1
-                });
-                let bytes = self.contents[number as usize % CONTENTS].clone();
-                let items = vec![PutItem::of_bytes(self.id(number), bytes).prepare()];
-                let deadline = self.settings.node.deadline;
-                let ticket = self.session.submit(Request::Put { items }, deadline);
-                under_way.insert(ticket, number);
-            }
-            self.session
-                .poll(Duration::from_millis(100), &mut self.done);
-            let mut refused = None;
-            for completion in self.done.drain(..) {
-                let Some(number) = under_way.remove(&completion.ticket) else {
-                    continue;
-                };
-                match completion.answer {
-                    Answer::Put(outcomes)
-                        if matches!(outcomes[..], [PutOutcome::Stored | PutOutcome::Exists]) =>
-                    {
-                        moved_at = Instant::now();
-                        progress.inc(1);
-                    }
-                    answer => {
-                        again.push(number);
-                        refused = Some(answer);
-                    }
-                }
-            }
-            if let Some(answer) = refused {
-                if moved_at.elapsed() > self.settings.node.deadline {
-                    return Err(Failure::failed(format!(
-                        "the node takes no blocks of {} bytes: {answer:?}; is it large enough, and is its \
-                         device well (kvar status)?",
-                        self.settings.block_bytes
-                    )));
-                }
-                // A put never waits in the node, so it waits here.
-                std::thread::sleep(Duration::from_millis(2));
-            }
-        }
-        progress.finish_and_clear();
-        Ok(())
+        let filling = Filling {
+            blocks: self.settings.blocks,
+            in_flight: (FILL_BYTES_IN_FLIGHT / self.settings.block_bytes).clamp(1, 64),
+            deadline: self.settings.node.deadline,
+        };
+        let (key, block_bytes) = (&self.key, self.settings.block_bytes);
+        let contents = &self.contents;
+        filling.put(&mut self.session, |number| {
+            let bytes = contents[number as usize % CONTENTS].clone();
+            PutItem::of_bytes(id(key, block_bytes, number), bytes)
+        })
     }
 
     fn begin(&mut self) -> Ticket {
@@ -228,14 +172,14 @@ impl Load<'_> {
             Operation::Get => {
                 let items = (0..count)
                     .map(|_| {
-                        let number = self.next_random() % self.settings.blocks;
+                        let number = self.random.number() % self.settings.blocks;
                         let into = self.spare.pop().unwrap_or_else(|| {
                             Filled::Place(Box::new(vec![0_u8; self.settings.block_bytes]))
                         });
                         GetItem {
                             expected: Lengths::of(&[self.settings.block_bytes as u32]),
                             into,
-                            ..GetItem::to_vec(self.id(number))
+                            ..GetItem::to_vec(id(&self.key, self.settings.block_bytes, number))
                         }
                     })
                     .collect();

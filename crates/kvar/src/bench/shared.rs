@@ -4,6 +4,7 @@
 //! block once costs when neither side of the copy is in a cache. Ours reads the same way, from a
 //! node's memory into places of a pool as large, and checks every byte besides.
 
+use super::load::Random;
 use super::net::{Client, DRAM_BLOCKS, NodeProcess, Settings};
 use super::stats::idle_cpu;
 use super::{BLOCK_BYTES, Row, bar};
@@ -72,7 +73,7 @@ pub(crate) fn run(
 struct Memory {
     from: Vec<u8>,
     to: Vec<u8>,
-    random: u64,
+    random: Random,
 }
 
 impl Memory {
@@ -82,15 +83,12 @@ impl Memory {
             // Not zero: pages that were never written are all the same one.
             from: vec![3; bytes],
             to: vec![5; bytes],
-            random: 0x0dd_c0de,
+            random: Random::new(0x0dd_c0de),
         }
     }
 
     fn place(&mut self) -> usize {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 7;
-        self.random ^= self.random << 17;
-        (self.random % DRAM_BLOCKS) as usize * BLOCK_BYTES
+        (self.random.number() % DRAM_BLOCKS) as usize * BLOCK_BYTES
     }
 
     /// Bytes a second.

@@ -9,6 +9,15 @@ use std::time::{Duration, Instant};
 /// Long enough for a machine that compiles beside the test; a hang still fails.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
+/// In which idle processes are measured. A tick is 10 ms: in less time one of them more or less
+/// would decide.
+const IDLE_WINDOW: Duration = Duration::from_secs(2);
+const IDLE_TRIES: usize = 5;
+/// What follows a burst of work is over when nothing of it shows in this part of a window.
+const SETTLE_PART: u32 = 8;
+/// Whoever does not settle within this time is measured all the same.
+const SETTLE_MAX: Duration = Duration::from_secs(10);
+
 pub(crate) fn kvar() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_kvar"));
     // Flushes wait for a disk that other tests keep busy, too.
@@ -184,6 +193,26 @@ impl Server {
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
+    /// Its status, and through when all that was acknowledged is flushed, by the machine's monotonic
+    /// clock.
+    pub(crate) fn status_flushed(&self) -> (serde_json::Value, u64) {
+        let asked_at_us = monotonic_us();
+        let status = self.json("status", &[]);
+        let shards = status["shards"].as_array().unwrap().iter();
+        let unflushed_us = shards.map(|shard| &shard["engine"]["unflushed_age_us"]);
+        let oldest_us = unflushed_us.map(|age| age.as_u64().unwrap()).max().unwrap();
+        (status, asked_at_us - oldest_us)
+    }
+
+    /// What of a replay's journal is there after a kill, of what was flushed through that time.
+    pub(crate) fn verify(&self, journal: &Path, flushed_through_us: u64) -> serde_json::Value {
+        let through = flushed_through_us.to_string();
+        let journal = journal.to_str().unwrap();
+        let words = ["--verify", journal, "--older-than", "0s"];
+        let words = [&words[..], &["--killed-at-us", &through]].concat();
+        self.json("replay", &words)
+    }
+
     pub(crate) fn signal(&self, name: &str) {
         let pid = self.child.id().to_string();
         assert!(
@@ -290,6 +319,41 @@ pub(crate) fn fails(command: Command, code: i32, parts: &[&str]) {
         assert!(text.contains(part), "{shown}: {text:?} lacks {part:?}");
     }
     assert!(!text.contains("panicked"), "{shown}: {text}");
+}
+
+/// CPU time of a process so far, in ticks of 10 ms.
+pub(crate) fn cpu_ticks(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let after = stat.rsplit_once(')').unwrap().1;
+    let fields: Vec<&str> = after.split_whitespace().collect();
+    fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+}
+
+/// CPU time that each process uses of 200 ticks with nothing to do, and what it may use: what is
+/// going on at first may end, what never ends shows.
+pub(crate) fn ticks_when_idle<const N: usize>(allowed: [(u32, u64); N]) -> [u64; N] {
+    let used = |window: Duration| {
+        let before = allowed.map(|(pid, _)| cpu_ticks(pid));
+        std::thread::sleep(window);
+        let after = allowed.map(|(pid, _)| cpu_ticks(pid));
+        std::array::from_fn(|at| after[at] - before[at])
+    };
+    let fits = |used: &[u64; N], windows: u64| {
+        let mut pairs = used.iter().zip(&allowed);
+        pairs.all(|(used, (_, most))| used * windows <= *most)
+    };
+    let until = Instant::now() + SETTLE_MAX;
+    while !fits(&used(IDLE_WINDOW / SETTLE_PART), SETTLE_PART.into()) && Instant::now() < until {}
+    // A checkpoint may still come between.
+    let mut least = [u64::MAX; N];
+    for _ in 0..IDLE_TRIES {
+        let found = used(IDLE_WINDOW);
+        least = std::array::from_fn(|at| least[at].min(found[at]));
+        if fits(&least, 1) {
+            break;
+        }
+    }
+    least
 }
 
 /// The machine's monotonic clock in microseconds, as journals have it.

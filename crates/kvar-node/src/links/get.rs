@@ -1,0 +1,307 @@
+//! Gets on a link: items wait for room in the link's budget, are asked of their owners, and are
+//! pushed as they come.
+//!
+//! ```text
+//!   Waiting ── room for its bytes ──> Asked ── the owner has it ──────────────> pushed, Answered
+//!                                       │ not there, and there is a tier below
+//!                                       └──> AskedBelow ── has it, or not ────> Answered
+//! ```
+//!
+//! What must always be true: bytes asked for and bytes queued together stay within the budget, but
+//! for one block, which is always let through, and for the first blocks of a link, whose size is
+//! not known yet. A peer that takes its answers too slowly is not listened to meanwhile.
+
+use super::conversation::{Conversation, may_be_below};
+use super::desk::{Desk, Operation, To};
+use super::request::{Get, Item, ItemState, Kind, Open};
+use super::serve::touch_request;
+use crate::mail::Ask;
+use crate::report::NodeFacts;
+use kvar_base::{BLOCK_BYTES_MAX, MissReason, Moment};
+use kvar_engine::{Copy, GetRequest, Touch};
+use kvar_transport::{Link as _, SharedPieces};
+use kvar_wire::{GetAnswer, GetOutcome, Section};
+
+/// Reads under way while the link has not seen a block yet and nobody knows how large they are.
+const FIRST_READS: u32 = 8;
+
+impl Conversation {
+    pub(super) fn on_get(&mut self, desk: &mut Desk, request: u64, get: kvar_wire::Get) {
+        let miss = match () {
+            () if get.deadline_us == 0 => Some(MissReason::Deadline),
+            () if self.is_full(desk, get.items.len()) => Some(MissReason::Overloaded),
+            () => None,
+        };
+        if let Some(reason) = miss {
+            for item in 0..get.items.len() {
+                self.send_miss(desk, request, item as u16, reason);
+            }
+            return;
+        }
+        let count = get.items.len();
+        if count == 0 {
+            return self.protocol(
+                desk,
+                "a get of nothing has no answer; name at least one block",
+            );
+        }
+        let items = get.items.into_iter();
+        let kind = Kind::Get(Get {
+            items: items
+                .map(|wanted| Item {
+                    wanted,
+                    state: ItemState::Waiting,
+                })
+                .collect(),
+            left: count as u32,
+            touch_request: touch_request(desk, self.tenant, get.touch_request),
+        });
+        if let Some(operation) = self.open(desk, request, Some(get.deadline_us), kind) {
+            self.line_up(request, operation.opening, count);
+            self.start_gets(desk);
+        }
+    }
+
+    /// Puts a get's items in line.
+    fn line_up(&mut self, request: u64, opening: u64, items: usize) {
+        let items = (0..items).map(|item| (request, opening, item as u16));
+        self.waiting_gets.extend(items);
+    }
+
+    /// Asks for as many waiting items as the link's budget has room for, and lets the peer feel
+    /// it when it takes its answers too slowly.
+    pub(super) fn start_gets(&mut self, desk: &mut Desk) {
+        let budget = desk.settings.limits.bytes_max;
+        let queued = self.link.outgoing_bytes() as u64;
+        self.link.pause(queued > budget);
+        while let Some((request, opening, index)) = self.waiting_gets.front().copied() {
+            // At least one is always under way, else a budget below one block would wait for ever.
+            if self.reading_bytes + queued >= budget && self.reading_bytes + queued > 0 {
+                return;
+            }
+            if self.block_bytes_seen.is_none() && self.reads >= FIRST_READS {
+                return;
+            }
+            self.waiting_gets.pop_front();
+            let guess = self
+                .block_bytes_seen
+                .unwrap_or(desk.settings.block_bytes_guess);
+            let Some(open) = self.open.get_mut(&request) else {
+                continue;
+            };
+            let Kind::Get(get) = &mut open.kind else {
+                continue;
+            };
+            if open.opening != opening {
+                continue;
+            }
+            let (touch_request, deadline) = (get.touch_request, open.deadline);
+            let item = &mut get.items[usize::from(index)];
+            let bytes = expected_bytes(&item.wanted)
+                .unwrap_or(guess)
+                .min(BLOCK_BYTES_MAX);
+            item.state = ItemState::Asked(bytes);
+            self.reading_bytes += bytes;
+            self.reads += 1;
+            let id = item.wanted.id;
+            let ask = ask_for(&item.wanted, touch_request, deadline);
+            let operation = Operation {
+                link: self.key,
+                request,
+                opening,
+                part: u32::from(index),
+            };
+            desk.ask_owner(&id, operation, ask);
+        }
+    }
+
+    /// An owner has answered an item.
+    pub(super) fn on_got(
+        &mut self,
+        desk: &mut Desk,
+        request: u64,
+        index: u32,
+        outcome: Result<Copy, MissReason>,
+    ) {
+        let Some(Open {
+            kind: Kind::Get(get),
+            ..
+        }) = self.open.get_mut(&request)
+        else {
+            return;
+        };
+        let item = &mut get.items[index as usize];
+        let (bytes, outcome) = match (item.state, outcome) {
+            (ItemState::Asked(bytes), Err(reason)) if may_be_below(reason) => {
+                if self.ask_below(desk, request, index, bytes, reason) {
+                    return;
+                }
+                (bytes, Err(reason))
+            }
+            (ItemState::Asked(bytes), outcome) => (bytes, outcome),
+            // What the first one said is the reason, unless the other knows more than that.
+            (ItemState::AskedBelow(bytes, above), Err(MissReason::Absent)) => (bytes, Err(above)),
+            (ItemState::AskedBelow(bytes, _), outcome) => (bytes, outcome),
+            (ItemState::Waiting | ItemState::Answered, _) => return,
+        };
+        let Some(Open {
+            kind: Kind::Get(get),
+            ..
+        }) = self.open.get_mut(&request)
+        else {
+            return;
+        };
+        let item = &mut get.items[index as usize];
+        item.state = ItemState::Answered;
+        self.reading_bytes -= bytes;
+        self.reads -= 1;
+        get.left -= 1;
+        self.open_weight -= 1;
+        let is_over = get.left == 0;
+        let outcome = outcome.and_then(|copy| fits(&item.wanted, copy));
+        match outcome {
+            Ok(copy) => self.push_copy(desk, request, index as u16, copy),
+            Err(reason) => self.send_miss(desk, request, index as u16, reason),
+        }
+        if is_over {
+            self.close(desk, request);
+        }
+    }
+
+    /// Asks the tier below for an item, if there is one; its budget stays as it is.
+    fn ask_below(
+        &mut self,
+        desk: &mut Desk,
+        request: u64,
+        index: u32,
+        bytes: u64,
+        reason: MissReason,
+    ) -> bool {
+        let Some(open) = self.open.get_mut(&request) else {
+            return false;
+        };
+        let (opening, deadline) = (open.opening, open.deadline);
+        let Kind::Get(get) = &mut open.kind else {
+            return false;
+        };
+        let touch_request = get.touch_request;
+        let item = &mut get.items[index as usize];
+        let Some(engine) = desk.routes.lower_owner(&item.wanted.id) else {
+            return false;
+        };
+        item.state = ItemState::AskedBelow(bytes, reason);
+        let ask = ask_for(&item.wanted, touch_request, deadline);
+        let operation = Operation {
+            link: self.key,
+            request,
+            opening,
+            part: index,
+        };
+        desk.ask(To::Engine(engine, ask), operation);
+        true
+    }
+
+    pub(super) fn send_miss(
+        &mut self,
+        desk: &mut Desk,
+        request: u64,
+        item: u16,
+        reason: MissReason,
+    ) {
+        desk.counters.get_misses.add(reason);
+        desk.of_namespace[self.tenant.index()].misses += 1;
+        self.send(
+            desk,
+            request,
+            &GetAnswer {
+                item,
+                outcome: GetOutcome::Miss(reason),
+            },
+        );
+    }
+
+    fn push_copy(&mut self, desk: &mut Desk, request: u64, item: u16, copy: Copy) {
+        let sections: Vec<Section> = copy
+            .sections
+            .iter()
+            .map(|section| Section {
+                len: section.len,
+                check: section.check,
+            })
+            .collect();
+        let ranges: smallvec::SmallVec<[_; 2]> = copy
+            .sections
+            .iter()
+            .map(|section| {
+                let start = section.offset as usize;
+                start..start + section.len as usize
+            })
+            .collect();
+        let bytes = ranges.iter().map(ExactSizeIterator::len).sum::<usize>();
+        let first_section = copy.sections.first().map_or(0, |section| section.index);
+        let outcome = GetOutcome::Hit {
+            version: copy.version,
+            first_section,
+            sections,
+        };
+        desk.scratch.clear();
+        let answer = GetAnswer { item, outcome };
+        if let Err(error) =
+            kvar_wire::encode(&mut desk.scratch, request, NodeFacts::EPOCH, &answer, bytes)
+        {
+            tracing::error!(peer = %self.peer, %error, "an answer does not fit its bounds");
+            return self.link.close();
+        }
+        self.block_bytes_seen = self.block_bytes_seen.max(Some(bytes as u64));
+        desk.counters.get_hits += 1;
+        desk.of_namespace[self.tenant.index()].hits += 1;
+        desk.counters.payload_bytes_out += bytes as u64;
+        let token = desk.number();
+        let source = SharedPieces {
+            bytes: copy.bytes,
+            ranges,
+        };
+        if self.link.push(&desk.scratch, token, source).is_err() {
+            self.link.close();
+        }
+    }
+}
+
+/// What an engine is asked of an item, be it the first one or the one below.
+fn ask_for(wanted: &kvar_wire::GetItem, touch_request: u64, deadline: Moment) -> Ask {
+    Ask::Get(GetRequest {
+        id: wanted.id,
+        sections: wanted.sections.clone(),
+        deadline,
+        touch: Touch {
+            request: touch_request,
+            depth: wanted.depth,
+        },
+    })
+}
+
+/// Bytes a reader says it has room for.
+fn expected_bytes(item: &kvar_wire::GetItem) -> Option<u64> {
+    match &item.expected {
+        kvar_wire::Lengths::Any => None,
+        kvar_wire::Lengths::Equal(count, len) => Some(u64::from(*count) * u64::from(*len)),
+        kvar_wire::Lengths::Each(lengths) => Some(lengths.iter().map(|len| u64::from(*len)).sum()),
+    }
+}
+
+/// Whether a copy is what the reader wants and has room for.
+fn fits(wanted: &kvar_wire::GetItem, copy: Copy) -> Result<Copy, MissReason> {
+    if wanted
+        .version
+        .is_some_and(|version| version != copy.version)
+    {
+        return Err(MissReason::Version);
+    }
+    if !wanted
+        .expected
+        .fit(copy.sections.iter().map(|section| section.len))
+    {
+        return Err(MissReason::WrongFormat);
+    }
+    Ok(copy)
+}
