@@ -2,13 +2,15 @@
 #                (ONCE=1 ends after the report; KVAR_DATA, KVAR_SIZE, KVAR_DRAM, KVAR_BLOCK say where and how large)
 # make test      every test but the engines'
 # make e2e       stock vLLM on this machine's CPU, killed and restarted, against the same prompts
+# make e2e-lmcache   stock vLLM over the real LMCache server over a node, all killed and restarted
 # make bench     engine against fio, links against plain sockets
 # make bench-peers   the engine beside foyer and fjall: same values, same folder, same run (BENCH_ARGS goes to it)
 # make bench-peers-net  a node beside Mooncake Store and Redis over TCP: rates, latencies, CPU, a plot (root; BENCH_ARGS goes to it)
+# make bench-lmcache LMCache's own benchmark on kvar and on its fs_native, in turns (BENCH_ARGS goes to it)
 # make lint      what CI refuses
 SHELL := /bin/bash
 
-.PHONY: run test e2e bench bench-peers bench-peers-net lint tools
+.PHONY: run test e2e e2e-lmcache bench bench-peers bench-peers-net bench-lmcache lint tools
 
 run:
 	@ONCE=$(ONCE) scripts/run.sh
@@ -18,6 +20,12 @@ test: tools
 
 e2e: tools
 	@e2e/run.sh $(E2E_ARGS)
+
+e2e-lmcache: tools
+	@e2e/lmcache.sh run $(E2E_ARGS)
+
+bench-lmcache: tools
+	@e2e/lmcache.sh bench $(BENCH_ARGS)
 
 bench: tools
 	@scripts/bench.sh

@@ -15,6 +15,7 @@ external hits by vLLM's own counter. Times are shown and never judged.
 from __future__ import annotations
 
 import argparse
+import http
 import json
 import os
 import shutil
@@ -91,12 +92,12 @@ class LMCache(Server):
             with urllib.request.urlopen(
                 f"http://127.0.0.1:{self._http_port}/healthcheck", timeout=5
             ) as answer:
-                return bool(answer.status == 200)
+                return bool(answer.status == http.HTTPStatus.OK)
         except (OSError, urllib.error.URLError):
             return False
 
     def transfer(self) -> dict[str, Any]:
-        """vLLM's setting for LMCache's own connector, against this server."""
+        """The setting of vLLM for LMCache's own connector, against this server."""
         return {
             "kv_connector": "LMCacheMPConnector",
             "kv_connector_module_path": "lmcache.integration.vllm.lmcache_mp_connector",

@@ -213,7 +213,7 @@ class UnixConnection(http.client.HTTPConnection):
 
 
 def kvar_transfer(node: Node) -> dict[str, Any]:
-    """vLLM's setting for the connector, against this node."""
+    """The setting of vLLM for the connector, against this node."""
     return {
         "kv_connector": "KvarConnector",
         "kv_connector_module_path": "kvar.vllm",

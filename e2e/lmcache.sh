@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The LMCache door, from nothing. `run`: stock vLLM over the real LMCache server over a node, all of
+# it killed and restarted. `bench`: `lmcache bench l2` on kvar and on LMCache's own fs_native, in
+# turns. What follows goes to lmcache_run.py or lmcache_bench.py (--help says which arguments).
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(dirname "$here")
+say() { echo "lmcache: $*" >&2; }
+what=${1:-run}
+case $what in run | bench) shift || true ;; *) say "no $what here: run or bench"; exit 2 ;; esac
+
+source "$here/prepare.sh"
+source "$root/scripts/environment.sh"
+KVAR_PYTHON=$KVAR_E2E_PYTHON cached_environment lmcache "$here/lmcache.lock"
+paths=$overlay:$(echo "$tools"/lib/python3.*/site-packages)
+
+if [ "$what" = run ]; then
+  say "testing the door under LMCache's own adapter"
+  KVAR_BIN=$KVAR_BIN PYTHONPATH=$paths "$KVAR_E2E_PYTHON" -m pytest -q -p no:cacheprovider \
+    "$root/python/tests/test_lmcache.py"
+  PYTHONPATH=$overlay exec "$KVAR_E2E_PYTHON" "$here/lmcache_run.py" --kvar "$KVAR_BIN" \
+    --model "$KVAR_E2E_MODEL" --overlay "$paths" "$@"
+fi
+exec "$KVAR_E2E_PYTHON" "$here/lmcache_bench.py" --kvar "$KVAR_BIN" --overlay "$paths" "$@"

@@ -1,0 +1,131 @@
+"""``lmcache bench l2`` on kvar and on LMCache's own ``fs_native``, in turns, bytes verified.
+
+Each run stores objects of its own, and loads them again: the first run of each is not counted (the
+first touch of a page of memory costs more than storing it). ``fs_native`` leaves writing to the
+kernel and loads from the page cache; kvar keeps what it stored in its own memory. Prints medians of
+the runs and of the paired ratios, and writes them as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+from servers import Node, say
+
+HERE = Path(__file__).parent
+OPERATIONS = ("Store", "Load")
+RUN_S_MAX = 300
+
+
+class Bench:
+    """Both backends in one folder."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        self.arguments = arguments
+        self.folder = folder
+        self.node = Node(arguments.kvar, folder / "store.kvar", folder / "node.log")
+
+    def run(self, name: str) -> dict[str, float]:
+        """One run of LMCache's benchmark: MB/s of each operation."""
+        files = self.folder / "files"
+        if name == "kvar":
+            adapter: dict[str, Any] = {
+                "type": "native_plugin",
+                "module_path": "kvar.lmcache",
+                "class_name": "Client",
+                "adapter_params": {
+                    "endpoint": self.node.endpoint,
+                    "key_file": str(self.node.key_file),
+                    # LMCache's benchmark gives its objects the same names every time.
+                    "fingerprint": uuid.uuid4().hex,
+                },
+            }
+        else:
+            adapter = {"type": "fs_native", "base_path": str(files), "num_workers": 4}
+        out = self.folder / "out.json"
+        command = [sys.executable, "-m", "lmcache.cli.main", "bench", "l2"]
+        command += ["--l2-adapter", json.dumps(adapter), "--no-skip-verify"]
+        command += ["--num-keys", str(self.arguments.keys), "--in-flight", "4"]
+        command += ["--data-size-kb", str(self.arguments.kib), "--rounds", "3"]
+        command += ["--format", "json", "--output", str(out)]
+        environment = dict(os.environ) | {
+            "PYTHONPATH": self.arguments.overlay,
+            "LMCACHE_LOG_LEVEL": "ERROR",
+        }
+        with (self.folder / "bench.log").open("ab") as log:
+            subprocess.run(
+                command, env=environment, stdout=log, stderr=log, check=True, timeout=RUN_S_MAX
+            )
+        metrics = json.loads(out.read_text())["metrics"]
+        shutil.rmtree(files, ignore_errors=True)
+        found = {}
+        for value in metrics.values():
+            if value.get("operation") in OPERATIONS:
+                if value["total_success"] != value["total_keys"]:
+                    raise SystemExit(f"{name}: {value['operation']} failed for some: {value}")
+                found[value["operation"]] = float(value["throughput_avg_mbps"])
+        return found
+
+
+def main() -> int:
+    """Runs the pairs and prints the medians."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kvar", type=Path, required=True, help="the kvar binary")
+    parser.add_argument("--overlay", required=True, help="PYTHONPATH of kvar and LMCache")
+    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--kib", type=int, default=1024, help="of an object")
+    parser.add_argument("--keys", type=int, default=16, help="objects of a batch; 4 are in flight")
+    arguments = parser.parse_args()
+    out = HERE / "out"
+    out.mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="lmcache-bench-", dir=out))
+    bench = Bench(arguments, folder)
+    runs: dict[str, list[dict[str, float]]] = {"kvar": [], "fs_native": []}
+    try:
+        bench.node.start()
+        for pair in range(arguments.pairs + 1):
+            order = ["kvar", "fs_native"] if pair % 2 == 0 else ["fs_native", "kvar"]
+            for name in order:
+                found = bench.run(name)
+                if pair > 0:
+                    runs[name].append(found)
+            say(f"pair {pair} of {arguments.pairs}, load {os.getloadavg()[0]:.1f}")
+    finally:
+        bench.node.kill()
+        shutil.rmtree(folder)
+    result = {}
+    for operation in OPERATIONS:
+        ours, theirs = ([run[operation] for run in runs[name]] for name in runs)
+        ratios = sorted(mine / other for mine, other in zip(ours, theirs, strict=True))
+        result[operation.lower()] = {
+            "kvar_mb_per_s": statistics.median(ours),
+            "fs_native_mb_per_s": statistics.median(theirs),
+            "ratio": statistics.median(ratios),
+            "ratio_least": ratios[0],
+            "ratio_most": ratios[-1],
+        }
+        print(
+            f"{operation}: kvar {statistics.median(ours):.0f} MB/s, "
+            f"fs_native {statistics.median(theirs):.0f} MB/s, "
+            f"x{statistics.median(ratios):.2f} [{ratios[0]:.2f} {ratios[-1]:.2f}]"
+        )
+    (out / "lmcache-bench.json").write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        say("interrupted; everything was stopped")
+        sys.exit(130)
