@@ -18,10 +18,11 @@ use crate::failure::Failure;
 use kvar_base::{BlockId, NamespaceKey, PutOutcome};
 use kvar_client::PutHints;
 use kvar_client::{
-    Answer, ClientConfig, Completion, Filled, GetItem, Lengths, PutItem, Request, Session, Ticket,
+    Answer, ClientConfig, Completion, Filled, GetItem, Lengths, PutItem, Request, Session, Source, Ticket,
 };
 use kvar_node::KeyFile;
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Puts under way while filling.
@@ -96,6 +97,17 @@ impl Reached {
     }
 }
 
+/// What many puts send, as an engine's memory is sent: where it lies. (A copy of each would measure
+/// how fast the kernel makes new pages.)
+#[derive(Clone)]
+struct Content(Arc<[u8]>);
+
+impl Source for Content {
+    fn visit<'a>(&'a self, visit: &mut dyn FnMut(&'a [u8])) {
+        visit(&self.0);
+    }
+}
+
 struct Load<'a> {
     settings: &'a Settings,
     session: Session,
@@ -103,7 +115,7 @@ struct Load<'a> {
     done: Vec<Completion>,
     random: Random,
     spare: Vec<Filled>,
-    contents: Vec<Vec<u8>>,
+    contents: Vec<Content>,
     /// Tells apart the puts of this run from those of others.
     run: u64,
     put: u64,
@@ -137,7 +149,7 @@ pub(crate) fn run(settings: &Settings) -> Result<Reached, Failure> {
         run,
         put: 0,
     };
-    let content = |_| load.random.bytes(settings.block_bytes);
+    let content = |_| Content(load.random.bytes(settings.block_bytes).into());
     load.contents = (0..CONTENTS).map(content).collect();
     if settings.operation == Operation::Get && settings.fills {
         load.fill()?;
@@ -162,7 +174,7 @@ impl Load<'_> {
         let contents = &self.contents;
         filling.put(&mut self.session, |number| {
             let bytes = contents[number as usize % CONTENTS].clone();
-            PutItem::of_bytes(id(key, block_bytes, number), bytes)
+            PutItem::of_pieces(id(key, block_bytes, number), bytes)
         })
     }
 
@@ -195,7 +207,7 @@ impl Load<'_> {
                         let name = format!("kvar bench/{}/{}", self.run, self.put);
                         let id = BlockId::from_name(&self.key, &name);
                         let bytes = self.contents[self.put as usize % CONTENTS].clone();
-                        let mut item = PutItem::of_bytes(id, bytes);
+                        let mut item = PutItem::of_pieces(id, bytes);
                         item.hints = PutHints {
                             ephemeral: true,
                             ..PutHints::default()
