@@ -19,8 +19,25 @@ pub(crate) struct ThreadReport {
     pub(crate) links: LinkCounters,
     /// What was asked of each namespace, by number.
     pub(crate) namespaces: Vec<NamespaceCounters>,
+    /// Who is linked to it.
+    pub(crate) clients: Vec<ClientReport>,
     /// Its shards, one a device.
     pub(crate) shards: Vec<ShardReport>,
+}
+
+/// One client's link at one moment.
+#[derive(Clone, Debug, Serialize)]
+pub struct ClientReport {
+    /// Its name and version, as it says; an engine's connector says what its blocks are made of, too.
+    pub name: String,
+    /// Its address.
+    pub peer: String,
+    /// The number of the namespace it works in.
+    pub namespace: u8,
+    /// What the link goes through: `tcp` or `shm`.
+    pub link: &'static str,
+    /// Requests it has open.
+    pub requests_open: u64,
 }
 
 /// One shard of a device at one moment.
@@ -261,6 +278,8 @@ pub struct NodeReport<'a> {
     pub links: LinkCounters,
     /// Each namespace, the default one first.
     pub namespaces: Vec<NamespaceReport>,
+    /// Who is linked, by name (of each thread 256 at most).
+    pub clients: Vec<ClientReport>,
     /// Each shard.
     pub shards: Vec<ShardReport>,
 }
@@ -280,6 +299,9 @@ impl<'a> NodeReport<'a> {
         reports.sort_by_key(|report| report.thread);
         let threads_silent = threads.saturating_sub(reports.len() as u32);
         reports.iter().for_each(|report| links += report.links);
+        let clients = reports.iter().flat_map(|report| report.clients.clone());
+        let mut clients: Vec<ClientReport> = clients.collect();
+        clients.sort_by(|a, b| (&a.name, &a.peer).cmp(&(&b.name, &b.peer)));
         let mut of_namespace = vec![NamespaceCounters::default(); TENANTS];
         for report in &reports {
             let counters = of_namespace.iter_mut().zip(&report.namespaces);
@@ -333,6 +355,7 @@ impl<'a> NodeReport<'a> {
             threads_silent,
             links,
             namespaces: NamespaceReport::all(namespaces, &of_namespace, &shards),
+            clients,
             shards,
         }
     }

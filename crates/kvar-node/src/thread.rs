@@ -407,6 +407,7 @@ impl Thread {
             thread: self.number,
             links: self.links.counters(),
             namespaces: self.links.namespace_counters(),
+            clients: self.links.clients(),
             shards: shards.collect(),
         }
     }

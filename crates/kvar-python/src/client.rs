@@ -133,6 +133,7 @@ impl PyClient {
     #[pyo3(signature = (
         endpoint, namespace = "default", key = None, *, key_file = None, deadline_ms = 1000,
         connect_timeout_ms = 1000, links = 1, link = "auto", lazy = false,
+        name = None,
     ))]
     #[allow(clippy::too_many_arguments)] // The public signature, nearly all of it by keyword.
     fn new(
@@ -146,6 +147,7 @@ impl PyClient {
         links: usize,
         link: &str,
         lazy: bool,
+        name: Option<String>,
     ) -> PyResult<Self> {
         let link = link
             .parse()
@@ -156,17 +158,12 @@ impl PyClient {
             connect_timeout: Duration::from_millis(connect_timeout_ms),
             links,
             link,
-            name: concat!("kvar-python ", env!("CARGO_PKG_VERSION")).to_owned(),
+            name: name
+                .unwrap_or_else(|| concat!("kvar-python ", env!("CARGO_PKG_VERSION")).to_owned()),
             ..ClientConfig::new(endpoint, key_of(key, key_file)?)
         };
-        let start = if lazy {
-            Client::lazy
-        } else {
-            Client::connect
-        };
-        let client = py
-            .detach(|| start(config))
-            .map_err(|error| raise(&error))?;
+        let start = if lazy { Client::lazy } else { Client::connect };
+        let client = py.detach(|| start(config)).map_err(|error| raise(&error))?;
         let preparer = Preparer::start()
             .map_err(|error| ConfigError::new_err(format!("cannot start a thread: {error}")))?;
         Ok(Self {

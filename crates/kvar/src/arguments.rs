@@ -100,6 +100,24 @@ Examples:
         json: bool,
     },
 
+    /// Why is there no hit? Asks the node, and the engines linked to it, and says what to do.
+    #[command(after_help = "\
+Looks at the link (address, version, namespace, key), at the node (state, devices, room, what it was \
+asked and why it missed), at what this host could do better (io_uring, huge pages, shared memory), at \
+the engines that are linked (do those of one model mean the same by a block?), and stores, reads and \
+removes one block of 64 KiB. Each line is ok, note, or wrong; with a wrong one the exit code is 1.
+
+Examples:
+  kvar doctor
+  kvar doctor --endpoint 10.0.0.7:7411 --key-file store.kvar.key --json")]
+    Doctor {
+        #[command(flatten)]
+        node: NodeArguments,
+        /// Print the findings as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+
     /// Store a file (or - for standard input) as one block.
     #[command(after_help = "\
 A block is immutable: the first bytes stored under a name stay until it is removed; putting it \

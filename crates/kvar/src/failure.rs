@@ -50,6 +50,11 @@ impl Failure {
         Self::new(Kind::NotFound, message)
     }
 
+    /// What went wrong, and what to do.
+    pub(crate) fn message(&self) -> &str {
+        &self.message
+    }
+
     /// Prints the line and gives the exit code.
     pub(crate) fn report(&self) -> ExitCode {
         eprintln!("kvar: {}", self.message);

@@ -12,6 +12,7 @@ mod connect;
 mod device_arguments;
 mod device_command;
 mod devices;
+mod doctor;
 mod failure;
 mod lease_command;
 mod namespace_command;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let outcome = match &arguments.command {
         Command::Serve(settings) => serve::run(settings),
+        Command::Doctor { node, json } => doctor::run(node, *json),
         Command::Status { node, json } => blocks::status(node, *json),
         Command::Put { node, put, json } => blocks::put(node, put, *json),
         Command::Lookup { node, lookup, json } => lease_command::lookup(node, lookup, *json),

@@ -140,6 +140,7 @@ class Client:
         links: int = 1,
         link: str = "auto",
         lazy: bool = False,
+        name: str | None = None,
     ) -> Self: ...
     @property
     def endpoint(self) -> str: ...

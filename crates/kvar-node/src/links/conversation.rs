@@ -20,7 +20,7 @@ use super::desk::{Desk, LINK_TIMER, LinkKey, Operation};
 use super::filling::Filling;
 use super::request::{Get, Item, ItemState, Kind, Open};
 use crate::mail::{Ask, Ticket};
-use crate::report::NodeFacts;
+use crate::report::{ClientReport, NodeFacts};
 use kvar_base::{MissReason, Moment, PutOutcome, Refusal};
 use kvar_engine::Tenant;
 use kvar_transport::{AnyLink, Link as _, SharedPieces};
@@ -65,6 +65,8 @@ pub(crate) struct Conversation {
     pub(super) phase: Phase,
     /// The namespace it works in, once it is serving.
     pub(super) tenant: Tenant,
+    /// Who it says it is, once it is serving.
+    pub(super) client: String,
     pub(super) open: HashMap<u64, Open>,
     /// Sum of the open requests' weights.
     pub(super) open_weight: u32,
@@ -98,6 +100,7 @@ impl Conversation {
             peer,
             phase: Phase::Handshake(Box::new(NodeHandshake::new(nonce))),
             tenant: Tenant::DEFAULT,
+            client: String::new(),
             open: HashMap::new(),
             open_weight: 0,
             waiting_gets: VecDeque::new(),
@@ -111,6 +114,17 @@ impl Conversation {
             looks: 0,
             seat: None,
         }
+    }
+
+    /// Who is there; nothing of one that has not proved itself.
+    pub(super) fn report(&self) -> Option<ClientReport> {
+        matches!(self.phase, Phase::Serving).then(|| ClientReport {
+            name: self.client.clone(),
+            peer: self.peer.to_string(),
+            namespace: self.tenant.number(),
+            link: self.link.kind().word(),
+            requests_open: self.open.len() as u64,
+        })
     }
 
     /// Queues a message without payload. A link whose peer does not read is given up: its queue
@@ -172,6 +186,7 @@ impl Conversation {
                         tracing::debug!(peer = %self.peer, client = %peer.client, "link open");
                         // The handshake found it a moment ago.
                         self.tenant = find(&peer.namespace).map_or(Tenant::DEFAULT, |it| it.0);
+                        self.client = peer.client;
                         self.phase = Phase::Serving;
                         self.link
                             .set_bounds(kvar_wire::MESSAGE_BYTES_MAX, kvar_wire::PAYLOAD_BYTES_MAX);

@@ -36,6 +36,7 @@ pub(crate) use desk::{Describe, LinkSettings, Outgoing, To};
 
 use crate::devices::Routes;
 use crate::mail::{Answer, Ticket};
+use crate::report::ClientReport;
 use conversation::{Conversation, Incoming, NodeLink, Phase, abort};
 use crossbeam_channel::Sender;
 use desk::{Desk, LINK_TIMER, LinkKey};
@@ -61,6 +62,9 @@ const OUTGOING_HEADS_BYTES: usize = 8 << 20;
 /// then its peer must ring: some hundred microseconds of looking, about what a look costs a thread
 /// that works all the time for others.
 const LOOKS_MAX: u32 = 4096;
+
+/// Clients that a thread names in a report: a report is made on the data plane.
+const CLIENTS_REPORTED_MAX: usize = 256;
 
 /// See the module.
 pub(crate) struct Links {
@@ -140,6 +144,12 @@ impl Links {
     /// What was asked of each namespace, by number.
     pub(crate) fn namespace_counters(&self) -> Vec<crate::counters::NamespaceCounters> {
         self.desk.of_namespace.to_vec()
+    }
+
+    /// Who is there, as far as the first [`CLIENTS_REPORTED_MAX`].
+    pub(crate) fn clients(&self) -> Vec<ClientReport> {
+        let links = self.slots.iter().filter_map(|(_, link)| link.report());
+        links.take(CLIENTS_REPORTED_MAX).collect()
     }
 
     fn shared_links(&self) -> usize {

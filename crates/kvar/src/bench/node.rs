@@ -18,7 +18,8 @@ use crate::failure::Failure;
 use kvar_base::{BlockId, NamespaceKey, PutOutcome};
 use kvar_client::PutHints;
 use kvar_client::{
-    Answer, ClientConfig, Completion, Filled, GetItem, Lengths, PutItem, Request, Session, Source, Ticket,
+    Answer, ClientConfig, Completion, Filled, GetItem, Lengths, PutItem, Request, Session, Source,
+    Ticket,
 };
 use kvar_node::KeyFile;
 use std::collections::HashMap;
