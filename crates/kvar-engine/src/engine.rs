@@ -3,7 +3,7 @@
 use crate::format::{OpenError, mend_superblock, run};
 use crate::index::Index;
 use crate::layout::{PAGE, Superblock};
-use crate::recovery::{RecoveryReport, recover};
+use crate::recovery::{RecoveryReport, recover, void_checkpoint};
 use crate::shard::{
     BlockStat, Change, Counters, Demoted, Demotion, EngineConfig, Event, GetRequest, LeaseGrant,
     LeaseRequest, PutRequest, PutTicket, Shard, ShardStatus, ShutdownReport, Standing,
@@ -81,7 +81,8 @@ impl Engine {
         Ok((Self::start(device, loaded, now), report))
     }
 
-    /// The first half of [`open`](Self::open): reads the shard and mends superblock copies. Blocks
+    /// The first half of [`open`](Self::open): reads the shard, mends superblock copies, and makes
+    /// checkpoints that could not be read none. Blocks
     /// for as long as recovery takes, so a server does it on another thread than the one that will
     /// drive the shard, with a device of that thread's own over the same storage.
     ///
@@ -94,7 +95,12 @@ impl Engine {
         shard: u32,
         config: EngineConfig,
     ) -> Result<Loaded, OpenError> {
-        let (shard, mut report) = Self::load(device, arena, superblock, shard, config)?;
+        let (mut shard, mut report) = Self::load(device, arena, superblock, shard, config)?;
+        for area in std::mem::take(&mut shard.checkpoints_unread) {
+            // One that stays is as bad as before; the device is good for the rest.
+            let is_void = void_checkpoint(device, &shard, area);
+            report.checkpoints_unsure += u32::from(!is_void);
+        }
         if shard.number == 0 {
             // A copy that cannot be written is a lost copy; two others agreed.
             report.superblock_copies_mended =
@@ -328,8 +334,8 @@ impl Engine {
         self.shard.bookkeeping()
     }
 
-    /// Whether the bytes counted of each tenant are what counting anew gives: for tests. Cost: the
-    /// whole index, and all of memory.
+    /// Whether every segment is in one state alone, and the bytes counted of each tenant are what
+    /// counting anew gives: for tests. Cost: the whole index, and all of memory.
     ///
     /// # Errors
     /// What differs.

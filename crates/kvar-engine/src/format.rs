@@ -134,7 +134,8 @@ pub(crate) fn read(
     }
 }
 
-fn write(
+/// Writes bytes at `offset`.
+pub(crate) fn write(
     device: &mut dyn Device,
     arena: &Arena,
     offset: u64,

@@ -4,6 +4,11 @@
 //! (or, where one is not whole, directory pages) of segments that can hold records the checkpoint
 //! does not know; then replays those records by sequence number. Nothing is written.
 //!
+//! A checkpoint that could not be read must not be read later: this life begins from what the one
+//! before it says, draws sequence numbers that the newer one takes for known, and promises what is
+//! there now. So whoever goes on to write makes it none, before anything is promised
+//! ([`void_checkpoint`]).
+//!
 //! Records of a segment have numbers from its own opening number up to below that of the third
 //! segment after it: that one is prepared only after the second after it was opened, which happens
 //! only when this one was sealed. So segments that a checkpoint covers can be left out, and records
@@ -12,7 +17,7 @@
 //! The index has no room for the time at which a block expires. It stands in the block's record;
 //! the checkpoint says which segments hold such records, and these are read too.
 
-use crate::format::{OpenError, read};
+use crate::format::{OpenError, read, write};
 use crate::index::{BUCKET_BYTES, Entry, Inserted};
 use crate::layout::{
     CHUNK_BYTES, CHUNK_PAYLOAD_BYTES, CheckpointHead, NUMBERS_END, PAGE, PageKind, RECORD_BLOCK,
@@ -32,6 +37,9 @@ use zerocopy::FromBytes;
 
 /// Header reads under way at once.
 const HEADERS_IN_FLIGHT: usize = 32;
+/// Times that a checkpoint which could not be read is written over: once more than a bad sector needs
+/// to be given another place.
+const VOID_TRIES: u32 = 2;
 /// Segments after which a segment's record numbers are exceeded; see the module's story.
 const OVERLAP: usize = 3;
 
@@ -58,6 +66,9 @@ pub struct RecoveryReport {
     pub blocks: u64,
     /// Index entries that made room for others during replay.
     pub bucket_evicted: u64,
+    /// Checkpoints that could not be read, and could not be made none either: the next recovery may
+    /// read them, and find what was there before this life.
+    pub checkpoints_unsure: u32,
     /// Superblock copies that were lost and written again (by shard 0).
     pub superblock_copies_mended: u32,
 }
@@ -90,12 +101,12 @@ pub(crate) fn recover(
             Header::Blank | Header::Damaged => {
                 report.headers_damaged += 1;
                 let found = probe_segment(device, shard, number)?;
-                // One that was never opened then is not known: as a used one it would be sealed and
-                // free at once, and be reclaimed while it is written.
-                let known = known.filter(|known| known.generation.get() > 0);
                 let known =
                     known.map(|known| (known.generation.get(), known.opened_sequence.get()));
-                if let Some((generation, opened_sequence)) = found.max(known) {
+                // One that was never opened is not known: as a used one it would be sealed and free
+                // at once, and be reclaimed while it is written.
+                let known = found.max(known).filter(|(generation, _)| *generation > 0);
+                if let Some((generation, opened_sequence)) = known {
                     let segment = shard.segments.get(number);
                     segment.generation = generation;
                     segment.opened_sequence = opened_sequence;
@@ -172,6 +183,7 @@ pub(crate) fn recover(
         }
     }
     shard.recovered();
+    debug_assert_eq!(shard.segments.recount(None), Ok(()), "after recovery");
     report.blocks = shard.index.len() as u64;
     Ok(report)
 }
@@ -188,14 +200,17 @@ fn load_checkpoint(
     report: &mut RecoveryReport,
 ) -> Result<Option<Checkpoint>, OpenError> {
     let mut areas = Vec::new();
+    let mut unread = Vec::new();
     for area in 0..2_u32 {
         let offset = shard.superblock.checkpoint_area(shard.number, area);
-        if let Ok(chunk) = read(device, &shard.arena, offset, CHUNK_BYTES)
-            && let Some((place, _)) = decode_chunk(chunk.as_slice(), &shard.superblock, offset)
-            && place.shard == shard.number
-            && place.number < NUMBERS_END
-        {
-            areas.push((place.number, area));
+        let chunk = read(device, &shard.arena, offset, CHUNK_BYTES);
+        let chunk = chunk.as_ref().map_or(&[][..], |chunk| chunk.as_slice());
+        match decode_chunk(chunk, &shard.superblock, offset) {
+            Some((place, _)) if place.shard == shard.number && place.number < NUMBERS_END => {
+                areas.push((place.number, area));
+            }
+            _ if is_none(chunk) => {}
+            _ => unread.push(area),
         }
     }
     areas.sort_unstable();
@@ -207,12 +222,31 @@ fn load_checkpoint(
             report.checkpoint = Some(number);
             // The next one leaves this alone.
             shard.checkpoint_area = 1 - area;
+            shard.checkpoints_unread = unread;
             return Ok(Some(checkpoint));
         }
         report.checkpoints_damaged += 1;
+        unread.push(area);
         shard.index.clear();
     }
+    shard.checkpoints_unread = unread;
     Ok(None)
+}
+
+/// Whether a first chunk says that there is no checkpoint: none was ever written, or it was made none.
+fn is_none(chunk: &[u8]) -> bool {
+    let head = chunk.get(..PAGE);
+    head.is_some_and(|head| head.iter().all(|byte| *byte == 0))
+}
+
+/// Makes the checkpoint of an area none, so that no later recovery reads it; durable with the next
+/// flush. Whether it is none: it is looked at again, for a write that went elsewhere leaves it.
+pub(crate) fn void_checkpoint(device: &mut dyn Device, shard: &Shard, area: u32) -> bool {
+    let offset = shard.superblock.checkpoint_area(shard.number, area);
+    (0..VOID_TRIES).any(|_| {
+        write(device, &shard.arena, offset, &[0; PAGE]).is_ok()
+            && read(device, &shard.arena, offset, PAGE).is_ok_and(|head| is_none(head.as_slice()))
+    })
 }
 
 fn load_area(

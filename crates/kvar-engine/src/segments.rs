@@ -341,6 +341,35 @@ impl Segments {
         &mut self.all[number as usize]
     }
 
+    /// Whether every segment stands where its phase says, and there alone; `reclaiming` is the one that
+    /// is being reclaimed.
+    pub(crate) fn recount(&self, reclaiming: Option<u32>) -> Result<(), String> {
+        let one = |number: Option<u32>, phase| number.map(|number| (number, phase));
+        let number_of = |open: &Option<OpenSegment>| open.as_ref().map(|open| open.number);
+        let single = [
+            one(self.preparing, SegmentPhase::Preparing),
+            one(self.prepared, SegmentPhase::Prepared),
+            one(number_of(&self.open), SegmentPhase::Open),
+            one(number_of(&self.sealing), SegmentPhase::Sealing),
+            one(reclaiming, SegmentPhase::Reclaiming),
+        ];
+        let free = self.free.iter().map(|it| (*it, SegmentPhase::Free));
+        let sealed = self.sealed.iter().map(|it| (*it, SegmentPhase::Sealed));
+        let mut places = vec![Vec::new(); self.all.len()];
+        for (number, phase) in single.into_iter().flatten().chain(free).chain(sealed) {
+            places[number as usize].push(phase);
+        }
+        for (number, (segment, places)) in self.all.iter().zip(places).enumerate() {
+            if places != [segment.phase] {
+                return Err(format!(
+                    "segment {number} is {:?} and stands among those that are {places:?}",
+                    segment.phase
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// Whether no segment takes anything, nor will before one is reclaimed.
     pub(crate) fn is_exhausted(&self) -> bool {
         self.open.is_none()

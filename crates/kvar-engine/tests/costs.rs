@@ -160,10 +160,12 @@ impl Store {
     /// All of it is on the device, and nothing is under way.
     fn settle(&mut self) {
         self.engine.flush(u64::MAX);
-        loop {
+        let mut is_flushed = false;
+        // A checkpoint may go on for longer than the flush.
+        while !is_flushed || self.engine.in_flight() > 0 {
             let now = self.tick();
             self.engine.turn_and_wait(now, NAP);
-            if self.engine.events().any(|event| {
+            is_flushed |= self.engine.events().any(|event| {
                 matches!(
                     event,
                     Event::Done {
@@ -171,9 +173,7 @@ impl Store {
                         ..
                     }
                 )
-            }) {
-                return;
-            }
+            });
         }
     }
 

@@ -235,7 +235,7 @@ impl Shard {
         let block = Box::new(block);
         self.events.push(Event::Demote { token, block });
         if is_disabled(Check::FlushedBelow) && self.index.remove_at(&id, entry.position) {
-            self.note_displaced(entry.position, Displaced::Demoted);
+            self.note_displaced(&id, entry.position, Displaced::Demoted);
         }
     }
 
@@ -327,7 +327,7 @@ impl Shard {
         if !self.index.remove_at(id, entry.position) {
             return;
         }
-        self.note_displaced(entry.position, Displaced::Demoted);
+        self.note_displaced(id, entry.position, Displaced::Demoted);
         self.counters.demoted += 1;
         self.counters.demoted_exists += u64::from(existed);
         self.counters.demoted_bytes += if existed { 0 } else { stored_bytes(entry.len) };
@@ -356,7 +356,7 @@ impl Shard {
             NotDemoted::Failed => &mut counters.not_demoted_failed,
         };
         *counter += 1;
-        self.note_displaced(entry.position, Displaced::Reclaim);
+        self.note_displaced(id, entry.position, Displaced::Reclaim);
         let is_short = !self.budget.has_plenty(0, Self::budget_time(self.now));
         let state = if is_short {
             State::Held

@@ -71,7 +71,7 @@ impl Shard {
     pub(super) fn drop_expired(&mut self, id: &BlockId, position: u32) {
         if self.index.remove_at(id, position) {
             self.counters.expired += 1;
-            self.note_displaced(position, Displaced::Expired);
+            self.note_displaced(id, position, Displaced::Expired);
         }
     }
 

@@ -45,7 +45,8 @@ pub enum Change {
     Displaced {
         /// Pages from the shard's first segment.
         position: u32,
-        /// Whose entry it was, where that is known: after a fault two may lead to one position.
+        /// Whose entry it was, where that is known (the index has no ids, so not of one that made room
+        /// for another, or that no record names): after a fault two may lead to one position.
         id: Option<BlockId>,
         /// Why.
         why: Displaced,
@@ -86,13 +87,7 @@ impl Shard {
         }
     }
 
-    pub(super) fn note_displaced(&mut self, position: u32, why: Displaced) {
-        let id = None;
-        self.note(Change::Displaced { position, id, why });
-    }
-
-    /// As [`note_displaced`](Self::note_displaced), of a block that is known.
-    pub(super) fn note_displaced_of(&mut self, id: &BlockId, position: u32, why: Displaced) {
+    pub(super) fn note_displaced(&mut self, id: &BlockId, position: u32, why: Displaced) {
         let id = Some(*id);
         self.note(Change::Displaced { position, id, why });
     }

@@ -196,6 +196,8 @@ pub(crate) struct Shard {
     pub(crate) checkpoint_number: u64,
     /// Which of the two areas the next checkpoint goes to: not where the last one is.
     pub(crate) checkpoint_area: u32,
+    /// Areas whose checkpoint recovery could not read, and which nobody must read later.
+    pub(crate) checkpoints_unread: Vec<u32>,
     sealed_since_checkpoint: u32,
     shutdown: Option<Shutdown>,
     // Plumbing.
@@ -282,6 +284,7 @@ impl Shard {
             checkpoint: None,
             checkpoint_number: 0,
             checkpoint_area: 0,
+            checkpoints_unread: Vec::new(),
             sealed_since_checkpoint: 0,
             shutdown: None,
             pending: Slab::new(),

@@ -305,7 +305,7 @@ impl Shard {
     pub(super) fn drop_corrupt(&mut self, id: &BlockId, position: u32) {
         self.counters.corrupt += 1;
         if self.index.remove_at(id, position) {
-            self.note_displaced_of(id, position, Displaced::Corrupt);
+            self.note_displaced(id, position, Displaced::Corrupt);
             match self.dram.get(id).map(|resident| resident.state) {
                 // Memory has the bytes as they were written: they go to the device again.
                 Some(State::Clean) => {

@@ -62,6 +62,10 @@ pub(super) struct Reclaim {
 }
 
 impl Reclaim {
+    pub(super) fn segment(&self) -> u32 {
+        self.segment
+    }
+
     pub(super) fn waits_for_flush(&self) -> bool {
         matches!(self.stage, Stage::Settling { .. })
     }

@@ -1,6 +1,7 @@
 //! What a shard counts, and what it says of itself.
 
 use super::Shard;
+use super::reclaim::Reclaim;
 use kvar_base::{MissReason, Moment, PutOutcome, Refusal};
 use kvar_policy::Tenant;
 use serde::Serialize;
@@ -383,9 +384,11 @@ impl Shard {
         tenants.collect()
     }
 
-    /// Whether what is counted of each tenant is what counting anew gives: for tests. Cost: the
-    /// whole index, and all of memory.
+    /// Whether every segment is in one state alone, and what is counted of each tenant is what
+    /// counting anew gives: for tests. Cost: the whole index, and all of memory.
     pub(crate) fn recount(&self) -> Result<(), String> {
+        let reclaiming = self.reclaim.as_ref().map(Reclaim::segment);
+        self.segments.recount(reclaiming)?;
         let found = self.index.counted_holdings();
         if found != *self.index.holdings() {
             return Err(format!(

@@ -318,7 +318,7 @@ impl Shard {
             if !self.index.remove_at(&id, position) {
                 continue;
             }
-            self.note_displaced(position, Displaced::Refused);
+            self.note_displaced(&id, position, Displaced::Refused);
             match self.dram.get(&id) {
                 Some(resident) if resident.state == State::Clean => {
                     lost.remove(&resident.number);

@@ -441,7 +441,11 @@ impl Shard {
         if let Inserted::Evicted(other) = inserted {
             self.counters.bucket_evicted += 1;
             self.by_tenant[other.tenant.index()].evicted += 1;
-            self.note_displaced(other.position, Displaced::Bucket);
+            self.note(Change::Displaced {
+                position: other.position,
+                id: None,
+                why: Displaced::Bucket,
+            });
         }
         match item.source {
             Source::Put { number, .. } => {

@@ -217,6 +217,8 @@ impl World {
             }
         };
         self.note(format!("opened: {report:?}"));
+        // The store says itself that the next recovery may read what this one could not.
+        self.harm.history_lost |= report.checkpoints_unsure > 0;
         if report.checkpoint.is_none() {
             self.tally.count("restart/without a checkpoint");
             if matches!(how, Restart::Clean) && self.struck_known == 0 {

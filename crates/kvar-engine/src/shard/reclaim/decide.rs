@@ -152,7 +152,7 @@ impl Shard {
             } else {
                 losses.lost(entry.tenant, bytes);
                 self.index.remove_at(&id, entry.position);
-                self.note_displaced(entry.position, Displaced::Reclaim);
+                self.note_displaced(&id, entry.position, Displaced::Reclaim);
                 let state = if waits { State::Held } else { State::Volatile };
                 let cost = self.keep.cost(hints.recompute_us, Self::demand_of(&entry));
                 self.dram.set_hints(&id, &hints, cost);

@@ -154,7 +154,7 @@ impl Shard {
             reclaim.moved(stored_bytes(entry.len));
         }
         if self.index.remove_at(id, entry.position) {
-            self.note_displaced(entry.position, Displaced::Reclaim);
+            self.note_displaced(id, entry.position, Displaced::Reclaim);
             self.drop_flash_copy(id, entry, State::Held);
         }
     }
@@ -172,7 +172,7 @@ impl Shard {
         };
         for (id, entry, _) in std::mem::take(&mut reclaim.kept) {
             if self.index.remove_at(&id, entry.position) {
-                self.note_displaced(entry.position, Displaced::Reclaim);
+                self.note_displaced(&id, entry.position, Displaced::Reclaim);
                 self.drop_flash_copy(&id, &entry, State::Held);
             }
         }
