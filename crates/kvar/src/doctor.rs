@@ -447,6 +447,16 @@ fn engines(status: &Value) -> Vec<Finding> {
                       --block-size, --dtype, the same vLLM)";
         findings.push(Finding::new(Grade::Wrong, "engines", found, advice));
     }
+    let seeded = of_model.values().flatten();
+    if seeded
+        .filter_map(|engine| engine.get("seed"))
+        .any(|seed| seed == "random")
+    {
+        let found =
+            "an engine names its blocks anew at every start (a hash of the xxhash kind, no seed)";
+        let advice = "set PYTHONHASHSEED to the same number everywhere, or --prefix-caching-hash-algo sha256";
+        findings.push(Finding::new(Grade::Wrong, "engines", found, advice));
+    }
     for engine in of_model.values().flatten() {
         if engine
             .get("policy")
@@ -588,6 +598,22 @@ mod tests {
             assert!(found[0].found.contains(words), "{found:?}");
             assert!(!found[0].advice.is_empty(), "{found:?}");
         }
+    }
+
+    #[test]
+    fn engines_that_never_find_their_own_blocks_again_are_named() {
+        let mut status = healthy();
+        for at in 0..2 {
+            status["clients"][at]["name"] = json!("vllm 0.32; model=m; hash=xxhash; seed=random");
+        }
+        let found = wrong(&status);
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].advice.contains("PYTHONHASHSEED"), "{found:?}");
+        let mut status = healthy();
+        status["clients"][0]["name"] = json!("vllm 0.32; model=m; dtype=bf16; policy=fail");
+        let found = wrong(&status);
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].advice.contains("recompute"), "{found:?}");
     }
 
     #[test]
