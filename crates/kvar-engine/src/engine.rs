@@ -6,7 +6,7 @@ use crate::layout::{PAGE, Superblock};
 use crate::recovery::{RecoveryReport, recover, void_checkpoint};
 use crate::shard::{
     BlockStat, Change, Counters, Demoted, Demotion, EngineConfig, Event, GetRequest, LeaseGrant,
-    LeaseRequest, PutRequest, PutTicket, Shard, ShardStatus, ShutdownReport, Standing,
+    LeaseRequest, PutRequest, PutTicket, ReadHints, Shard, ShardStatus, ShutdownReport, Standing,
 };
 use kvar_base::{BlockId, LeaseToken, Moment, PutOutcome, SECTIONS_MAX};
 use kvar_io::{Arena, Completion, Device, Op};
@@ -187,6 +187,12 @@ impl Engine {
     pub fn get(&mut self, now: Moment, token: u64, request: GetRequest) {
         self.shard.called(now);
         self.shard.get(now, token, request);
+    }
+
+    /// As [`get`](Self::get), by a reader that says more of itself.
+    pub fn get_with(&mut self, now: Moment, token: u64, request: GetRequest, hints: ReadHints) {
+        self.shard.called(now);
+        self.shard.get_with(now, token, request, hints);
     }
 
     /// Announces a put: room for its bytes, or why not.

@@ -21,6 +21,7 @@
 //! | `types` | what do callers hand in, and what do they get back? |
 //! | `admit` | what does a use say of a block; which blocks get a place on the device? |
 //! | `put`, `read`, `sections`, `remove` | the calls: a block comes in, is read whole or in part, goes |
+//! | `ahead`, `awaited` | what is read along for who asks next; who waits for a block that comes in |
 //! | `lease`, `expiry` | what is promised for how long; what is over |
 //! | `handover` | what waits for one reader, and how long |
 //! | `write` | what is queued; where is it placed; when is it recorded? |
@@ -41,6 +42,9 @@ mod put;
 mod read;
 mod remove;
 mod sections;
+
+mod ahead;
+mod awaited;
 
 mod expiry;
 mod handover;
@@ -78,6 +82,8 @@ use kvar_policy::{Keep, StoreShape, TENANTS, WriteBudget};
 use slab::Slab;
 use std::collections::{BTreeMap, VecDeque};
 
+use ahead::Ahead;
+use awaited::Awaited;
 use checkpoint::CheckpointWrite;
 pub(crate) use checkpoint::prefix_bytes as checkpoint_prefix_bytes;
 pub(crate) use handover::Handover;
@@ -93,7 +99,7 @@ use sync::{FlushWaiter, Sync, UnflushedPuts};
 use trouble::Trouble;
 pub use types::{
     BlockStat, Copy, Demoted, Demotion, EngineConfig, Event, GetRequest, LeaseGrant, LeaseRequest,
-    Moved, PutHints, PutRequest, PutTicket, SectionRef, Standing, Tier, Touch,
+    Moved, PutHints, PutRequest, PutTicket, ReadHints, SectionRef, Standing, Tier, Touch,
 };
 use write::{Control, WriteGroup, WriteItem};
 
@@ -183,6 +189,8 @@ pub(crate) struct Shard {
     /// Reads of sections, by block and number of the read.
     parts: BTreeMap<(BlockId, u64), Part>,
     directories: Directories,
+    ahead: Ahead,
+    awaited: Awaited,
     reads_in_flight: usize,
     // Tidying.
     reclaim: Option<Reclaim>,
@@ -275,6 +283,8 @@ impl Shard {
             reading: FastMap::default(),
             parts: BTreeMap::new(),
             directories: Directories::default(),
+            ahead: Ahead::default(),
+            awaited: Awaited::default(),
             reads_in_flight: 0,
             reclaim: None,
             standing: Standing::default(),
@@ -435,6 +445,8 @@ impl Shard {
         self.last_call = now;
         self.end_leases(now);
         self.end_waits(now);
+        self.tidy_held();
+        self.tidy_awaited(now);
     }
 
     pub(crate) fn lookup(&mut self, now: Moment, ids: &[BlockId], request: u64) -> Vec<bool> {

@@ -14,8 +14,8 @@
 //! where they lie; what fails twice is gone.
 
 use super::{
-    Change, Copy, Displaced, Event, GetRequest, Moved, Pending, READS_IN_FLIGHT_MAX, SectionRef,
-    Shard, Touch, verify_image,
+    Change, Copy, Displaced, Event, GetRequest, Moved, Pending, READS_IN_FLIGHT_MAX, ReadHints,
+    SectionRef, Shard, Touch, verify_image,
 };
 use crate::dram::{Purpose, Resident, State};
 use crate::index::Entry;
@@ -77,21 +77,31 @@ pub(super) struct MoveRead {
 
 impl Shard {
     pub(crate) fn get(&mut self, now: Moment, token: u64, request: GetRequest) {
+        self.get_with(now, token, request, ReadHints::default());
+    }
+
+    /// As [`get`](Self::get), by a reader that says more.
+    pub(crate) fn get_with(
+        &mut self,
+        now: Moment,
+        token: u64,
+        request: GetRequest,
+        hints: ReadHints,
+    ) {
         if request.deadline <= now {
             return self.miss(token, MissReason::Deadline);
         }
-        let GetRequest {
-            id,
-            sections,
-            touch,
-            ..
-        } = request;
+        let (id, touch) = (request.id, request.touch);
         let found = self.find(&id);
         // Absent too, although somebody may be reading a copy that was given up meanwhile: whether
         // that one has expired is not known any more.
         if let Err(reason) = self.touch_found(now, &id, found, touch) {
+            if hints.waits && self.wait_announced(now, token, &request, hints) {
+                return;
+            }
             return self.miss(token, reason);
         }
+        let (sections, goes_on) = (request.sections, hints.goes_on);
         if let Some(resident) = self.dram.get(&id) {
             let mut outcome = cut(
                 &resident.sections,
@@ -125,9 +135,30 @@ impl Shard {
         };
         if let Some(wanted) = &sections
             && entry.sectioned
-            && self.get_part(token, &id, &entry, wanted)
+            && (goes_on && self.get_held(token, &id, &entry, wanted)
+                || self.get_part(token, &id, &entry, wanted, goes_on))
         {
             return;
+        }
+        self.read_whole(token, &id, entry, sections, touch);
+    }
+
+    /// Reads a block that lies on the device.
+    pub(super) fn read_whole(
+        &mut self,
+        token: u64,
+        id: &BlockId,
+        entry: Entry,
+        sections: Option<Range<u16>>,
+        touch: Touch,
+    ) {
+        let id = *id;
+        if let Some(reading) = self.reading.get_mut(&id) {
+            return reading.waiters.push(Waiter {
+                token,
+                sections,
+                touch,
+            });
         }
         if self.reads_in_flight >= READS_IN_FLIGHT_MAX {
             return self.miss(token, MissReason::Overloaded);
@@ -327,6 +358,7 @@ impl Shard {
         let parts = parts.filter(|(_, part)| is_concerned(part.tenant));
         let mut ids: Vec<BlockId> = (whole.map(|(id, _)| *id))
             .chain(parts.map(|((id, _), _)| *id))
+            .chain(self.ids_held(is_concerned))
             .collect();
         ids.sort_unstable();
         ids.dedup();
