@@ -22,7 +22,7 @@ use kvar_base::wake;
 use kvar_base::{BlockId, LeaseToken, MissReason, Moment, PutOutcome};
 use kvar_engine::{
     BlockStat, Copy, Demoted, Demotion, GetRequest, LeaseGrant, Loaded, PutRequest, PutTicket,
-    Tenant,
+    ReadHints, Tenant,
 };
 use kvar_transport::TcpStream;
 use mio::Waker;
@@ -68,6 +68,8 @@ pub(crate) enum Ask {
     /// Some blocks of a lease are of no use to anybody.
     ReleaseSome(LeaseToken, Vec<BlockId>),
     Get(GetRequest),
+    /// By a reader that says more of itself.
+    GetWith(GetRequest, ReadHints),
     PutBegin(PutRequest),
     PutCommit(PutTicket),
     PutAbort(PutTicket),

@@ -365,6 +365,9 @@ impl Owner {
             }
             Ask::ReleaseSome(token, ids) => engine.release_some(token, &ids),
             Ask::Get(request) => engine.get(now, wait(Asked::Get), request),
+            Ask::GetWith(request, hints) => {
+                engine.get_with(now, wait(Asked::Get), request, hints);
+            }
             Ask::PutBegin(request) => {
                 let begun = engine.put_begin(now, &request);
                 let key = self.key;
@@ -489,7 +492,7 @@ pub(crate) fn away(ask: &Ask, reason: MissReason, text: &str) -> Option<Answer> 
             until: Moment(0),
         }),
         Ask::Renew(..) | Ask::Release(_) => Answer::AboutLease(None),
-        Ask::Get(_) => Answer::Get(Err(reason)),
+        Ask::Get(_) | Ask::GetWith(..) => Answer::Get(Err(reason)),
         Ask::PutBegin(_) => Answer::PutBegun(Err(PutOutcome::Refused(Refusal::Busy))),
         Ask::PutCommit(_) => Answer::Put(PutOutcome::Refused(Refusal::Busy)),
         Ask::PutAbort(_) | Ask::ReleaseSome(..) => return None,

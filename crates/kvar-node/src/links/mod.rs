@@ -27,6 +27,7 @@ mod lookup;
 mod parts;
 mod put;
 mod request;
+mod sections;
 mod serve;
 mod stat;
 
