@@ -14,6 +14,8 @@
 | traffic_class      | 0       | your number for this engine's traffic: 1, 2, and 3 and above |
 |                    |         | are learned apart by the node; 0: not said                   |
 | handover           | false   | another engine reads what this one saves once, soon          |
+| load               | async   | async, or layers: each layer is waited for when it is used,  |
+|                    |         | see :class:`LoadWay`                                         |
 
 An unknown key is an error: a misspelt one would otherwise be a silent default.
 """
@@ -79,6 +81,19 @@ class Mode(enum.Enum):
         return self is Mode.LOAD
 
 
+class LoadWay(enum.Enum):
+    """How a request gets what is stored of its prompt."""
+
+    ASYNC = "async"
+    """It waits outside the batch until all of it is there; the others run on. The right way where
+    several requests run: nobody but the request waits."""
+    LAYERS = "layers"
+    """It runs at once, and each layer's KV is waited for when that layer is computed. What hides
+    the load is the compute of the same step (the rest of the prompt, and what others compute), and
+    what does not fit under it the whole batch waits for: for one long request at a time. One rank
+    (no tensor or pipeline parallelism), pages in host memory."""
+
+
 class SettingsError(kvar.ConfigError):
     """The connector cannot start like this; the message names the setting and what to write."""
 
@@ -97,6 +112,7 @@ class Settings:
     choice: Override
     traffic_class: int = 0
     handover: bool = False
+    load: LoadWay = LoadWay.ASYNC
 
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, Any]) -> Settings:
@@ -121,6 +137,7 @@ class Settings:
             choice=_one_of(Override, extra, "choice", Override.AUTO),
             traffic_class=_traffic_class(extra),
             handover=_flag(extra, "handover"),
+            load=_one_of(LoadWay, extra, "load", LoadWay.ASYNC),
         )
 
 
