@@ -17,7 +17,7 @@ paths=$overlay:$(echo "$tools"/lib/python3.*/site-packages)
 
 if [ "$what" = run ]; then
   say "testing the door under LMCache's own adapter"
-  KVAR_BIN=$KVAR_BIN PYTHONPATH=$paths "$KVAR_E2E_PYTHON" -m pytest -q -p no:cacheprovider \
+  KVAR_NEEDS_LMCACHE=1 KVAR_BIN=$KVAR_BIN PYTHONPATH=$paths "$KVAR_E2E_PYTHON" -m pytest -q -p no:cacheprovider \
     "$root/python/tests/test_lmcache.py"
   PYTHONPATH=$overlay exec "$KVAR_E2E_PYTHON" "$here/lmcache_run.py" --kvar "$KVAR_BIN" \
     --model "$KVAR_E2E_MODEL" --overlay "$paths" "$@"

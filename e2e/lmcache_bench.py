@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import statistics
@@ -25,6 +26,8 @@ from servers import Node, say
 HERE = Path(__file__).parent
 OPERATIONS = ("Store", "Load")
 RUN_S_MAX = 300
+# On either side of an interval.
+TAIL = 0.05
 
 
 class Bench:
@@ -77,12 +80,22 @@ class Bench:
         return found
 
 
+def interval(ordered: list[float]) -> tuple[float, float]:
+    """The 90 % interval of the median: the order statistics that hold it with that probability."""
+    count = len(ordered)
+    beyond, outside = 0, 0.5**count
+    while beyond + 1 < count // 2 and outside + math.comb(count, beyond + 1) * 0.5**count <= TAIL:
+        beyond += 1
+        outside += math.comb(count, beyond) * 0.5**count
+    return ordered[beyond], ordered[-1 - beyond]
+
+
 def main() -> int:
     """Runs the pairs and prints the medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kvar", type=Path, required=True, help="the kvar binary")
     parser.add_argument("--overlay", required=True, help="PYTHONPATH of kvar and LMCache")
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--kib", type=int, default=1024, help="of an object")
     parser.add_argument("--keys", type=int, default=16, help="objects of a batch; 4 are in flight")
     arguments = parser.parse_args()
@@ -100,24 +113,28 @@ def main() -> int:
                 if pair > 0:
                     runs[name].append(found)
             say(f"pair {pair} of {arguments.pairs}, load {os.getloadavg()[0]:.1f}")
+    except subprocess.SubprocessError as why:
+        raise SystemExit(f"a run failed ({why}); see {folder / 'bench.log'}") from None
     finally:
         bench.node.kill()
-        shutil.rmtree(folder)
+        bench.node.data.unlink(missing_ok=True)
+    shutil.rmtree(folder)
     result = {}
     for operation in OPERATIONS:
         ours, theirs = ([run[operation] for run in runs[name]] for name in runs)
         ratios = sorted(mine / other for mine, other in zip(ours, theirs, strict=True))
+        low, high = interval(ratios)
         result[operation.lower()] = {
             "kvar_mb_per_s": statistics.median(ours),
             "fs_native_mb_per_s": statistics.median(theirs),
             "ratio": statistics.median(ratios),
-            "ratio_least": ratios[0],
-            "ratio_most": ratios[-1],
+            "ratio_low": low,
+            "ratio_high": high,
         }
         print(
             f"{operation}: kvar {statistics.median(ours):.0f} MB/s, "
             f"fs_native {statistics.median(theirs):.0f} MB/s, "
-            f"x{statistics.median(ratios):.2f} [{ratios[0]:.2f} {ratios[-1]:.2f}]"
+            f"x{statistics.median(ratios):.2f} [{low:.2f} {high:.2f}]"
         )
     (out / "lmcache-bench.json").write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import select
@@ -14,7 +15,7 @@ import pytest
 from conftest import Node, until
 
 import kvar
-from kvar import lmcache
+from kvar import lmcache, objects
 
 Key = Callable[[object], str]
 
@@ -24,6 +25,17 @@ def door(node: Node) -> Iterator[lmcache.Client]:
     door = lmcache.Client(node.endpoint, key_file=node.key_file)
     yield door
     door.close()
+
+
+@pytest.fixture(autouse=True)
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Log lines reach the test although LMCache, once imported, keeps them to itself."""
+    log = logging.getLogger("lmcache.kvar")
+    log.addHandler(caplog.handler)
+    log.propagate = False
+    yield
+    log.removeHandler(caplog.handler)
+    log.propagate = True
 
 
 @pytest.fixture
@@ -53,7 +65,7 @@ def view(data: bytes | bytearray) -> memoryview:
 
 
 def test_what_is_stored_is_found_loaded_and_deleted(door: lmcache.Client, key: Key) -> None:
-    data = [os.urandom(300_000), os.urandom(1), os.urandom(70_000_00)]
+    data = [os.urandom(300_000), os.urandom(1), os.urandom(7_000_000)]
     keys = [key(n) for n in range(3)]
     assert ended(door, door.submit_batch_exists(keys))[3] == [False] * 3
     stored = ended(door, door.submit_batch_set(keys, [view(d) for d in data]))
@@ -76,6 +88,23 @@ def test_storing_again_is_well(door: lmcache.Client, key: Key) -> None:
         stored = ended(door, door.submit_batch_set([key(1)], [view(b"the same")]))
         assert stored[1:] == (True, "", [True])
     assert door.stats().existed == 1
+
+
+def test_a_chunk_that_lost_a_part_is_stored_again(
+    node: Node, door: lmcache.Client, key: Key, client: kvar.Client
+) -> None:
+    data = os.urandom(3 * (client.block_bytes_max or 0))
+    assert ended(door, door.submit_batch_set([key(1)], [view(data)]))[1]
+    id = door._id(key(1))
+    (head,) = objects._read_heads(client, [id], objects._Time(10_000))
+    assert isinstance(head, objects.Head)
+    parts = [part for part, _, _ in head.parts(id)]
+    client.remove(parts[1:2])
+    assert ended(door, door.submit_batch_get([key(1)], [view(bytes(len(data)))]))[3] == [False]
+    assert ended(door, door.submit_batch_set([key(1)], [view(data)]))[1]
+    into = view(bytes(len(data)))
+    assert ended(door, door.submit_batch_get([key(1)], [into]))[3] == [True]
+    assert bytes(into) == data
 
 
 def test_another_length_or_fingerprint_is_not_loaded(
@@ -125,7 +154,7 @@ def test_a_node_that_dies_and_returns_costs_misses_and_two_lines(
             stored = ended(door, door.submit_batch_set([key(2)], [view(data)]))
             assert (stored[1], stored[3]) == (False, [False])
             assert "1 of 1 not stored" in stored[2]
-        away = [record for record in caplog.records if "does not answer" in record.message]
+        away = [record for record in caplog.records if "does not serve" in record.message]
         assert len(away) == 1
         own_node.start()
 
@@ -135,7 +164,7 @@ def test_a_node_that_dies_and_returns_costs_misses_and_two_lines(
             return hit and bytes(buffer) == data
 
         until(is_back)
-        assert any("answers again" in record.message for record in caplog.records)
+        assert any("serves again" in record.message for record in caplog.records)
     finally:
         door.close()
 
@@ -155,12 +184,28 @@ def test_a_node_that_comes_later_is_found(
 
 
 def test_a_mute_node_holds_nobody_up_beyond_the_deadline(own_node: Node, key: Key) -> None:
-    door = lmcache.Client(own_node.endpoint, key_file=own_node.key_file, deadline_ms=400)
+    door = lmcache.Client(
+        own_node.endpoint, key_file=own_node.key_file, deadline_ms=400, lookup_deadline_ms=400
+    )
     own_node.pause()
     try:
         begun = time.monotonic()
-        assert ended(door, door.submit_batch_get([key(1)], [view(bytes(9))]))[3] == [False]
-        assert time.monotonic() - begun < 5
+        # More than there are workers: what waits for its turn ends by its deadline, too.
+        numbers = []
+        for n in range(20):
+            numbers.append(door.submit_batch_get([key(n)], [view(bytes(9))]))
+            numbers.append(door.submit_batch_set([key(n)], [view(bytes(9))]))
+            numbers.append(door.submit_batch_exists([key(n)]))
+            numbers.append(door.submit_batch_delete([key(n)]))
+        over: list[lmcache.Completion] = []
+
+        def all_ended() -> bool:
+            over.extend(door.drain_completions())
+            return len(over) == len(numbers)
+
+        until(all_ended)
+        assert not any(any(each or ()) for _, _, _, each in over)
+        assert time.monotonic() - begun < 10
     finally:
         own_node.resume()
         door.close()
@@ -171,7 +216,9 @@ def test_closing_ends_what_is_under_way_and_twice_is_fine(node: Node, key: Key) 
     numbers = [door.submit_batch_set([key(n)], [view(b"x" * 1000)]) for n in range(20)]
     door.close()
     door.close()
-    assert sorted(completion[0] for completion in door.drain_completions()) == numbers
+    ended = door.drain_completions()
+    assert sorted(completion[0] for completion in ended) == numbers
+    assert all(ok or error == "kvar is closing" for _, ok, error, _ in ended)
     with pytest.raises(kvar.RequestError, match="closed"):
         door.submit_batch_exists([key(1)])
 
@@ -181,7 +228,8 @@ def test_closing_ends_what_is_under_way_and_twice_is_fine(node: Node, key: Key) 
     [
         ({"workers": 0}, "workers is 0; give 1 to 64"),
         ({"deadline_ms": "soon"}, "deadline_ms is 'soon'"),
-        ({"key": "00"}, "."),
+        ({"key": "00", "key_file": None}, "64 hex"),
+        ({"key": "00" * 32}, "either"),
         ({"namespace": "no such"}, "no such"),
         ({"link": "carrier pigeon"}, "link"),
         ({"key_file": None}, "key_file"),
@@ -205,7 +253,8 @@ def test_an_untried_lmcache_is_said_once_and_runs_without_the_store(
     monkeypatch.setattr(metadata, "version", lambda _: "0.7.1")
     door = lmcache.Client(node.endpoint, key_file=node.key_file)
     try:
-        assert "LMCache 0.7.1 was not tried (tried: from 0.5.6, before 0.6.0)" in caplog.text
+        assert "off: LMCache 0.7.1 is not among those it is made for" in caplog.text
+        assert "(from 0.5.6, before 0.6.0)" in caplog.text
         assert ended(door, door.submit_batch_set([key(1)], [view(b"x")]))[1] is False
         assert ended(door, door.submit_batch_exists([key(1)]))[3] == [False]
     finally:
@@ -218,10 +267,13 @@ def test_an_untried_lmcache_is_said_once_and_runs_without_the_store(
 
 
 def test_lmcaches_own_adapter_finds_and_drives_it(node: Node, tmp_path: Path) -> None:
-    factory = pytest.importorskip("lmcache.v1.distributed.l2_adapters.native_plugin_l2_adapter")
-    api = pytest.importorskip("lmcache.v1.distributed.api")
-    memory = pytest.importorskip("lmcache.v1.memory_management")
-    torch = pytest.importorskip("torch")
+    # Where LMCache must be (e2e/lmcache.sh says so), its absence is no reason to skip.
+    if "KVAR_NEEDS_LMCACHE" not in os.environ:
+        pytest.importorskip("lmcache")
+    factory = importlib.import_module("lmcache.v1.distributed.l2_adapters.native_plugin_l2_adapter")
+    api = importlib.import_module("lmcache.v1.distributed.api")
+    memory = importlib.import_module("lmcache.v1.memory_management")
+    torch = importlib.import_module("torch")
     config = factory.NativePluginL2AdapterConfig.from_dict(
         {
             "type": "native_plugin",

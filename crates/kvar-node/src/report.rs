@@ -25,6 +25,9 @@ pub(crate) struct ThreadReport {
     pub(crate) shards: Vec<ShardReport>,
 }
 
+/// Clients that a report names: it must fit a message.
+pub(crate) const CLIENTS_REPORTED_MAX: usize = 256;
+
 /// One client's link at one moment.
 #[derive(Clone, Debug, Serialize)]
 pub struct ClientReport {
@@ -278,8 +281,10 @@ pub struct NodeReport<'a> {
     pub links: LinkCounters,
     /// Each namespace, the default one first.
     pub namespaces: Vec<NamespaceReport>,
-    /// Who is linked, by name (of each thread 256 at most).
+    /// Who is linked, by name.
     pub clients: Vec<ClientReport>,
+    /// Others beyond those, at least.
+    pub clients_more: u64,
     /// Each shard.
     pub shards: Vec<ShardReport>,
 }
@@ -302,6 +307,8 @@ impl<'a> NodeReport<'a> {
         let clients = reports.iter().flat_map(|report| report.clients.clone());
         let mut clients: Vec<ClientReport> = clients.collect();
         clients.sort_by(|a, b| (&a.name, &a.peer).cmp(&(&b.name, &b.peer)));
+        let clients_more = clients.len().saturating_sub(CLIENTS_REPORTED_MAX) as u64;
+        clients.truncate(CLIENTS_REPORTED_MAX);
         let mut of_namespace = vec![NamespaceCounters::default(); TENANTS];
         for report in &reports {
             let counters = of_namespace.iter_mut().zip(&report.namespaces);
@@ -356,6 +363,7 @@ impl<'a> NodeReport<'a> {
             links,
             namespaces: NamespaceReport::all(namespaces, &of_namespace, &shards),
             clients,
+            clients_more,
             shards,
         }
     }

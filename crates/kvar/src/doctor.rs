@@ -29,6 +29,14 @@ const PROBE_BYTES: usize = 64 << 10;
 const PROBE_LIVES_S: u32 = 60;
 /// Share of blocks asked for from which on one reason for missing is worth a line.
 const REASON_SHARE_MIN: f64 = 0.01;
+/// So few lookups say nothing yet: prompts that were never there before.
+const LOOKUPS_TO_JUDGE: u64 = 256;
+/// Of what is kept, so little may be what earlier visits of this command left in the counters.
+const KEPT_TO_JUDGE: u64 = 16;
+/// A store that refuses so much of what it is given keeps little of use.
+const REFUSED_SHARE_MAX: f64 = 0.5;
+/// Wear is told by a day of writing, not by the first filling.
+const WEAR_AFTER_S: u64 = 24 * 3600;
 /// A drive that wears out sooner than this is worth a line.
 const ENDURANCE_YEARS_MIN: f64 = 3.0;
 /// Facts of an engine that may differ although blocks are the same.
@@ -178,7 +186,7 @@ fn round_trip(connected: &Connected) -> Finding {
 
 /// What a node's status says.
 fn examine(status: &Value, version: &str) -> Vec<Finding> {
-    let mut findings = vec![node(status, version)];
+    let mut findings = node(status, version);
     findings.extend(devices(status));
     findings.push(room(status));
     findings.extend(host(status));
@@ -187,9 +195,13 @@ fn examine(status: &Value, version: &str) -> Vec<Finding> {
     findings
 }
 
-fn node(status: &Value, version: &str) -> Finding {
+fn node(status: &Value, version: &str) -> Vec<Finding> {
     let text = |key: &str| status[key].as_str().unwrap_or("?");
     let (state, theirs) = (text("state"), text("version"));
+    if state == "stopping" {
+        let advice = "it takes nothing new; wait until it is back, or ask another node";
+        return vec![Finding::new(Grade::Wrong, "node", "it is stopping", advice)];
+    }
     if status["ready"] != true {
         let (done, all) = (
             number(status, "shards_loaded"),
@@ -197,28 +209,23 @@ fn node(status: &Value, version: &str) -> Finding {
         );
         let found = format!("{state}: {done} of {all} shards are loaded");
         let advice = "until then lookups find nothing and puts are refused as busy; /readyz says how far it is";
-        return Finding::new(Grade::Wrong, "node", found, advice);
+        return vec![Finding::new(Grade::Wrong, "node", found, advice)];
     }
-    let found = format!(
-        "kvar {theirs}, {state}, up for {} s",
-        number(status, "uptime_s")
-    );
+    let uptime = number(status, "uptime_s");
+    let found = format!("kvar {theirs}, {state}, up for {uptime} s");
+    let mut findings = vec![Finding::new(Grade::Ok, "node", found, "")];
     if theirs != version {
-        let found = format!("{found}; this command is {version}");
-        return Finding::new(
-            Grade::Note,
-            "node",
-            found,
-            "run the same version on both sides",
-        );
+        let found = format!("the node is kvar {theirs}, this command {version}");
+        let advice = "run the same version on both sides";
+        findings.push(Finding::new(Grade::Note, "node", found, advice));
     }
     if status["insecure"] == true {
-        let found = format!("{found}; it listens beyond loopback without encryption");
+        let found = "it listens beyond loopback without encryption";
         let advice =
             "anyone on that network can read what is stored: keep it to networks you trust";
-        return Finding::new(Grade::Note, "node", found, advice);
+        findings.push(Finding::new(Grade::Note, "node", found, advice));
     }
-    Finding::new(Grade::Ok, "node", found, "")
+    findings
 }
 
 fn devices(status: &Value) -> Vec<Finding> {
@@ -249,6 +256,7 @@ fn devices(status: &Value) -> Vec<Finding> {
         }
         if let Some(years) = device["endurance_years"].as_f64()
             && years < ENDURANCE_YEARS_MIN
+            && number(status, "uptime_s") >= WEAR_AFTER_S
         {
             let found = format!("{path}: lasts {years:.1} years at today's rate of writes");
             let advice = "lower --flash-write-budget, or set --flash-write-limit";
@@ -256,7 +264,9 @@ fn devices(status: &Value) -> Vec<Finding> {
         }
     }
     if findings.is_empty() {
-        let found = format!("{} in service", list(&status["devices"]).len());
+        let devices = list(&status["devices"]).iter();
+        let online = devices.filter(|device| device["state"] == "online").count();
+        let found = format!("{online} in service");
         findings.push(Finding::new(Grade::Ok, "devices", found, ""));
     }
     findings
@@ -322,41 +332,51 @@ fn asked(status: &Value) -> Vec<Finding> {
     let hits = number(links, "get_hits");
     let misses = counts(&links["get_misses"]);
     let asked = hits + misses.values().sum::<u64>();
-    let looked_up = number(links, "lookup_ids");
+    let (looked_up, found_there) = (number(links, "lookup_ids"), number(links, "lookup_found"));
     let puts = counts(&links["puts"]);
-    let stored = puts.get("stored").copied().unwrap_or(0);
-    let mut findings = Vec::new();
-    if looked_up == 0 && asked == 0 {
-        let found = "nobody has looked anything up since the node started";
-        let advice = "is the engine set to this endpoint, and its connector's mode to load? Does \
-                      --kv-transfer-config name KvarConnector with kv_role kv_both?";
-        findings.push(Finding::new(Grade::Note, "asked", found, advice));
-    } else if hits == 0 && stored == 0 {
-        let found = format!("{looked_up} blocks looked up, none stored and none served");
-        let advice = "nothing is saved: is the connector's mode save or load, are prompts longer than \
-                      one block, does the engine's log say why it does not store?";
-        findings.push(Finding::new(Grade::Wrong, "asked", found, advice));
+    let of = |word: &str| puts.get(word).copied().unwrap_or(0);
+    let kept = of("stored") + of("exists") + of("in_progress");
+    let found = format!(
+        "{looked_up} blocks looked up and {found_there} of them found; {hits} of {asked} asked for were \
+         served; {kept} kept"
+    );
+    let (grade, advice) = if looked_up == 0 {
+        let advice = "nobody has looked anything up since the node started: is the engine set to this endpoint, its \
+                      connector's mode to load (kvar mode), kv_role to kv_both?";
+        (Grade::Note, advice)
+    } else if looked_up < LOOKUPS_TO_JUDGE || found_there > 0 {
+        (Grade::Ok, "")
+    } else if kept < KEPT_TO_JUDGE {
+        let advice = "nothing is kept: is the mode save or load (kvar mode), are prompts longer than one block, does \
+                      the engine's log say why it does not store?";
+        (Grade::Wrong, advice)
     } else {
-        let found = format!(
-            "{looked_up} blocks looked up, {hits} of {asked} asked for were served, {stored} stored"
-        );
-        findings.push(Finding::new(Grade::Ok, "asked", found, ""));
-    }
+        let advice = "what is kept is never found under the names asked for: do the engines agree (below), and did \
+                      any prompt come twice?";
+        (Grade::Wrong, advice)
+    };
+    let mut findings = vec![Finding::new(grade, "asked", found, advice)];
     for (reason, count) in misses {
-        if count as f64 >= REASON_SHARE_MIN * asked as f64 && count > 0 {
-            let (grade, advice) = about_miss(&reason);
+        let (grade, advice) = about_miss(&reason);
+        let is_much = count as f64 >= REASON_SHARE_MIN * asked as f64;
+        if count > 0 && (is_much || grade == Grade::Wrong) {
             let found = format!("{count} of {asked} blocks asked for: {reason}");
             findings.push(Finding::new(grade, "misses", found, advice));
         }
     }
     let tried: u64 = puts.values().sum();
-    for (outcome, count) in puts {
-        if let Some(advice) = about_refusal(&outcome)
-            && count as f64 >= REASON_SHARE_MIN * tried as f64
-            && count > 0
+    for (outcome, count) in &puts {
+        let share = *count as f64 / tried.max(1) as f64;
+        if let Some(advice) = about_refusal(outcome)
+            && share >= REASON_SHARE_MIN
         {
             let found = format!("{count} of {tried} puts: {outcome}");
-            findings.push(Finding::new(Grade::Note, "puts", found, advice));
+            let grade = if share >= REFUSED_SHARE_MAX {
+                Grade::Wrong
+            } else {
+                Grade::Note
+            };
+            findings.push(Finding::new(grade, "puts", found, advice));
         }
     }
     findings
@@ -368,6 +388,14 @@ fn about_miss(reason: &str) -> (Grade, &'static str) {
             Grade::Note,
             "never stored under that name, or made room for others: do the engines agree (below)? Would more \
              room help (kvar replay --offline)?",
+        ),
+        "evicted" => (
+            Grade::Note,
+            "made room for others while it was read: more memory (--dram), or leases (lease_ms)",
+        ),
+        "not_owner" | "unreachable" => (
+            Grade::Note,
+            "another node's, or a device out of service (above)",
         ),
         "expired" => (
             Grade::Note,
@@ -414,28 +442,45 @@ fn about_refusal(outcome: &str) -> Option<&'static str> {
             "bytes did not arrive as they were checked by the writer: memory changed under way"
         }
         "deadline" => "too slow for the writer: raise deadline_ms",
+        "stale" | "unreachable" => {
+            "the node was not the one for it, or a device went out of service meanwhile"
+        }
         _ => return None,
     })
 }
 
 /// Engines of one model that mean different things by a block.
 fn engines(status: &Value) -> Vec<Finding> {
-    let mut of_model: BTreeMap<String, Vec<BTreeMap<String, String>>> = BTreeMap::new();
+    // Namespaces share no block anyway.
+    let mut of_model: BTreeMap<(u64, String), Vec<BTreeMap<String, String>>> = BTreeMap::new();
     let mut linked = 0;
     for client in list(&status["clients"]) {
         let facts = facts(client["name"].as_str().unwrap_or(""));
         if let Some(model) = facts.get("model") {
             linked += 1;
-            of_model.entry(model.clone()).or_default().push(facts);
+            let key = (number(client, "namespace"), model.clone());
+            of_model.entry(key).or_default().push(facts);
         }
     }
     if linked == 0 {
+        let doors = list(&status["clients"]).iter();
+        let doors = doors.filter(|it| {
+            it["name"]
+                .as_str()
+                .is_some_and(|name| name.starts_with("lmcache"))
+        });
+        let doors = doors.count();
+        if doors > 0 {
+            let found = format!("{doors} links of LMCache's server");
+            return vec![Finding::new(Grade::Ok, "engines", found, "")];
+        }
         let found = "none that says what it runs is linked now";
-        let advice = "an engine links when it starts; older connectors do not say";
+        let advice =
+            "an engine links when it starts; other programs and older connectors do not say";
         return vec![Finding::new(Grade::Note, "engines", found, advice)];
     }
     let mut findings = Vec::new();
-    for (model, engines) in &of_model {
+    for ((_, model), engines) in &of_model {
         let differing = differing(engines);
         if differing.is_empty() {
             let found = format!("{} links of {model}, all alike", engines.len());
@@ -458,10 +503,7 @@ fn engines(status: &Value) -> Vec<Finding> {
         findings.push(Finding::new(Grade::Wrong, "engines", found, advice));
     }
     for engine in of_model.values().flatten() {
-        if engine
-            .get("policy")
-            .is_some_and(|policy| policy != "recompute")
-        {
+        if engine.get("policy").is_some_and(|policy| policy == "fail") {
             let found = "an engine fails requests whose load fails (kv_load_failure_policy)";
             let advice = "set \"kv_load_failure_policy\": \"recompute\"";
             findings.push(Finding::new(Grade::Wrong, "engines", found, advice));
@@ -532,8 +574,8 @@ mod tests {
             "devices": [{"path": "/d", "state": "online", "trouble": null, "endurance_years": 9.0}],
             "tiers": [{"filled_bytes": 4096}], "dram_bytes": 1 << 20, "dram_used_bytes": 4096,
             "shards": [{"io_engine": "io_uring", "io_notes": []}], "notes": [],
-            "links": {"get_hits": 90, "get_misses": {"absent": 10, "corrupt": 0}, "lookup_ids": 100,
-                      "puts": {"stored": 10, "busy": 0}},
+            "links": {"get_hits": 9000, "get_misses": {"absent": 1000, "corrupt": 0}, "lookup_ids": 100,
+                      "lookup_found": 90, "puts": {"stored": 10, "busy": 0}},
             "clients": [{"name": "vllm 0.32; model=m; dtype=bf16; role=worker"},
                         {"name": "vllm 0.32; model=m; dtype=bf16; role=scheduler"}, {"name": "kvar 1"}],
         })
@@ -550,7 +592,7 @@ mod tests {
         let findings = examine(&healthy(), "1");
         let misses: Vec<_> = findings.iter().filter(|it| it.about == "misses").collect();
         assert_eq!(misses.len(), 1);
-        assert!(misses[0].found.contains("10 of 100"), "{misses:?}");
+        assert!(misses[0].found.contains("1000 of 10000"), "{misses:?}");
         assert!(
             findings
                 .iter()
@@ -619,16 +661,46 @@ mod tests {
     #[test]
     fn a_store_that_is_asked_and_never_given_anything_is_wrong() {
         let mut status = healthy();
-        status["links"] = json!({"get_hits": 0, "get_misses": {}, "lookup_ids": 8, "puts": {}});
-        assert!(wrong(&status)[0].found.contains("none stored"));
-        status["links"]["lookup_ids"] = json!(0);
+        status["links"] = json!({"get_hits": 0, "lookup_ids": 1000, "puts": {"stored": 2}});
+        assert!(wrong(&status)[0].advice.contains("nothing is kept"));
+        // What is there already counts as kept, too.
+        status["links"]["puts"] = json!({"exists": 500});
+        assert!(
+            wrong(&status)[0]
+                .advice
+                .contains("never found under the names")
+        );
+        status["links"]["lookup_found"] = json!(1);
+        assert_eq!(wrong(&status), []);
+        // Prompts that were never there before are no trouble yet.
+        status["links"] = json!({"lookup_ids": 8});
+        assert_eq!(wrong(&status), []);
+        status["links"] = json!({});
         assert_eq!(wrong(&status), []);
         let findings = examine(&status, "1");
         assert!(
             findings
                 .iter()
-                .any(|it| it.found.contains("nobody has looked"))
+                .any(|it| it.advice.contains("nobody has looked"))
         );
+    }
+
+    #[test]
+    fn one_damaged_block_in_many_and_a_store_that_refuses_are_wrong() {
+        let mut status = healthy();
+        status["links"]["get_misses"]["corrupt"] = json!(1);
+        assert!(wrong(&status)[0].found.contains("1 of 10001"));
+        let mut status = healthy();
+        status["links"]["puts"]["too_big"] = json!(90);
+        assert!(wrong(&status)[0].found.contains("too_big"));
+    }
+
+    #[test]
+    fn namespaces_may_run_one_model_in_two_ways() {
+        let mut status = healthy();
+        status["clients"][0]["namespace"] = json!(1);
+        status["clients"][0]["name"] = json!("vllm 0.32; model=m; dtype=f32");
+        assert_eq!(wrong(&status), []);
     }
 
     #[test]

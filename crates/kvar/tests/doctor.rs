@@ -23,6 +23,8 @@ fn a_healthy_node_has_nothing_wrong_and_keeps_nothing_of_the_visit() {
     assert_eq!(grades(&found, "asked"), ["note"], "{found}");
     let again = server.json("doctor", &[]);
     assert_eq!(grades(&again, "round trip"), ["ok"], "{again}");
+    // The first visit is not taken for somebody's use.
+    assert_eq!(grades(&again, "asked"), ["note"], "{again}");
     let status = server.json("status", &[]);
     assert_eq!(status["dram_blocks"], 0, "{status}");
     let text = server.run("doctor", &[]);

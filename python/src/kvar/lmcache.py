@@ -10,9 +10,9 @@ LMCache calls from its own threads and must never wait, so each batch goes to a 
 this module, and one eventfd says when some have ended:
 
 ```text
-   submit_batch_get | set | exists | delete ──> queue ──> worker: one batch, to its end
-                                                             │ (the interpreter's lock is free)
-   drain_completions <── [(number, ok, error, a bool a key)] ┘──> eventfd
+   submit_batch_get | set | delete ──> queue ──> workers: one batch each, to its end
+   submit_batch_exists ──────────────> queue ──> worker       │ (the interpreter's lock is free)
+   drain_completions <── [(number, ok, error, a bool a key)] ─┘──> eventfd
 ```
 
 Bytes go from and to LMCache's own memory: nothing is copied here. Objects larger than a block
@@ -20,15 +20,18 @@ Bytes go from and to LMCache's own memory: nothing is copied here. Objects large
 
 What must always be true:
 
-* every batch ends by its deadline, whatever the node does, and then its memory is LMCache's again;
+* every batch ends by its deadline, which runs from its submission, whatever the node does, and then
+  its memory is LMCache's again;
 * a key whose bytes did not pass the writer's check is not loaded, and says so in no other way than
   a key that is absent;
 * without the node nothing is found and nothing is kept; LMCache and its engines go on, and one line
   of log says so, and another one when it answers again.
 
-A key of LMCache names model, rank, group and chunk; nothing in it says how numbers lie in memory.
-So an object counts only if it has exactly the length that is asked for, and ``fingerprint`` keeps
-apart what has the same length and another meaning (bfloat16 and float16, say).
+A key of LMCache names the model by its path, rank, group and chunk; nothing in it says which
+weights lie at that path, or how numbers lie in memory. So an object counts only if it has exactly
+the length that is asked for, LMCache's own version is part of its name, and ``fingerprint`` keeps
+apart what has the same length and another meaning: other weights, bfloat16 and float16, another
+layout.
 """
 
 from __future__ import annotations
@@ -37,14 +40,24 @@ import contextlib
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any
 
 import kvar
-from kvar.objects import EXISTS, HIT, STORED, get_objects, put_objects, remove_objects
+from kvar.objects import (
+    EXISTS,
+    HIT,
+    STORED,
+    get_objects,
+    present_objects,
+    put_objects,
+    remove_objects,
+)
 
 logger = logging.getLogger("lmcache.kvar")
 
@@ -52,6 +65,7 @@ TESTED_VERSIONS = ((0, 5, 6), (0, 6, 0))
 """LMCache from the first up to, and without, the second."""
 
 WORKERS_MAX = 64
+NAME_CHARACTERS_MAX = 120
 DEADLINE_MS_MAX = 600_000
 
 # Somebody else is writing the same object: what LMCache wants to be there will be.
@@ -62,6 +76,8 @@ _AWAY = frozenset({"unreachable", "deadline"})
 _SAY_EVERY_S = 60.0
 
 Completion = tuple[int, bool, str, list[bool] | None]
+# What a batch does: with its ids, its buffers, and how many milliseconds it has left.
+_Do = Callable[[list[bytes], Sequence[memoryview], int], tuple[str, list[bool]]]
 
 
 @dataclass
@@ -129,25 +145,42 @@ class Client:
             if key is not None
             else kvar.NamespaceKey.from_file(key_file or "")
         )
-        self._is_off = not any_version and _is_untried()
-        self._fingerprint = fingerprint
-        self._deadline_ms = deadline_ms
-        self._lookup_deadline_ms = lookup_deadline_ms
+        version = _version()
+        self._is_off = not any_version and version is not None and not is_tried(version)
+        if self._is_off:
+            logger.warning("%s", untried(version or ""))
+        if not fingerprint:
+            logger.warning(
+                "kvar: no fingerprint in adapter_params: other weights, or another type or layout "
+                "of numbers, under the same model path would be taken for the same; give a text "
+                "that changes with them"
+            )
+        release = ".".join(version.split(".")[:2]) if version else "?"
+        self._name = f"lmcache {release}\0{fingerprint}"
+        self._deadlines_ms = {False: deadline_ms, True: lookup_deadline_ms}
         self._client = _connect(
-            endpoint, namespace=namespace, key=self._key, deadline_ms=deadline_ms, link=link
+            endpoint,
+            namespace=namespace,
+            key=self._key,
+            deadline_ms=deadline_ms,
+            link=link,
+            name=f"lmcache {release}; fingerprint={fingerprint}"[:NAME_CHARACTERS_MAX],
         )
-        self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._lock = threading.Lock()
+        self._event_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._next = 0
         self._completions: list[Completion] = []
         self._stats = Stats()
-        self._away_since: float | None = None
+        self._is_away = False
         self._said_at = -_SAY_EVERY_S
-        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closed = False
+        # Lookups have a worker of their own: they are short, and what waits for them is a prompt.
+        self._lookups: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._moves: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._queues = [self._lookups, *[self._moves] * workers]
         self._threads = [
-            threading.Thread(target=self._run, name=f"kvar-lmcache-{n}", daemon=True)
-            for n in range(workers)
+            threading.Thread(target=_work_off, args=(work,), name=f"kvar-lmcache-{n}", daemon=True)
+            for n, work in enumerate(self._queues)
         ]
         for thread in self._threads:
             thread.start()
@@ -168,33 +201,38 @@ class Client:
 
     def submit_batch_exists(self, keys: Sequence[str]) -> int:
         """Asks which objects are there; the batch's number."""
-        return self._submit(self._exists, keys)
+        return self._submit(self._exists, keys, (), is_lookup=True)
 
     def submit_batch_delete(self, keys: Sequence[str]) -> int:
         """Removes objects; the batch's number."""
-        return self._submit(self._delete, keys)
+        return self._submit(self._delete, keys, ())
 
     def drain_completions(self) -> list[Completion]:
         """Batches that ended since the last call: number, went well, why not, a word a key."""
         with self._lock:
             with contextlib.suppress(BlockingIOError):
-                if not self._closed:
+                if self._event_fd >= 0:
                     os.eventfd_read(self._event_fd)
             drained, self._completions = self._completions, []
         return drained
 
     def close(self) -> None:
-        """Ends; batches under way end by their deadlines first. Closing twice is fine."""
+        """Ends. What is under way ends by its deadline; what still waits ends at once, undone.
+
+        Closing twice is fine.
+        """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-        for _ in self._threads:
-            self._work.put(None)
+            for work in self._queues:
+                work.put(None)
         for thread in self._threads:
             thread.join()
         self._client.close()
-        os.close(self._event_fd)
+        with self._lock:
+            event_fd, self._event_fd = self._event_fd, -1
+        os.close(event_fd)
 
     # For people.
 
@@ -205,19 +243,19 @@ class Client:
 
     # One batch, on a worker.
 
-    def _load(self, ids: list[bytes], buffers: Sequence[memoryview]) -> tuple[str, list[bool]]:
-        words = get_objects(
-            self._client, list(zip(ids, buffers, strict=True)), deadline_ms=self._deadline_ms
-        )
+    def _load(
+        self, ids: list[bytes], buffers: Sequence[memoryview], left_ms: int
+    ) -> tuple[str, list[bool]]:
+        words = get_objects(self._client, list(zip(ids, buffers, strict=True)), deadline_ms=left_ms)
         hits = [word == HIT for word in words]
         moved = sum(b.nbytes for b, hit in zip(buffers, hits, strict=True) if hit)
         self._count(words, loaded=sum(hits), missed=len(hits) - sum(hits), loaded_bytes=moved)
         return "", hits
 
-    def _store(self, ids: list[bytes], buffers: Sequence[memoryview]) -> tuple[str, list[bool]]:
-        words = put_objects(
-            self._client, list(zip(ids, buffers, strict=True)), deadline_ms=self._deadline_ms
-        )
+    def _store(
+        self, ids: list[bytes], buffers: Sequence[memoryview], left_ms: int
+    ) -> tuple[str, list[bool]]:
+        words = put_objects(self._client, list(zip(ids, buffers, strict=True)), deadline_ms=left_ms)
         kept = [word in _KEPT for word in words]
         stored = [word == STORED for word in words]
         self._count(
@@ -231,55 +269,84 @@ class Client:
         error = f"{kept.count(False)} of {len(kept)} not stored: {', '.join(why)}" if why else ""
         return error, kept
 
-    def _exists(self, ids: list[bytes]) -> tuple[str, list[bool]]:
-        there = self._client.present(ids, deadline_ms=self._lookup_deadline_ms)
-        self._count([], looked_up=len(ids), found=sum(there))
+    def _exists(
+        self, ids: list[bytes], _: Sequence[memoryview], left_ms: int
+    ) -> tuple[str, list[bool]]:
+        there = present_objects(self._client, ids, deadline_ms=left_ms)
+        self._count([EXISTS], looked_up=len(ids), found=sum(there))
         return "", there
 
-    def _delete(self, ids: list[bytes]) -> tuple[str, list[bool]]:
-        there = remove_objects(self._client, ids, deadline_ms=self._deadline_ms)
-        self._count([], removed=sum(there))
+    def _delete(
+        self, ids: list[bytes], _: Sequence[memoryview], left_ms: int
+    ) -> tuple[str, list[bool]]:
+        there = remove_objects(self._client, ids, deadline_ms=left_ms)
+        self._count([EXISTS], removed=sum(there))
         return "", there
 
     # What all batches share.
 
     def _id(self, key: str) -> bytes:
-        return kvar.id_from_name(self._key, f"lmcache\0{self._fingerprint}\0{key}")
+        return kvar.id_from_name(self._key, f"{self._name}\0{key}")
 
     def _submit(
-        self, do: Callable[..., tuple[str, list[bool]]], keys: Sequence[str], *more: Any
+        self,
+        do: _Do,
+        keys: Sequence[str],
+        buffers: Sequence[memoryview],
+        *,
+        is_lookup: bool = False,
     ) -> int:
+        batch = (list(keys), list(buffers))
+        until = time.monotonic() + self._deadlines_ms[is_lookup] / 1000
         with self._lock:
             if self._closed:
                 raise kvar.RequestError("the kvar client is closed; make a new one")
             number, self._next = self._next, self._next + 1
-        keys = list(keys)
-        self._work.put(lambda: self._end(number, *self._do(do, keys, *more)))
+            (self._lookups if is_lookup else self._moves).put(
+                lambda: self._run(number, do, batch, until)
+            )
         return number
 
-    def _do(
-        self, do: Callable[..., tuple[str, list[bool]]], keys: list[str], *more: Any
-    ) -> tuple[bool, str, list[bool]]:
-        if self._is_off:
-            return False, "kvar is off under this version of LMCache", [False] * len(keys)
+    def _run(
+        self,
+        number: int,
+        do: _Do,
+        batch: tuple[list[str], list[memoryview]],
+        until: float,
+    ) -> None:
+        count = len(batch[0])
+        ended: tuple[bool, str, list[bool]] = (False, "it did not end", [False] * count)
         try:
-            error, each = do([self._id(key) for key in keys], *more)
-        except Exception as why:  # Whatever it is, LMCache waits for this batch.
-            if isinstance(why, kvar.KvarError):
-                self._is_away(str(why))
-            else:
-                logger.exception("kvar: a batch of %d keys failed", len(keys))
-            return False, f"{type(why).__name__}: {why}", [False] * len(keys)
+            ended = self._done(do, batch, until)
+        except BaseException as why:  # A panic of the Rust half too: LMCache waits for this batch.
+            logger.exception("kvar: a batch of %d keys failed", count)
+            ended = (False, f"{type(why).__name__}: {why}", [False] * count)
+        finally:
+            # Before anyone hears of the end: the memory is LMCache's again.
+            batch[1].clear()
+            with self._lock:
+                self._completions.append((number, *ended))
+                os.eventfd_write(self._event_fd, 1)
+
+    def _done(
+        self, do: _Do, batch: tuple[list[str], list[memoryview]], until: float
+    ) -> tuple[bool, str, list[bool]]:
+        keys, buffers = batch
+        nothing = [False] * len(keys)
+        left_ms = int((until - time.monotonic()) * 1000)
+        if self._closed:
+            return False, "kvar is closing", nothing
+        if self._is_off:
+            return False, "kvar is off under this version of LMCache", nothing
+        if left_ms <= 0:
+            self._count(["deadline"] * len(keys))
+            return False, "deadline: others were before it for too long", nothing
+        try:
+            error, each = do([self._id(key) for key in keys], buffers, left_ms)
+        except kvar.KvarError as why:
+            self._away(str(why))
+            return False, f"{type(why).__name__}: {why}", nothing
         return not error, error, each
-
-    def _end(self, number: int, ok: bool, error: str, each: list[bool]) -> None:
-        with self._lock:
-            self._completions.append((number, ok, error, each))
-            os.eventfd_write(self._event_fd, 1)
-
-    def _run(self) -> None:
-        while (work := self._work.get()) is not None:
-            work()
 
     def _count(self, words: Sequence[str], **counts: int) -> None:
         with self._lock:
@@ -289,29 +356,35 @@ class Client:
                 if word != HIT and word not in _KEPT:
                     self._stats.reasons[word] = self._stats.reasons.get(word, 0) + 1
         if words and all(word in _AWAY for word in words):
-            self._is_away(words[0])
+            self._away(words[0])
         elif words:
-            self._is_there()
+            self._there()
 
-    def _is_away(self, why: str) -> None:
-        now = time.monotonic()
+    def _away(self, why: str) -> None:
         with self._lock:
-            self._away_since = self._away_since or now
+            self._is_away = True
+            now = time.monotonic()
             if now - self._said_at < _SAY_EVERY_S:
                 return
             self._said_at = now
         logger.warning(
-            "kvar: %s does not answer (%s); nothing is found or kept there until it does",
+            "kvar: %s does not serve (%s); nothing is found or kept there until it does",
             self._client.endpoint,
             why,
         )
 
-    def _is_there(self) -> None:
+    def _there(self) -> None:
         with self._lock:
-            since, self._away_since = self._away_since, None
-            self._said_at = -_SAY_EVERY_S if since is not None else self._said_at
-        if since is not None:
-            logger.info("kvar: %s answers again", self._client.endpoint)
+            was_away, self._is_away = self._is_away, False
+        if was_away:
+            logger.info("kvar: %s serves again", self._client.endpoint)
+
+
+def _work_off(work: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (do := work.get()) is not None:
+        do()
+        # Not until the next one comes: it holds LMCache's memory.
+        del do
 
 
 def _connect(endpoint: str, **settings: Any) -> kvar.Client:
@@ -330,23 +403,31 @@ def _check(name: str, value: int, most: int) -> None:
         raise kvar.ConfigError(f"adapter_params: {name} is {value!r}; give 1 to {most}")
 
 
-def _is_untried() -> bool:
-    """Whether this LMCache is one that this module was not tried with; says so once."""
-    from importlib import metadata
+def is_tried(version: str) -> bool:
+    """Whether this module was tried with this version of LMCache.
 
-    try:
-        version = metadata.version("lmcache")
-    except metadata.PackageNotFoundError:
+    >>> is_tried("0.5.6"), is_tried("0.5.6+cu128"), is_tried("0.5.5"), is_tried("0.6.0")
+    (True, True, False, False)
+    """
+    numbers = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    if numbers is None:
         return False
-    numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
     first, beyond = TESTED_VERSIONS
-    if first <= numbers < beyond:
-        return False
-    logger.warning(
-        "kvar: off: LMCache %s was not tried (tried: from %s, before %s); nothing is found or kept "
-        'in the store. To use it all the same: "any_version": true in adapter_params',
-        version,
-        ".".join(map(str, first)),
-        ".".join(map(str, beyond)),
+    return first <= (int(numbers[1]), int(numbers[2]), int(numbers[3])) < beyond
+
+
+def untried(version: str) -> str:
+    """What is said of a version that this module was not tried with."""
+    first, beyond = (".".join(map(str, version)) for version in TESTED_VERSIONS)
+    return (
+        f"kvar: off: LMCache {version} is not among those it is made for (from {first}, before "
+        f"{beyond}); nothing is found or kept in the store. To use it all the same: "
+        '"any_version": true in adapter_params'
     )
-    return True
+
+
+def _version() -> str | None:
+    try:
+        return metadata.version("lmcache")
+    except metadata.PackageNotFoundError:
+        return None

@@ -186,7 +186,9 @@ impl Conversation {
                         tracing::debug!(peer = %self.peer, client = %peer.client, "link open");
                         // The handshake found it a moment ago.
                         self.tenant = find(&peer.namespace).map_or(Tenant::DEFAULT, |it| it.0);
-                        self.client = peer.client;
+                        // Shown on terminals.
+                        let shown = peer.client.chars().filter(|it| !it.is_control());
+                        self.client = shown.collect();
                         self.phase = Phase::Serving;
                         self.link
                             .set_bounds(kvar_wire::MESSAGE_BYTES_MAX, kvar_wire::PAYLOAD_BYTES_MAX);

@@ -37,7 +37,7 @@ pub(crate) use desk::{Describe, LinkSettings, Outgoing, To};
 
 use crate::devices::Routes;
 use crate::mail::{Answer, Ticket};
-use crate::report::ClientReport;
+use crate::report::{CLIENTS_REPORTED_MAX, ClientReport};
 use conversation::{Conversation, Incoming, NodeLink, Phase, abort};
 use crossbeam_channel::Sender;
 use desk::{Desk, LINK_TIMER, LinkKey};
@@ -63,9 +63,6 @@ const OUTGOING_HEADS_BYTES: usize = 8 << 20;
 /// then its peer must ring: some hundred microseconds of looking, about what a look costs a thread
 /// that works all the time for others.
 const LOOKS_MAX: u32 = 4096;
-
-/// Clients that a thread names in a report: a report is made on the data plane.
-const CLIENTS_REPORTED_MAX: usize = 256;
 
 /// See the module.
 pub(crate) struct Links {
@@ -147,7 +144,7 @@ impl Links {
         self.desk.of_namespace.to_vec()
     }
 
-    /// Who is there, as far as the first [`CLIENTS_REPORTED_MAX`].
+    /// Who is there, as far as the first [`CLIENTS_REPORTED_MAX`]: this is made on the data plane.
     pub(crate) fn clients(&self) -> Vec<ClientReport> {
         let links = self.slots.iter().filter_map(|(_, link)| link.report());
         links.take(CLIENTS_REPORTED_MAX).collect()

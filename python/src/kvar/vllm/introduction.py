@@ -22,7 +22,7 @@ TESTED_VERSIONS = ((0, 32), (0, 33))
 """vLLM from the first up to, and without, the second."""
 
 NAME_BYTES_MAX = 255
-MODEL_CHARACTERS_MAX = 80
+MODEL_BYTES_MAX = 80
 
 
 def is_tried(version: str) -> bool:
@@ -78,9 +78,13 @@ def introduction(
         "ranks": parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
         "policy": getattr(vllm_config.kv_transfer_config, "kv_load_failure_policy", "unknown"),
         "role": role,
-        # The last parts of a path say most. It stands last: what is too long is cut there.
-        "model": str(model.model).rstrip("/")[-MODEL_CHARACTERS_MAX:],
+        "model": _end_of(str(model.model).rstrip("/")),
     }
     words = [f"vllm {'.'.join(version.split('.')[:2])}"]
     words += [f"{name}={str(value).replace(';', ',')}" for name, value in facts.items()]
     return "; ".join(words).encode()[:NAME_BYTES_MAX].decode(errors="ignore")
+
+
+def _end_of(model: str) -> str:
+    """The last parts of a path, which say most; alike for all roles of an engine."""
+    return model.encode()[-MODEL_BYTES_MAX:].decode(errors="ignore")
