@@ -364,7 +364,11 @@ impl Owner {
                 answers.push((origin, Answer::AboutLease(until)));
             }
             Ask::ReleaseSome(token, ids) => engine.release_some(token, &ids),
-            Ask::Get(request) => engine.get(now, wait(Asked::Get), request),
+            Ask::Get(request, link) => {
+                // Serials are a thread's own.
+                let asker = u64::from(origin.thread) << 40 ^ link;
+                engine.get_for(now, asker, wait(Asked::Get), request);
+            }
             Ask::PutBegin(request) => {
                 let begun = engine.put_begin(now, &request);
                 let key = self.key;
@@ -489,7 +493,7 @@ pub(crate) fn away(ask: &Ask, reason: MissReason, text: &str) -> Option<Answer> 
             until: Moment(0),
         }),
         Ask::Renew(..) | Ask::Release(_) => Answer::AboutLease(None),
-        Ask::Get(_) => Answer::Get(Err(reason)),
+        Ask::Get(..) => Answer::Get(Err(reason)),
         Ask::PutBegin(_) => Answer::PutBegun(Err(PutOutcome::Refused(Refusal::Busy))),
         Ask::PutCommit(_) => Answer::Put(PutOutcome::Refused(Refusal::Busy)),
         Ask::PutAbort(_) | Ask::ReleaseSome(..) => return None,

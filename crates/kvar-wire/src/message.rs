@@ -12,11 +12,13 @@
 //!   Stat, Status, Ping ───────────> …Answer
 //!   Lease, Renew, Release ────────> …Answer             (version 2)
 //!   Attach ───────────────────────> AttachAnswer        (version 4; first of all)
+//!   <───────────────────────── Switch  (version 5; whenever the operator switches)
 //!   Cancel                          (no answer)
 //!   Failure                         (either side; the link closes after it)
 //! ```
 //!
-//! Those of a reader are in `read`, those of a put in `put`, those about leases in `lease`, those about shared memory in `attach`.
+//! Those of a reader are in `read`, those of a put in `put`, those about leases in `lease`, those about shared memory in `attach`,
+//! those about modes in `mode`.
 //!
 //! Deadlines are the time left in microseconds; zero has passed already. `request` in a hint is
 //! not the frame's request number: it is a number that grows with time and is shared by the blocks
@@ -26,6 +28,7 @@
 use crate::attach::{Attach, AttachAnswer};
 use crate::bounded::{Ids, List, Text};
 use crate::lease::{Lease, LeaseAnswer, Release, ReleaseAnswer, Renew, RenewAnswer};
+use crate::mode::{Switch, Welcome, take_welcome};
 use crate::put::{Payload, Pull, Put, PutAnswer, take_put};
 use crate::read::{Get, GetAnswer, Lookup, LookupAnswer};
 use kvar_base::{BlockId, MissReason, SECTIONS_MAX};
@@ -100,6 +103,9 @@ macro_rules! messages {
             pub(crate) fn parse(kind: Kind, bytes: &[u8]) -> Result<Self, String> {
                 if kind == Kind::Put {
                     return take_put(bytes).map(Self::Put);
+                }
+                if kind == Kind::Welcome {
+                    return take_welcome(bytes).map(Self::Welcome);
                 }
                 match kind { $(Kind::$name => take::<$name>(bytes).map(Self::$name),)* }
             }
@@ -183,6 +189,8 @@ messages! {
     37 Attach,
     /// Yes, or why not.
     38 AttachAnswer,
+    /// The mode of your namespace is this from now on. (Version 5.)
+    45 Switch,
 }
 
 impl Kind {
@@ -271,18 +279,6 @@ pub struct Proof {
     /// Short name of the client's key, so that a refusal can name both.
     #[serde(with = "Text::<NAME_BYTES_MAX>")]
     pub key_name: String,
-}
-
-/// The link is open.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Welcome {
-    /// Which node this is.
-    #[serde(with = "Text::<NAME_BYTES_MAX>")]
-    pub node: String,
-    /// Proof that the node holds the namespace's key too: a client gives its bytes to no other.
-    pub proof: [u8; 32],
-    /// What the client must keep to.
-    pub limits: Limits,
 }
 
 /// What a client must keep to on one link.

@@ -190,6 +190,7 @@ fn examine(status: &Value, version: &str) -> Vec<Finding> {
     findings.extend(devices(status));
     findings.push(room(status));
     findings.extend(host(status));
+    findings.extend(modes(status));
     findings.extend(asked(status));
     findings.extend(engines(status));
     findings
@@ -327,6 +328,20 @@ fn huge_pages(meminfo: &str) -> Option<u64> {
 }
 
 /// What was asked for and not served, and what was not taken.
+/// What the operator has switched off explains misses, and is easily forgotten.
+fn modes(status: &Value) -> Vec<Finding> {
+    let namespaces = status["namespaces"].as_array().into_iter().flatten();
+    let switched = namespaces.filter_map(|it| {
+        let (name, mode) = (it["name"].as_str()?, it["mode"].as_str()?);
+        (mode != "load")
+            .then(|| format!("namespace {name} is in mode {mode}: its engines load nothing"))
+    });
+    let advice = "kvar mode says who switched it, and switches it on again";
+    switched
+        .map(|found| Finding::new(Grade::Note, "mode", found, advice))
+        .collect()
+}
+
 fn asked(status: &Value) -> Vec<Finding> {
     let links = &status["links"];
     let hits = number(links, "get_hits");
@@ -598,6 +613,18 @@ mod tests {
                 .iter()
                 .any(|it| it.found.contains("2 links of m, all alike"))
         );
+    }
+
+    #[test]
+    fn a_namespace_that_was_switched_off_is_named() {
+        let mut status = healthy();
+        status["namespaces"] = json!([
+            {"name": "default", "mode": "load"}, {"name": "team-a", "mode": "observe"}
+        ]);
+        let findings = examine(&status, "1").into_iter();
+        let modes: Vec<Finding> = findings.filter(|it| it.about == "mode").collect();
+        assert_eq!(modes.len(), 1);
+        assert!(modes[0].found.contains("team-a is in mode observe"));
     }
 
     #[test]

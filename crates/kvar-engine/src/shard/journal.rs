@@ -106,6 +106,7 @@ impl Shard {
             + self.flush_waiters.len()
             + self.reading.len()
             + self.parts.len()
+            + self.turns.waiting()
             + self.pending.len()
             // One that waits for a flush has nothing under way for a moment.
             + usize::from(self.checkpoint.is_some())

@@ -14,11 +14,11 @@
 //! where they lie; what fails twice is gone.
 
 use super::{
-    Change, Copy, Displaced, Event, GetRequest, Moved, Pending, READS_IN_FLIGHT_MAX, SectionRef,
-    Shard, Touch, verify_image,
+    Change, Copy, Displaced, Event, GetRequest, Moved, Pending, SectionRef, Shard, Touch,
+    verify_image,
 };
 use crate::dram::{Purpose, Resident, State};
-use crate::index::Entry;
+use crate::index::{Entry, SlotRef};
 use crate::layout::{ImagePlan, RecordHints, Section};
 use kvar_base::check::{Place, version};
 use kvar_base::{BlockId, MissReason, Moment, page_round_up};
@@ -76,22 +76,38 @@ pub(super) struct MoveRead {
 }
 
 impl Shard {
-    pub(crate) fn get(&mut self, now: Moment, token: u64, request: GetRequest) {
+    pub(crate) fn get(&mut self, now: Moment, asker: u64, token: u64, request: GetRequest) {
         if request.deadline <= now {
+            self.counters.overdue_at_call += 1;
             return self.miss(token, MissReason::Deadline);
         }
-        let GetRequest {
-            id,
-            sections,
-            touch,
-            ..
-        } = request;
+        let GetRequest { id, touch, .. } = request;
         let found = self.find(&id);
         // Absent too, although somebody may be reading a copy that was given up meanwhile: whether
         // that one has expired is not known any more.
         if let Err(reason) = self.touch_found(now, &id, found, touch) {
             return self.miss(token, reason);
         }
+        // What is in memory, or on its way there, needs no turn.
+        if self.must_wait() && self.dram.get(&id).is_none() && !self.reading.contains_key(&id) {
+            return self.wait_for_turn(now, asker, token, request);
+        }
+        self.begin_read(token, request, found);
+    }
+
+    /// Reads a block that is visible, from wherever it is.
+    pub(super) fn begin_read(
+        &mut self,
+        token: u64,
+        request: GetRequest,
+        found: Option<(SlotRef, Entry)>,
+    ) {
+        let GetRequest {
+            id,
+            sections,
+            touch,
+            ..
+        } = request;
         if let Some(resident) = self.dram.get(&id) {
             let mut outcome = cut(
                 &resident.sections,
@@ -128,9 +144,6 @@ impl Shard {
             && self.get_part(token, &id, &entry, wanted)
         {
             return;
-        }
-        if self.reads_in_flight >= READS_IN_FLIGHT_MAX {
-            return self.miss(token, MissReason::Overloaded);
         }
         let (tenant, bytes) = (entry.tenant, entry.len as usize);
         let Some(buffer) = self.reserve_buffer(tenant, bytes, Purpose::Read) else {

@@ -12,7 +12,7 @@
 //! not known yet. A peer that takes its answers too slowly is not listened to meanwhile.
 
 use super::conversation::{Conversation, may_be_below};
-use super::desk::{Desk, Operation, To};
+use super::desk::{Desk, LinkKey, Operation, To};
 use super::request::{Get, Item, ItemState, Kind, Open};
 use super::serve::touch_request;
 use crate::mail::Ask;
@@ -104,7 +104,7 @@ impl Conversation {
             self.reading_bytes += bytes;
             self.reads += 1;
             let id = item.wanted.id;
-            let ask = ask_for(&item.wanted, touch_request, deadline);
+            let ask = ask_for(&item.wanted, touch_request, deadline, self.key);
             let operation = Operation {
                 link: self.key,
                 request,
@@ -145,12 +145,14 @@ impl Conversation {
             (ItemState::Waiting | ItemState::Answered, _) => return,
         };
         let Some(Open {
+            deadline,
             kind: Kind::Get(get),
             ..
         }) = self.open.get_mut(&request)
         else {
             return;
         };
+        let deadline = *deadline;
         let item = &mut get.items[index as usize];
         item.state = ItemState::Answered;
         self.reading_bytes -= bytes;
@@ -160,7 +162,7 @@ impl Conversation {
         let is_over = get.left == 0;
         let outcome = outcome.and_then(|copy| fits(&item.wanted, copy));
         match outcome {
-            Ok(copy) => self.push_copy(desk, request, index as u16, copy),
+            Ok(copy) => self.push_copy(desk, request, index as u16, copy, deadline),
             Err(reason) => self.send_miss(desk, request, index as u16, reason),
         }
         if is_over {
@@ -190,7 +192,7 @@ impl Conversation {
             return false;
         };
         item.state = ItemState::AskedBelow(bytes, reason);
-        let ask = ask_for(&item.wanted, touch_request, deadline);
+        let ask = ask_for(&item.wanted, touch_request, deadline, self.key);
         let operation = Operation {
             link: self.key,
             request,
@@ -220,7 +222,14 @@ impl Conversation {
         );
     }
 
-    fn push_copy(&mut self, desk: &mut Desk, request: u64, item: u16, copy: Copy) {
+    fn push_copy(
+        &mut self,
+        desk: &mut Desk,
+        request: u64,
+        item: u16,
+        copy: Copy,
+        deadline: Moment,
+    ) {
         let sections: Vec<Section> = copy
             .sections
             .iter()
@@ -262,14 +271,20 @@ impl Conversation {
             ranges,
         };
         if self.link.push(&desk.scratch, token, source).is_err() {
-            self.link.close();
+            return self.link.close();
         }
+        self.unsent.add(token, request, item, deadline);
     }
 }
 
 /// What an engine is asked of an item, be it the first one or the one below.
-fn ask_for(wanted: &kvar_wire::GetItem, touch_request: u64, deadline: Moment) -> Ask {
-    Ask::Get(GetRequest {
+fn ask_for(
+    wanted: &kvar_wire::GetItem,
+    touch_request: u64,
+    deadline: Moment,
+    link: LinkKey,
+) -> Ask {
+    let request = GetRequest {
         id: wanted.id,
         sections: wanted.sections.clone(),
         deadline,
@@ -277,7 +292,8 @@ fn ask_for(wanted: &kvar_wire::GetItem, touch_request: u64, deadline: Moment) ->
             request: touch_request,
             depth: wanted.depth,
         },
-    })
+    };
+    Ask::Get(request, link.serial)
 }
 
 /// Bytes a reader says it has room for.

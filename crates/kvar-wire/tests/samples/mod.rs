@@ -1,7 +1,7 @@
 //! One or more messages of every kind, fixed for ever: golden frames are made from them, fuzzing
 //! starts from them.
 
-use kvar_base::{BlockId, ContentCheck, LeaseToken, MissReason, PutOutcome, Refusal};
+use kvar_base::{BlockId, ContentCheck, LeaseToken, MissReason, Mode, PutOutcome, Refusal};
 use kvar_wire::*;
 
 /// (name of the golden file, message, length of the payload behind it)
@@ -14,6 +14,7 @@ pub(crate) fn added_by(version: u16) -> Vec<Sample> {
         2 => samples_of_version_2(),
         3 => samples_of_version_3(),
         4 => samples_of_version_4(),
+        5 => samples_of_version_5(),
         version => panic!("version {version} has no samples; what did it add?"),
     }
 }
@@ -108,6 +109,7 @@ fn samples_of_version_1() -> Vec<Sample> {
                 node: "n1".into(),
                 proof: [8; 32],
                 limits,
+                mode: None,
             }
             .into(),
             0,
@@ -386,5 +388,26 @@ fn samples_of_version_4() -> Vec<Sample> {
         ("attach", attach.into(), 0),
         ("attach_answer", attached.into(), 0),
         ("attach_answer_declined", declined.into(), 0),
+    ]
+}
+
+/// What version 5 added.
+fn samples_of_version_5() -> Vec<Sample> {
+    let welcome = Welcome {
+        node: "n1".into(),
+        proof: [8; 32],
+        limits: Limits {
+            block_bytes_max: 16 << 20,
+            eager_bytes_max: 65_536,
+            requests_max: 1024,
+            bytes_max: 256 << 20,
+        },
+        mode: Some(Mode::Observe),
+    };
+    let switch = |mode| Switch { mode };
+    vec![
+        ("welcome_mode", welcome.into(), 0),
+        ("switch_off", switch(Mode::Off).into(), 0),
+        ("switch_load", switch(Mode::Load).into(), 0),
     ]
 }
