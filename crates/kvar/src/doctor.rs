@@ -347,7 +347,11 @@ fn asked(status: &Value) -> Vec<Finding> {
     let hits = number(links, "get_hits");
     let misses = counts(&links["get_misses"]);
     let asked = hits + misses.values().sum::<u64>();
-    let (looked_up, found_there) = (number(links, "lookup_ids"), number(links, "lookup_found"));
+    let looked_up = number(links, "lookup_ids");
+    let shards = list(&status["shards"]).iter();
+    let found_there: u64 = shards
+        .map(|shard| number(&shard["engine"]["counters"], "lookup_hits"))
+        .sum();
     let puts = counts(&links["puts"]);
     let of = |word: &str| puts.get(word).copied().unwrap_or(0);
     let kept = of("stored") + of("exists") + of("in_progress");
@@ -588,9 +592,10 @@ mod tests {
             "version": "1", "state": "serving", "ready": true, "uptime_s": 5, "listen": "10.0.0.1:1",
             "devices": [{"path": "/d", "state": "online", "trouble": null, "endurance_years": 9.0}],
             "tiers": [{"filled_bytes": 4096}], "dram_bytes": 1 << 20, "dram_used_bytes": 4096,
-            "shards": [{"io_engine": "io_uring", "io_notes": []}], "notes": [],
+            "shards": [{"io_engine": "io_uring", "io_notes": [], "engine": {"counters": {"lookup_hits": 90}}}],
+            "notes": [],
             "links": {"get_hits": 9000, "get_misses": {"absent": 1000, "corrupt": 0}, "lookup_ids": 100,
-                      "lookup_found": 90, "puts": {"stored": 10, "busy": 0}},
+                      "puts": {"stored": 10, "busy": 0}},
             "clients": [{"name": "vllm 0.32; model=m; dtype=bf16; role=worker"},
                         {"name": "vllm 0.32; model=m; dtype=bf16; role=scheduler"}, {"name": "kvar 1"}],
         })
@@ -688,6 +693,7 @@ mod tests {
     #[test]
     fn a_store_that_is_asked_and_never_given_anything_is_wrong() {
         let mut status = healthy();
+        status["shards"][0]["engine"]["counters"]["lookup_hits"] = json!(0);
         status["links"] = json!({"get_hits": 0, "lookup_ids": 1000, "puts": {"stored": 2}});
         assert!(wrong(&status)[0].advice.contains("nothing is kept"));
         // What is there already counts as kept, too.
@@ -697,7 +703,7 @@ mod tests {
                 .advice
                 .contains("never found under the names")
         );
-        status["links"]["lookup_found"] = json!(1);
+        status["shards"][0]["engine"]["counters"]["lookup_hits"] = json!(1);
         assert_eq!(wrong(&status), []);
         // Prompts that were never there before are no trouble yet.
         status["links"] = json!({"lookup_ids": 8});
