@@ -59,6 +59,11 @@ class Node:
         assert self._process.wait(timeout=STOP_S_MAX) == 0
         self._process = None
 
+    def switch(self, *words: str) -> None:
+        """``kvar mode`` with these words."""
+        command = [self._binary, "mode", *words, "--admin", self.admin]
+        subprocess.run([*command, "--key-file", str(self.key_file)], check=True, timeout=60)
+
     def pause(self) -> None:
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)

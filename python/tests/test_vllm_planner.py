@@ -10,6 +10,7 @@ import pytest
 from kvar.vllm.choice import EXPLORE_EVERY, Choice, Override
 from kvar.vllm.orders import LoadReport, SaveReport, StepOrders, merge_reports
 from kvar.vllm.planner import LOOKUP_REUSE_S, WAIT_S_MAX, Found, Planner
+from kvar.vllm.settings import Mode
 
 BLOCK = 32
 
@@ -50,6 +51,7 @@ class Bench:
     """A planner with a store and a pool that count."""
 
     def __init__(self, *, ranks: int = 1, pool: int = 1000, loads: bool = True) -> None:
+        self.mode = Mode.LOAD
         self.leases: list[Lease] = []
         self.numbers = 0
         self.stored: set[bytes] = set()
@@ -70,6 +72,7 @@ class Bench:
             now=lambda: self.now,
             numbers=self.number,
             choice=self.choice,
+            mode=lambda: self.mode,
         )
 
     def number(self) -> int:
@@ -526,3 +529,79 @@ def test_now_and_then_a_load_is_tried_all_the_same() -> None:
         loads += bench.planner.matched(request, 0) > 0
     assert loads == 2
     assert bench.planner.counters.take()["explored_requests"] == 2
+
+
+def turn(bench: Bench, request: Request) -> tuple[int, StepOrders]:
+    """One request asked about, given its pages and run for a step."""
+    tokens = bench.planner.matched(request, 0)
+    bench.planner.allocated(request, pages(4), tokens)
+    return tokens, bench.step(request, 100, pages(4))
+
+
+def test_each_mode_does_what_its_word_says() -> None:
+    bench = Bench()
+    bench.stored = {f"{mode.value}-{n}".encode() for mode in Mode for n in (0, 1)}
+    did = {}
+    for mode in Mode:
+        bench.mode, bench.lookups = mode, 0
+        tokens, orders = turn(bench, Request(mode.value, num_tokens=100))
+        did[mode] = (bench.lookups, tokens, len(orders.loads), len(orders.saves))
+        bench.now += 10
+    assert did == {
+        Mode.OFF: (0, 0, 0, 0),
+        Mode.OBSERVE: (1, 0, 0, 0),
+        Mode.SAVE: (1, 0, 0, 1),
+        Mode.LOAD: (1, 64, 1, 1),
+    }
+    counts = bench.planner.counters.take()
+    # Two lookups whose blocks were not loaded, of two blocks each.
+    assert (counts["observed_lookups"], counts["observed_tokens"]) == (2, 4 * BLOCK)
+    assert (counts["hit_tokens"], len(bench.leases)) == (2 * BLOCK, 1)
+
+
+def test_a_switch_to_off_ends_nothing_that_was_begun_and_begins_nothing() -> None:
+    bench = Bench()
+    going = loading(bench)
+    waiting = Request("b", num_tokens=100)
+    bench.stored |= set(waiting.block_hashes)
+    assert bench.planner.matched(waiting, 0) > 0
+    assert len(bench.leases) == 2
+    bench.mode = Mode.OFF
+    # Who waits is asked about again, and finds nothing; its promise is given back.
+    assert bench.planner.matched(waiting, 0) == 0
+    assert len(bench.leases) == 1
+    bench.planner.allocated(waiting, pages(4), 0)
+    assert bench.step(waiting, 100, pages(4)).saves == []
+    # Who loads goes on to the end.
+    bench.say(loaded=["a"])
+    assert bench.planner.counters.take()["loaded_tokens"] == 96
+    assert bench.leases == []
+    bench.planner.finished(going, pages(4))
+    bench.planner.finished(waiting, pages(4))
+    assert not bench.planner.has_work
+    before = bench.lookups
+    assert turn(bench, Request("c", num_tokens=100))[0] == 0
+    assert bench.lookups == before
+
+
+def test_a_load_that_vllm_has_taken_pages_for_is_ordered_after_a_switch_too() -> None:
+    bench = Bench()
+    request = Request("a", num_tokens=100)
+    bench.stored = set(request.block_hashes)
+    tokens = bench.planner.matched(request, 0)
+    bench.mode = Mode.OFF
+    bench.planner.allocated(request, pages(4), tokens)
+    (load,) = bench.planner.step({}, lambda _: None).loads
+    assert len(load.block_ids) * BLOCK == tokens
+
+
+def test_what_runs_when_the_operator_switches_saves_on_is_saved_as_far_as_it_is_known() -> None:
+    bench = Bench()
+    bench.mode = Mode.OBSERVE
+    request = Request("a", num_tokens=100)
+    assert turn(bench, request)[1].saves == []
+    bench.mode = Mode.SAVE
+    request.num_tokens = 130
+    request.hash_known_tokens()
+    (save,) = bench.step(request, 30, pages(4)).saves
+    assert (save.depth, len(save.hashes)) == (0, 4)

@@ -56,6 +56,8 @@ def test_what_cannot_be_meant_is_refused_by_name(change: dict[str, Any], words: 
 
 
 def test_modes_do_what_their_words_say() -> None:
+    assert Mode.LOAD.within(Mode.OBSERVE) is Mode.OBSERVE
+    assert Mode.OFF.within(Mode.SAVE) is Mode.OFF
     does = {mode: (mode.looks_up, mode.saves, mode.loads) for mode in Mode}
     assert does == {
         Mode.OFF: (False, False, False),

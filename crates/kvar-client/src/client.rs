@@ -14,7 +14,9 @@ use crate::session::{Completion, Session, Ticket};
 use crate::stats::{ClientStats, Counters};
 use crossbeam_channel::{Receiver, Sender, TryRecvError, unbounded};
 use kvar_base::wake;
-use kvar_base::{BlockId, Clock, LeaseToken, MissReason, Moment, PutOutcome, Refusal, SystemClock};
+use kvar_base::{
+    BlockId, Clock, LeaseToken, MissReason, Mode, Moment, PutOutcome, Refusal, SystemClock,
+};
 use kvar_wire::{BlockStat, Limits};
 use mio::Waker;
 use std::collections::HashMap;
@@ -463,6 +465,15 @@ impl Client {
     #[must_use]
     pub fn stats(&self) -> ClientStats {
         self.0.counters.snapshot()
+    }
+
+    /// The mode that the operator gave the namespace (`kvar mode`), as the node last said; `load`
+    /// until it has. Costs a look at a byte: nothing is sent, the node tells of a change by itself.
+    ///
+    /// For whoever uses the store for an engine. Calls are made in every mode.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        self.0.counters.mode.get()
     }
 
     /// The breaker; `Closed` is the normal state.

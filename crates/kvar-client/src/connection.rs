@@ -1,7 +1,7 @@
 //! One link to the node: its handshake, its open requests, and the node's window on it.
 
 use crate::items::{Filled, PutSource};
-use kvar_base::{BlockId, MapEpoch, Moment};
+use kvar_base::{BlockId, MapEpoch, Mode, Moment};
 use kvar_transport::shared::Meeting;
 use kvar_transport::{AnyLink, FrameLengths, Link, LinkKind, LinkOptions, SendRefused, TcpOptions};
 use kvar_wire::{Body, ClientHandshake, HANDSHAKE_MESSAGE_BYTES_MAX, Limits, Section};
@@ -19,6 +19,8 @@ pub(crate) struct Connection {
     pub(crate) phase: Phase,
     /// The version of the protocol both speak; 0 until it is agreed.
     pub(crate) version: u16,
+    /// The mode of the namespace, as the node last said on this link.
+    pub(crate) mode: Mode,
     /// Requests the node has not answered, by number.
     pub(crate) open: HashMap<u64, Open>,
     /// The payload that is on its way into a destination.
@@ -113,6 +115,7 @@ impl Connection {
             serial: 0,
             phase: Phase::Connecting(handshake),
             version: 0,
+            mode: Mode::default(),
             open: HashMap::new(),
             receiving: None,
             requests_open: 0,

@@ -18,7 +18,10 @@
 //! * when a call has ended, its buffers are free: nothing reads or writes them any more;
 //! * no byte is called a hit that did not pass the writer's content check;
 //! * a lease that the node may hold and nobody was told of is given back;
-//! * a node that cannot be reached costs nothing after the first failure (the breaker).
+//! * a node that cannot be reached costs nothing after the first failure (the breaker);
+//! * what the operator last said of the namespace's mode is known while a link stands, and asked for
+//!   again when it breaks, unless it was the usual one. The client does in every mode what it is told:
+//!   whoever drives it obeys ([`Client::mode`]).
 //!
 //! What is absent: which node owns a block (one node for now), retries of reads and writes (a miss
 //! is a normal answer), renewing of leases, and `unsafe`.
@@ -60,6 +63,7 @@ pub use items::{
     Answer, Destination, Filled, GetItem, GetOutcome, GetResult, Lease, Leased, Lookup,
     PreparedPut, PutItem, PutSource, Request,
 };
+pub use kvar_base::Mode;
 pub use kvar_transport::{Sink, Source};
 pub use kvar_wire::{BlockStat, Lengths, Limits, PutHints};
 pub use layer_put::{LayerPut, LayerPutItem, LayerPutRequest, SectionPart, SectionRefused};

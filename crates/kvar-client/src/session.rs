@@ -21,7 +21,7 @@ use crate::config::{ClientConfig, ClientError};
 use crate::connection::Connection;
 use crate::items::{Answer, Request};
 use crate::stats::{ClientStats, Counters, add};
-use kvar_base::{Clock, Moment, SystemClock};
+use kvar_base::{Clock, Mode, Moment, SystemClock};
 use kvar_transport::{Armed, Link, Readiness};
 use kvar_wire::{Cancel, Limits};
 use links::{Addresses, Slot};
@@ -174,6 +174,26 @@ impl Session {
         self.slots
             .iter()
             .find_map(|slot| slot.connection().and_then(Connection::limits).copied())
+    }
+
+    /// The mode that the operator gave the namespace, as the node last said; `load` until it has.
+    /// Nothing here obeys it: whoever calls does.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        self.counters.mode.get()
+    }
+
+    /// What the node says of the mode. Of several links one is believed, always the same, since what
+    /// comes over another may be older.
+    fn note_mode(&mut self) {
+        let links = self.slots.iter().filter_map(Slot::connection);
+        let Some(first) = links.into_iter().find(|it| it.is_open()) else {
+            return;
+        };
+        if first.mode != self.counters.mode.get() {
+            self.counters.mode.set(first.mode);
+            add(&self.counters.switches, 1);
+        }
     }
 
     /// Takes a call in. It ends by `deadline` from now, in [`poll`](Self::poll).

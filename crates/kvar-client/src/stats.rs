@@ -2,7 +2,7 @@
 
 use crate::breaker::BreakerState;
 use crate::items::GetOutcome;
-use kvar_base::{MissReason, PutOutcome, Refusal};
+use kvar_base::{MissReason, Mode, ModeCell, PutOutcome, Refusal};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
@@ -30,6 +30,9 @@ pub(crate) struct Counters {
     pub(crate) attach_declined: AtomicU64,
     not_shared: Mutex<Option<String>>,
     breaker: AtomicU8,
+    /// What the node last said of the namespace's mode.
+    pub(crate) mode: ModeCell,
+    pub(crate) switches: AtomicU64,
 }
 
 impl Counters {
@@ -133,6 +136,8 @@ impl Counters {
                 .unwrap_or_else(PoisonError::into_inner)
                 .clone(),
             breaker: self.breaker(),
+            mode: self.mode.get(),
+            switches: get(&self.switches),
         }
     }
 }
@@ -199,4 +204,8 @@ pub struct ClientStats {
     pub not_shared: Option<String>,
     /// The breaker now.
     pub breaker: BreakerState,
+    /// The mode that the operator gave the namespace, as the node last said; `load` until it has.
+    pub mode: Mode,
+    /// Times it changed.
+    pub switches: u64,
 }

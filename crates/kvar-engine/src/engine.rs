@@ -185,14 +185,27 @@ impl Engine {
 
     /// Reads a block; ends in [`Event::Get`].
     pub fn get(&mut self, now: Moment, token: u64, request: GetRequest) {
-        self.shard.called(now);
-        self.shard.get(now, token, request);
+        self.get_for(now, 0, token, request);
     }
 
-    /// As [`get`](Self::get), by a reader that says more of itself.
-    pub fn get_with(&mut self, now: Moment, token: u64, request: GetRequest, hints: ReadHints) {
+    /// As [`get`](Self::get), for one of several who ask: when the device has more to do than it
+    /// can, they are served in turn. `asker` is the caller's number for whom it asks.
+    pub fn get_for(&mut self, now: Moment, asker: u64, token: u64, request: GetRequest) {
         self.shard.called(now);
-        self.shard.get_with(now, token, request, hints);
+        self.shard.get(now, asker, token, request);
+    }
+
+    /// As [`get_for`](Self::get_for), by a reader that says more of itself.
+    pub fn get_with(
+        &mut self,
+        now: Moment,
+        asker: u64,
+        token: u64,
+        request: GetRequest,
+        hints: ReadHints,
+    ) {
+        self.shard.called(now);
+        self.shard.get_with(now, asker, token, request, hints);
     }
 
     /// Announces a put: room for its bytes, or why not.

@@ -44,7 +44,7 @@ fn begin(shard: &mut Shard, number: u64, section: u16, hints: ReadHints) -> u64 
         deadline: shard.now.after(Duration::from_secs(1)),
         touch: Touch::default(),
     };
-    shard.engine.get_with(shard.now, token, request, hints);
+    shard.engine.get_with(shard.now, 0, token, request, hints);
     token
 }
 

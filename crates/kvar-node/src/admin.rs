@@ -8,6 +8,8 @@
 //! | `/v1/status` | one JSON object |
 //! | `/v1/devices` | the devices, as `kvar device list` prints them |
 //! | `POST /v1/devices` | `device_door`: a device comes in, goes, is replaced |
+//! | `/v1/modes` | how much of the store engines use |
+//! | `POST /v1/modes` | `mode_door`: that is switched |
 //!
 //! What must always be true: the data plane never waits for this thread. It asks the threads by
 //! mail, they answer between two turns, and one that does not answer within [`ANSWER_WAIT`] is left
@@ -17,6 +19,8 @@ use crate::device_door;
 use crate::devices::{Event, Phase};
 use crate::mail::{Mail, Post};
 use crate::metrics;
+use crate::mode_door;
+use crate::modes::Modes;
 use crate::node::StatusSource;
 use crate::report::ThreadReport;
 use axum::extract::State;
@@ -71,6 +75,7 @@ pub(crate) struct Door {
     pub(crate) status: Arc<StatusSource>,
     pub(crate) post: Post,
     pub(crate) keeper: Sender<Event>,
+    pub(crate) modes: Arc<Modes>,
     /// Who has it may change things.
     pub(crate) key: NamespaceKey,
 }
@@ -97,7 +102,14 @@ impl AdminSocket {
             .route("/readyz", get(readyz))
             .route("/metrics", get(metrics_page))
             .route("/v1/status", get(status_page))
-            .route("/v1/devices", get(devices_page).post(device_door::change))
+            .route(
+                device_door::PATH,
+                get(devices_page).post(device_door::change),
+            )
+            .route(
+                mode_door::PATH,
+                get(mode_door::list).post(mode_door::change),
+            )
             .with_state(door);
         let body = move || {
             runtime.block_on(async move {

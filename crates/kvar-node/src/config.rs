@@ -22,7 +22,7 @@ pub use namespace::NamespaceConfig;
 pub use table::SETTINGS;
 
 pub use crate::links::Sharing;
-use kvar_base::{BLOCK_BYTES_MAX, ByteSize, PAGE_BYTES};
+use kvar_base::{BLOCK_BYTES_MAX, ByteSize, Mode, PAGE_BYTES};
 pub use kvar_io::IoEngine;
 use kvar_transport::shared::{RING_BYTES_MAX, RING_BYTES_MIN};
 use std::fmt;
@@ -239,6 +239,8 @@ pub struct Config {
     pub io_engine: IoEngine,
     /// How long a shard looks for work before it sleeps, in microseconds.
     pub spin_us: u64,
+    /// How much of the store engines use where nobody has switched.
+    pub mode: Mode,
     /// Payload bytes one link may have on its way.
     pub link_budget: ByteSize,
     /// Requests one link may have open.
@@ -318,6 +320,7 @@ impl Default for Config {
             discard: false,
             io_engine: IoEngine::Auto,
             spin_us: 0,
+            mode: Mode::default(),
             link_budget: ByteSize(0),
             link_requests: 0,
             connections_max: 0,

@@ -130,6 +130,26 @@ impl Serialize for Puts {
     }
 }
 
+/// Work that was dropped because nobody waited for it any more, by where it was found. (Engines count
+/// what they find themselves.)
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Overdue {
+    /// Blocks in line for room in their link's budget.
+    pub line: u64,
+    /// Asks on their way to an engine.
+    pub asked: u64,
+    /// Answers whose bytes waited for a slow link.
+    pub link: u64,
+}
+
+impl AddAssign for Overdue {
+    fn add_assign(&mut self, other: Self) {
+        self.line += other.line;
+        self.asked += other.asked;
+        self.link += other.link;
+    }
+}
+
 /// What the links of a shard (or of all shards, summed) have done since start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct LinkCounters {
@@ -167,6 +187,8 @@ pub struct LinkCounters {
     pub purges: u64,
     /// Requests whose client no longer wanted the answer.
     pub cancels: u64,
+    /// What was dropped because nobody waited for it any more, by where that was.
+    pub overdue: Overdue,
     /// Payload bytes received.
     pub payload_bytes_in: u64,
     /// Payload bytes handed to links.
@@ -192,6 +214,7 @@ impl AddAssign for LinkCounters {
         self.flushes += other.flushes;
         self.purges += other.purges;
         self.cancels += other.cancels;
+        self.overdue += other.overdue;
         self.payload_bytes_in += other.payload_bytes_in;
         self.payload_bytes_out += other.payload_bytes_out;
     }
@@ -206,6 +229,10 @@ pub struct NamespaceCounters {
     pub misses: u64,
     /// Blocks stored.
     pub stored: u64,
+    /// Lookups answered while the mode was not `load`.
+    pub observed_lookups: u64,
+    /// Leading blocks that these found: what would have been loaded.
+    pub observed_blocks: u64,
 }
 
 impl AddAssign for NamespaceCounters {
@@ -213,6 +240,8 @@ impl AddAssign for NamespaceCounters {
         self.hits += other.hits;
         self.misses += other.misses;
         self.stored += other.stored;
+        self.observed_lookups += other.observed_lookups;
+        self.observed_blocks += other.observed_blocks;
     }
 }
 

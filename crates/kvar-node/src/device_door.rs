@@ -40,15 +40,18 @@ pub const TIME_HEADER: &str = "x-kvar-time";
 /// Header with the proof.
 pub const PROOF_HEADER: &str = "x-kvar-proof";
 
-/// The proof that goes with a body, in hexadecimal digits.
+/// Where the door is.
+pub(crate) const PATH: &str = "/v1/devices";
+
+/// The proof that goes with a body sent to one of the admin HTTP's doors, in hexadecimal digits.
 #[must_use]
-pub fn proof(key: &NamespaceKey, unix_seconds: u64, body: &[u8]) -> String {
-    let proof = key.prove(&challenge(unix_seconds, body));
+pub fn proof(key: &NamespaceKey, path: &str, unix_seconds: u64, body: &[u8]) -> String {
+    let proof = key.prove(&challenge(path, unix_seconds, body));
     proof.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn challenge(unix_seconds: u64, body: &[u8]) -> Vec<u8> {
-    let mut challenge = b"kvar admin 1 POST /v1/devices\0".to_vec();
+fn challenge(path: &str, unix_seconds: u64, body: &[u8]) -> Vec<u8> {
+    let mut challenge = format!("kvar admin 1 POST {path}\0").into_bytes();
     challenge.extend_from_slice(&unix_seconds.to_le_bytes());
     challenge.extend_from_slice(body);
     challenge
@@ -116,11 +119,11 @@ impl From<Change> for Command {
     }
 }
 
-fn refuse(code: StatusCode, why: &str) -> Response {
+pub(crate) fn refuse(code: StatusCode, why: &str) -> Response {
     (code, Json(serde_json::json!({ "error": why }))).into_response()
 }
 
-fn is_proved(key: &NamespaceKey, headers: &HeaderMap, body: &[u8]) -> bool {
+fn is_proved(key: &NamespaceKey, path: &str, headers: &HeaderMap, body: &[u8]) -> bool {
     let word = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
     let (Some(time), Some(proof)) = (word(TIME_HEADER), word(PROOF_HEADER)) else {
         return false;
@@ -131,7 +134,19 @@ fn is_proved(key: &NamespaceKey, headers: &HeaderMap, body: &[u8]) -> bool {
     };
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     let now = now.map_or(0, |elapsed| elapsed.as_secs());
-    now.abs_diff(time) <= PROOF_SECONDS_MAX && key.verify(&challenge(time, body), proof.as_bytes())
+    now.abs_diff(time) <= PROOF_SECONDS_MAX
+        && key.verify(&challenge(path, time, body), proof.as_bytes())
+}
+
+/// Whether a change may come in: from this machine, from one who has the key, and now.
+pub(crate) fn is_allowed(
+    key: &NamespaceKey,
+    peer: SocketAddr,
+    path: &str,
+    headers: &HeaderMap,
+    body: &[u8],
+) -> bool {
+    peer.ip().is_loopback() && is_proved(key, path, headers, body)
 }
 
 /// The handler.
@@ -141,7 +156,7 @@ pub(crate) async fn change(
     headers: HeaderMap,
     body: Bytes,
 ) -> Response {
-    if !peer.ip().is_loopback() || !is_proved(&door.key, &headers, &body) {
+    if !is_allowed(&door.key, peer, PATH, &headers, &body) {
         let why = "devices are changed from the node's own machine, with the namespace key (kvar \
                    device --key-file) and a right clock";
         return refuse(StatusCode::FORBIDDEN, why);

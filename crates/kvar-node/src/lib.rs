@@ -23,7 +23,8 @@
 //! | `links` | how does one connection go? |
 //! | `owner`, `mail` | how does a request reach the engine that owns its block, and come back? |
 //! | `report`, `counters`, `metrics`, `admin` | how is the node? |
-//! | `device_door` | how does an operator change the devices? |
+//! | `device_door`, `mode_door` | how does an operator change the devices, and what engines do? |
+//! | `modes` | how much of the store do engines use? |
 //!
 //! What must always be true: memory is bounded by `dram` + index + [`MEMORY_BASE_BYTES`] + open
 //! links x [`LINK_BYTES`] (and the engines' fixed reserves); the data plane waits neither for the
@@ -45,6 +46,8 @@ mod links;
 mod loading;
 mod mail;
 mod metrics;
+mod mode_door;
+mod modes;
 mod namespaces;
 mod node;
 mod owner;
@@ -55,10 +58,11 @@ mod thread;
 pub use admin::AdminError;
 pub use config::{Config, ConfigError, DataPath, DeviceTier, MissingDevice, NamespaceConfig};
 pub use config_file::{reference_page, sample};
-pub use device_door::{PROOF_HEADER, TIME_HEADER, proof as device_proof};
+pub use device_door::{PROOF_HEADER, TIME_HEADER, proof as admin_proof};
 pub use devices::{DeviceReport, DeviceView, Moved, Phase, TableError};
 pub use key_file::{KeyFile, KeyFileError, KeyName};
 pub use loading::LoadingHook;
+pub use modes::{ModeError, ModeReport, SetBy};
 pub use namespaces::NamespaceError;
 pub use node::{
     Hooks, LINK_BYTES, MEMORY_BASE_BYTES, MovingHook, Node, NodeHandle, Readiness, StartError,

@@ -67,9 +67,10 @@ pub(crate) enum Ask {
     Release(LeaseToken),
     /// Some blocks of a lease are of no use to anybody.
     ReleaseSome(LeaseToken, Vec<BlockId>),
-    Get(GetRequest),
+    /// And for whom: a number of the asking thread's links, so that they are served in turn.
+    Get(GetRequest, u64),
     /// By a reader that says more of itself.
-    GetWith(GetRequest, ReadHints),
+    GetWith(GetRequest, u64, ReadHints),
     PutBegin(PutRequest),
     PutCommit(PutTicket),
     PutAbort(PutTicket),
@@ -134,6 +135,8 @@ pub(crate) enum Mail {
     Report(ReportTaker),
     /// The machine's clock was set: so many seconds since 1970 at the node clock's zero.
     ClockSet { unix_at_start_s: u64 },
+    /// Modes were switched: clients are to hear of it.
+    Modes,
     /// From now on blocks belong to these engines.
     Routes(Arc<Routes>),
     /// Take this shard of a device and load it.

@@ -19,6 +19,7 @@ use crate::devices::{Event, Fatal, Keeper, KeeperParts, Views};
 use crate::links::{Describe, LinkSettings, SharingSettings};
 use crate::loading::{LoadFailed, LoadingHook};
 use crate::mail::{Mail, Post};
+use crate::modes::{ModeError, Modes};
 use crate::namespaces::{NamespaceError, Namespaces};
 use crate::report::{NodeFacts, NodeReport, ThreadReport};
 use crate::storage::{Storage, StorageError};
@@ -57,6 +58,9 @@ pub enum StartError {
     /// Its namespaces.
     #[error(transparent)]
     Namespaces(#[from] NamespaceError),
+    /// What was switched.
+    #[error(transparent)]
+    Modes(#[from] ModeError),
     /// Where it listens.
     #[error(transparent)]
     Listen(#[from] BindError),
@@ -156,7 +160,7 @@ pub struct NodeHandle {
 pub(crate) struct StatusSource {
     pub(crate) facts: Arc<NodeFacts>,
     pub(crate) views: Arc<Views>,
-    namespaces: Arc<Namespaces>,
+    modes: Arc<Modes>,
     threads: u32,
     started: Instant,
 }
@@ -179,7 +183,7 @@ impl StatusSource {
         NodeReport::new(
             &self.facts,
             &self.views.latest(),
-            &self.namespaces,
+            &self.modes,
             self.threads,
             reports,
             self.started.elapsed().as_secs(),
@@ -210,6 +214,8 @@ impl Node {
         let clock = SystemClock::default();
         let mut storage = Storage::open(config, &clock)?;
         let namespaces = Arc::new(Namespaces::open(config, &storage.key_file)?);
+        let modes = Modes::open(config.beside_key("modes"), config.mode, namespaces.clone())?;
+        let modes = Arc::new(modes);
         let listener = Listener::bind(config.listen)?;
         let admin_socket = admin::bind(config.admin)?;
         let (listen, admin_address) = (listener.local_addr(), admin_socket.address);
@@ -259,7 +265,7 @@ impl Node {
         let status = Arc::new(StatusSource {
             facts: facts.clone(),
             views: views.clone(),
-            namespaces: namespaces.clone(),
+            modes: modes.clone(),
             threads,
             started,
         });
@@ -268,6 +274,7 @@ impl Node {
             limits,
             node: facts.uuid.clone(),
             namespaces: namespaces.clone(),
+            modes: modes.clone(),
             block_bytes_guess: config.expected_block_bytes.0,
             sharing: SharingSettings {
                 with: config.shared_memory,
@@ -351,6 +358,7 @@ impl Node {
             status,
             post,
             keeper: keeper_sender,
+            modes,
             key,
         };
         handle.admin = Some(admin_socket.serve(door)?);

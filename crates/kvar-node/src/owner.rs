@@ -364,9 +364,13 @@ impl Owner {
                 answers.push((origin, Answer::AboutLease(until)));
             }
             Ask::ReleaseSome(token, ids) => engine.release_some(token, &ids),
-            Ask::Get(request) => engine.get(now, wait(Asked::Get), request),
-            Ask::GetWith(request, hints) => {
-                engine.get_with(now, wait(Asked::Get), request, hints);
+            Ask::Get(request, link) => {
+                let asker = asker(origin, link);
+                engine.get_for(now, asker, wait(Asked::Get), request);
+            }
+            Ask::GetWith(request, link, hints) => {
+                let asker = asker(origin, link);
+                engine.get_with(now, asker, wait(Asked::Get), request, hints);
             }
             Ask::PutBegin(request) => {
                 let begun = engine.put_begin(now, &request);
@@ -471,6 +475,11 @@ const LOADING: &str = "the node is still loading what it stored before its last 
 const OUT: &str = "the device was just taken out of service; try again: its blocks are on the other devices from \
      now on";
 
+/// Whom a link's reads are for: serials are a thread's own.
+fn asker(origin: Origin, link: u64) -> u64 {
+    u64::from(origin.thread) << 40 ^ link
+}
+
 /// How a block that was taken ended.
 fn taken(answer: &Answer) -> Demoted {
     match answer {
@@ -492,7 +501,7 @@ pub(crate) fn away(ask: &Ask, reason: MissReason, text: &str) -> Option<Answer> 
             until: Moment(0),
         }),
         Ask::Renew(..) | Ask::Release(_) => Answer::AboutLease(None),
-        Ask::Get(_) | Ask::GetWith(..) => Answer::Get(Err(reason)),
+        Ask::Get(..) | Ask::GetWith(..) => Answer::Get(Err(reason)),
         Ask::PutBegin(_) => Answer::PutBegun(Err(PutOutcome::Refused(Refusal::Busy))),
         Ask::PutCommit(_) => Answer::Put(PutOutcome::Refused(Refusal::Busy)),
         Ask::PutAbort(_) | Ask::ReleaseSome(..) => return None,

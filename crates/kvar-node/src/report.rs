@@ -6,8 +6,9 @@
 use crate::config::DeviceTier;
 use crate::counters::{LinkCounters, NamespaceCounters};
 use crate::devices::{DeviceReport, Phase, View};
-use crate::namespaces::{Namespace, Namespaces};
-use kvar_base::MapEpoch;
+use crate::modes::{ModeReport, Modes};
+use crate::namespaces::Namespace;
+use kvar_base::{MapEpoch, Mode};
 use kvar_engine::{RecoveryReport, ShardStatus, TENANTS};
 use serde::Serialize;
 
@@ -166,6 +167,8 @@ pub struct NamespaceReport {
     /// Its weight against the others; null: it is not in the settings any more, so that what is left
     /// of it leaves first.
     pub share: Option<u32>,
+    /// How much of the store its engines use.
+    pub mode: Mode,
     /// Its part of the store, 0 to 1, while all that hold anything want theirs.
     pub part: f64,
     /// Bytes of its blocks in memory.
@@ -183,12 +186,18 @@ pub struct NamespaceReport {
 
 impl NamespaceReport {
     /// What shards and links say of one.
-    fn new(namespace: &Namespace, counters: &[NamespaceCounters], shards: &[ShardReport]) -> Self {
+    fn new(
+        namespace: &Namespace,
+        mode: Mode,
+        counters: &[NamespaceCounters],
+        shards: &[ShardReport],
+    ) -> Self {
         let number = namespace.tenant.number();
         let mut report = Self {
             name: namespace.name.clone(),
             number,
             share: namespace.share,
+            mode,
             part: 0.0,
             dram_bytes: 0,
             flash_bytes: 0,
@@ -209,14 +218,10 @@ impl NamespaceReport {
         report
     }
 
-    fn all(
-        namespaces: &Namespaces,
-        counters: &[NamespaceCounters],
-        shards: &[ShardReport],
-    ) -> Vec<Self> {
-        let reports = namespaces.iter();
+    fn all(modes: &Modes, counters: &[NamespaceCounters], shards: &[ShardReport]) -> Vec<Self> {
+        let reports = modes.namespaces().iter();
         let mut reports: Vec<Self> = reports
-            .map(|namespace| Self::new(namespace, counters, shards))
+            .map(|namespace| Self::new(namespace, modes.of(namespace.tenant), counters, shards))
             .collect();
         let holds = |report: &Self| report.dram_bytes + report.flash_bytes > 0;
         let weight = |report: &Self| f64::from(report.share.unwrap_or(0));
@@ -281,6 +286,8 @@ pub struct NodeReport<'a> {
     pub links: LinkCounters,
     /// Each namespace, the default one first.
     pub namespaces: Vec<NamespaceReport>,
+    /// How much of the store engines use: all that have nothing of their own, then each namespace.
+    pub modes: Vec<ModeReport>,
     /// Who is linked, by name.
     pub clients: Vec<ClientReport>,
     /// Others beyond those, at least.
@@ -294,7 +301,7 @@ impl<'a> NodeReport<'a> {
     pub(crate) fn new(
         facts: &'a NodeFacts,
         view: &View,
-        namespaces: &Namespaces,
+        modes: &Modes,
         threads: u32,
         mut reports: Vec<ThreadReport>,
         uptime_s: u64,
@@ -361,7 +368,8 @@ impl<'a> NodeReport<'a> {
                 .collect(),
             threads_silent,
             links,
-            namespaces: NamespaceReport::all(namespaces, &of_namespace, &shards),
+            namespaces: NamespaceReport::all(modes, &of_namespace, &shards),
+            modes: modes.report(),
             clients,
             clients_more,
             shards,

@@ -276,6 +276,7 @@ impl Thread {
                     }
                     self.links.set_routes(routes);
                 }
+                Mail::Modes => self.links.tell_modes(),
                 Mail::Open(shard) => self.open(*shard),
                 Mail::Loaded(key, result) => self.loaded(key, result),
                 Mail::Seal(key, is_sealed) => {

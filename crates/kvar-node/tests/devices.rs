@@ -382,7 +382,7 @@ fn devices_come_and_go_on_an_operators_word() {
     // Without the key, or with it over something else, nothing happens.
     let bare = support::request(&node, "POST", "/v1/devices", &add.to_string(), &[]);
     assert_eq!(bare.0, 403, "{}", bare.1);
-    let wrong = support::proof_headers(&key_of(&node), "{}");
+    let wrong = support::proof_headers(&key_of(&node), "/v1/devices", "{}");
     let bare = support::request(&node, "POST", "/v1/devices", &add.to_string(), &wrong);
     assert_eq!(bare.0, 403, "{}", bare.1);
     assert!(!b.exists());

@@ -192,6 +192,15 @@ impl PyClient {
         Ok(self.open()?.client.stats().not_shared)
     }
 
+    /// How much the operator wants engines to use the store: "off", "observe", "save" or "load".
+    ///
+    /// Nothing is asked: the node tells of a switch by itself. "load" until a link has stood, and
+    /// calls are made in every mode: whoever uses the store for an engine obeys.
+    #[getter]
+    fn mode(&self) -> PyResult<&'static str> {
+        Ok(self.open()?.client.mode().word())
+    }
+
     /// The longest block that the node takes, in bytes; None until a link stands.
     #[getter]
     fn block_bytes_max(&self) -> PyResult<Option<u32>> {

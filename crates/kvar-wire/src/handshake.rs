@@ -19,8 +19,8 @@
 
 use crate::message::{
     Challenge, Failure, FailureCode, Hello, Limits, Message, NAME_BYTES_MAX, Proof, VersionRange,
-    Welcome,
 };
+use crate::mode::Welcome;
 use crate::{PAYLOAD_BYTES_MAX, VERSIONS};
 use kvar_base::NamespaceKey;
 
@@ -206,7 +206,8 @@ pub struct Peer {
 pub enum NodeStep {
     /// Send this and wait.
     Send(Challenge),
-    /// Send this; the link is open.
+    /// Send this; the link is open. Whoever knows the mode of the peer's namespace adds it, if the
+    /// peer's version has modes.
     Open(Welcome, Peer),
     /// Send this and close.
     Fail(Failure),
@@ -264,6 +265,7 @@ impl NodeHandshake {
                     node: node.to_owned(),
                     proof,
                     limits,
+                    mode: None,
                 };
                 let (namespace, client) = (hello.namespace, hello.client);
                 NodeStep::Open(

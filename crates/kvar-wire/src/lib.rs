@@ -23,6 +23,7 @@ mod frame;
 mod handshake;
 mod lease;
 mod message;
+mod mode;
 mod put;
 mod read;
 
@@ -32,6 +33,7 @@ pub use frame::{decode, encode, frame_lengths};
 pub use handshake::{ClientHandshake, ClientStep, HandshakeError, NodeHandshake, NodeStep, Peer};
 pub use lease::{Lease, LeaseAnswer, Release, ReleaseAnswer, Renew, RenewAnswer};
 pub use message::*;
+pub use mode::{Switch, Welcome};
 pub use put::{Announce, Commit, MoreHints, Payload, Pull, Put, PutAnswer, PutHints, Sections};
 pub use read::{
     Bitmap, Get, GetAnswer, GetHints, GetItem, GetOutcome, Lengths, Lookup, LookupAnswer, Section,
@@ -39,7 +41,8 @@ pub use read::{
 
 /// Versions of the protocol that this build speaks. Version 2 added leases (kinds 31 to 36),
 /// version 3 the hints of a put that stand behind its deadline, version 4 shared memory (kinds 37
-/// and 38), version 5 what goes layer by layer: the hints of a get, and kinds 39 to 41.
+/// and 38), version 5 modes (kind 45, and the tail of Welcome) and what goes layer by layer: the hints of
+/// a get, and kinds 39 to 41.
 pub const VERSIONS: VersionRange = VersionRange {
     oldest: 1,
     newest: 5,
@@ -56,6 +59,9 @@ pub const VERSION_WITH_SHARED_MEMORY: u16 = 4;
 
 /// The version from which on a get has hints and a put may come section by section.
 pub const VERSION_WITH_LAYERS: u16 = 5;
+
+/// The version from which on a client is told the mode of its namespace.
+pub const VERSION_WITH_MODES: u16 = 5;
 
 /// The request number of frames that belong to no request: handshake, failures, pings.
 pub const LINK_REQUEST: u64 = 0;

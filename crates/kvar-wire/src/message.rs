@@ -14,11 +14,13 @@
 //!   Attach ───────────────────────> AttachAnswer        (version 4; first of all)
 //!   Announce ─────────────────────> PutAnswer           (version 5; turned away)
 //!                                   Pull -> n x Sections + payload -> Commit -> PutAnswer
+//!   <───────────────────────── Switch  (version 5; whenever the operator switches)
 //!   Cancel                          (no answer)
 //!   Failure                         (either side; the link closes after it)
 //! ```
 //!
-//! Those of a reader are in `read`, those of a put in `put`, those about leases in `lease`, those about shared memory in `attach`.
+//! Those of a reader are in `read`, those of a put in `put`, those about leases in `lease`, those about shared memory in `attach`,
+//! those about modes in `mode`.
 //!
 //! Deadlines are the time left in microseconds; zero has passed already. `request` in a hint is
 //! not the frame's request number: it is a number that grows with time and is shared by the blocks
@@ -28,6 +30,7 @@
 use crate::attach::{Attach, AttachAnswer};
 use crate::bounded::{Ids, List, Text};
 use crate::lease::{Lease, LeaseAnswer, Release, ReleaseAnswer, Renew, RenewAnswer};
+use crate::mode::{Switch, Welcome, take_welcome};
 use crate::put::{Announce, Commit, Payload, Pull, Put, PutAnswer, Sections, take_put};
 use crate::read::{Get, GetAnswer, Lookup, LookupAnswer, take_get};
 use kvar_base::{BlockId, MissReason, SECTIONS_MAX};
@@ -104,6 +107,9 @@ macro_rules! messages {
                     Kind::Put => return take_put(bytes).map(Self::Put),
                     Kind::Get => return take_get(bytes).map(Self::Get),
                     _ => {}
+                }
+                if kind == Kind::Welcome {
+                    return take_welcome(bytes).map(Self::Welcome);
                 }
                 match kind { $(Kind::$name => take::<$name>(bytes).map(Self::$name),)* }
             }
@@ -193,6 +199,8 @@ messages! {
     40 Sections,
     /// That was all of it.
     41 Commit,
+    /// The mode of your namespace is this from now on. (Version 5.)
+    45 Switch,
 }
 
 impl Kind {
@@ -284,18 +292,6 @@ pub struct Proof {
     /// Short name of the client's key, so that a refusal can name both.
     #[serde(with = "Text::<NAME_BYTES_MAX>")]
     pub key_name: String,
-}
-
-/// The link is open.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Welcome {
-    /// Which node this is.
-    #[serde(with = "Text::<NAME_BYTES_MAX>")]
-    pub node: String,
-    /// Proof that the node holds the namespace's key too: a client gives its bytes to no other.
-    pub proof: [u8; 32],
-    /// What the client must keep to.
-    pub limits: Limits,
 }
 
 /// What a client must keep to on one link.

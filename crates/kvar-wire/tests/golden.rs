@@ -128,3 +128,28 @@ fn hints_that_an_older_version_does_not_know_are_left_out() {
         assert!(length(&old) < length(&full), "{name}");
     }
 }
+
+/// To a client of before there were modes a Welcome is what it was, byte for byte.
+#[test]
+fn a_welcome_without_a_mode_is_the_same_in_every_version() {
+    let samples = samples::added_by(5);
+    let Some((_, Message::Welcome(welcome), _)) = samples
+        .iter()
+        .find(|(name, ..)| *name == "welcome_mode")
+        .cloned()
+    else {
+        panic!("a sample");
+    };
+    let bytes = |welcome: &kvar_wire::Welcome| {
+        let mut bytes = Vec::new();
+        kvar_wire::encode(&mut bytes, 1, MapEpoch(1), welcome, 0).unwrap();
+        bytes.split_off(HEADER_BYTES)
+    };
+    let plain = kvar_wire::Welcome {
+        mode: None,
+        ..welcome.clone()
+    };
+    let (long, short) = (bytes(&welcome), bytes(&plain));
+    assert_eq!(long.len(), short.len() + 1);
+    assert_eq!(long[..short.len()], short);
+}

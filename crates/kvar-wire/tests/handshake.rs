@@ -105,12 +105,12 @@ fn versions_without_overlap_are_both_named() {
         }
         .into()
     };
-    let NodeStep::Fail(failure) = node_says(&mut NodeHandshake::new([2; 32]), hello(6, 8)) else {
-        panic!("a client of versions 6 to 8 was taken");
+    let NodeStep::Fail(failure) = node_says(&mut NodeHandshake::new([2; 32]), hello(6, 7)) else {
+        panic!("a client of versions 6 to 7 was taken");
     };
     assert_eq!(failure.code, FailureCode::Version);
     assert!(
-        failure.text.contains("node speaks 1 to 5") && failure.text.contains("6 to 8"),
+        failure.text.contains("node speaks 1 to 5") && failure.text.contains("6 to 7"),
         "{failure:?}"
     );
     // A newer client that still speaks ours is fine; one with the range upside down is not.
@@ -154,6 +154,7 @@ fn a_node_without_the_key_gets_nothing() {
         node: "false".into(),
         proof: proof.proof,
         limits: LIMITS,
+        mode: None,
     };
     let error = client.on_message(welcome.into()).unwrap_err();
     assert!(matches!(error, HandshakeError::Key(_)), "{error}");

@@ -3,6 +3,7 @@
 use crate::bench::{PAIRS, SECONDS};
 use crate::block_arguments::{LeaseCommand, LookupArguments, PutArguments};
 use crate::device_arguments::DeviceCommand;
+use crate::mode_command::ModeArguments;
 use crate::node_bench_arguments::NodeBenchArguments;
 use crate::replay_arguments::ReplayArguments;
 use crate::settings_arguments::SettingsArguments;
@@ -90,6 +91,20 @@ Examples:
         #[command(subcommand)]
         command: NamespaceCommand,
     },
+
+    /// How much of a running node's store engines use: show it, or switch it under traffic.
+    #[command(after_help = "\
+Connectors of engines obey within about a second, between requests; no request fails by a switch, and no \
+engine is restarted. A namespace with a switch of its own keeps it when all are switched. What was \
+switched holds over a restart of the node. The node itself answers everybody in every mode: tools, and \
+connectors of before there were modes, go on as ever.
+
+Examples:
+  kvar mode
+  kvar mode observe
+  kvar mode off --namespace team-a
+  kvar mode --reset --namespace team-a")]
+    Mode(ModeArguments),
 
     /// How a node is.
     Status {

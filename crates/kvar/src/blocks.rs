@@ -317,7 +317,11 @@ pub(crate) fn status(node: &NodeArguments, as_json: bool) -> Outcome {
         .filter(|it| it["share"].is_u64())
         .map(|it| {
             let name = it["name"].as_str().unwrap_or("-");
-            format!("{name} (share {})", it["share"])
+            let mode = match it["mode"].as_str() {
+                None | Some("load") => String::new(),
+                Some(mode) => format!(", mode {mode}"),
+            };
+            format!("{name} (share {}{mode})", it["share"])
         })
         .collect();
     let namespaces = namespaces.join(", ");

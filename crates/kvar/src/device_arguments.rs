@@ -1,11 +1,10 @@
 //! `kvar device`, as `--help` teaches it.
 
-use crate::arguments::{KeyArguments, duration};
+use crate::admin::AdminArguments;
 use clap::{Args, Subcommand};
 use kvar_base::ByteSize;
 use kvar_node::DeviceTier;
 use std::path::PathBuf;
-use std::time::Duration;
 
 /// What to do with devices.
 #[derive(Debug, Subcommand)]
@@ -67,25 +66,4 @@ pub(crate) struct NewDeviceArguments {
     /// Take it even if it holds the data of another store, which is lost then.
     #[arg(long)]
     pub(crate) erase: bool,
-}
-
-/// The admin door of a node on this machine.
-#[derive(Clone, Debug, Args)]
-pub(crate) struct AdminArguments {
-    /// Where the node's admin HTTP answers.
-    #[arg(
-        long,
-        value_name = "ADDRESS:PORT",
-        env = "KVAR_ADMIN",
-        default_value = "127.0.0.1:7412"
-    )]
-    pub(crate) admin: String,
-    #[command(flatten)]
-    pub(crate) key: KeyArguments,
-    /// How long to wait for the answer. A change goes on if nobody waits any more.
-    #[arg(long, value_name = "DURATION", default_value = "10m", value_parser = duration)]
-    pub(crate) deadline: Duration,
-    /// Print the outcome as JSON.
-    #[arg(long)]
-    pub(crate) json: bool,
 }

@@ -1,17 +1,16 @@
 //! `kvar device`: the devices of a running node, over its admin HTTP.
 //!
-//! Listing needs nothing; changes carry a proof of the namespace key, which itself stays here.
+//! How it is talked to: `admin`.
 
-use crate::device_arguments::{AdminArguments, DeviceCommand, NewDeviceArguments};
+use crate::admin::AdminArguments;
+use crate::device_arguments::{DeviceCommand, NewDeviceArguments};
 use crate::failure::{Failure, Outcome};
 use crate::print;
 use kvar_base::ByteSize;
-use kvar_node::{KeyFile, PROOF_HEADER, TIME_HEADER, device_proof};
 use serde_json::{Value, json};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// Longest answer that is read: 255 devices of about 400 bytes, with room.
-const ANSWER_BYTES_MAX: u64 = 4 << 20;
+/// Where the node shows and changes devices.
+const PATH: &str = "/v1/devices";
 
 /// Runs one of the commands.
 pub(crate) fn run(command: &DeviceCommand) -> Outcome {
@@ -19,7 +18,7 @@ pub(crate) fn run(command: &DeviceCommand) -> Outcome {
         DeviceCommand::List { admin } => list(admin),
         DeviceCommand::Add { new, tier, admin } => {
             let action = json!({ "action": "add", "tier": tier });
-            let device = change(admin, &with_new(action, new)?)?;
+            let device = admin.change(PATH, &with_new(action, new)?)?;
             say(admin, &device, "in service")
         }
         DeviceCommand::Retire {
@@ -30,7 +29,7 @@ pub(crate) fn run(command: &DeviceCommand) -> Outcome {
         } => {
             let rate = rate.map(|rate| rate.0);
             let action = json!({ "action": "retire", "device": device, "now": now, "rate": rate });
-            let device = change(admin, &action)?;
+            let device = admin.change(PATH, &action)?;
             let what = if device["state"] == "leaving" {
                 "is leaving: its blocks move to the others (kvar device list says how far it is)"
             } else {
@@ -40,7 +39,7 @@ pub(crate) fn run(command: &DeviceCommand) -> Outcome {
         }
         DeviceCommand::Replace { device, new, admin } => {
             let action = json!({ "action": "replace", "device": device });
-            let device = change(admin, &with_new(action, new)?)?;
+            let device = admin.change(PATH, &with_new(action, new)?)?;
             say(admin, &device, "in service in the old one's place")
         }
     }
@@ -57,8 +56,7 @@ fn with_new(mut action: Value, new: &NewDeviceArguments) -> Result<Value, Failur
 }
 
 fn list(admin: &AdminArguments) -> Outcome {
-    let answer = agent(admin.deadline).get(url(admin)).call();
-    let devices = read(admin, answer)?;
+    let devices = admin.ask(PATH)?;
     if admin.json {
         return print::json(&devices);
     }
@@ -139,58 +137,4 @@ fn say(admin: &AdminArguments, device: &Value, what: &str) -> Outcome {
     }
     let word = |key: &str| device[key].as_str().unwrap_or("-").to_owned();
     print::line(&format!("{} ({}) {what}", word("path"), word("uuid")))
-}
-
-fn url(admin: &AdminArguments) -> String {
-    format!("http://{}/v1/devices", admin.admin)
-}
-
-fn agent(deadline: Duration) -> ureq::Agent {
-    ureq::Agent::config_builder()
-        .timeout_global(Some(deadline))
-        .http_status_as_error(false)
-        .proxy(None)
-        .build()
-        .into()
-}
-
-fn change(admin: &AdminArguments, action: &Value) -> Result<Value, Failure> {
-    let key = KeyFile::read(&admin.key.key_file)
-        .map_err(Failure::usage)?
-        .key;
-    let body = action.to_string();
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    let now = now.map_or(0, |elapsed| elapsed.as_secs());
-    let answer = agent(admin.deadline)
-        .post(url(admin))
-        .header("content-type", "application/json")
-        .header(TIME_HEADER, now.to_string())
-        .header(PROOF_HEADER, device_proof(&key, now, body.as_bytes()))
-        .send(&body);
-    read(admin, answer)
-}
-
-fn read(
-    admin: &AdminArguments,
-    answer: Result<ureq::http::Response<ureq::Body>, ureq::Error>,
-) -> Result<Value, Failure> {
-    let mut answer = answer.map_err(|error| {
-        Failure::failed(format!(
-            "no answer from the admin HTTP at {} ({error}); is a node running there, and is --admin \
-             right?",
-            admin.admin
-        ))
-    })?;
-    let text = answer
-        .body_mut()
-        .with_config()
-        .limit(ANSWER_BYTES_MAX)
-        .read_to_string()
-        .map_err(|error| Failure::failed(format!("half an answer: {error}")))?;
-    let value: Value = serde_json::from_str(&text).unwrap_or_else(|_| json!({ "error": text }));
-    if answer.status().is_success() {
-        return Ok(value);
-    }
-    let why = value["error"].as_str().unwrap_or("no reason given");
-    Err(Failure::failed(why))
 }

@@ -190,6 +190,7 @@ fn examine(status: &Value, version: &str) -> Vec<Finding> {
     findings.extend(devices(status));
     findings.push(room(status));
     findings.extend(host(status));
+    findings.extend(modes(status));
     findings.extend(asked(status));
     findings.extend(engines(status));
     findings
@@ -327,12 +328,30 @@ fn huge_pages(meminfo: &str) -> Option<u64> {
 }
 
 /// What was asked for and not served, and what was not taken.
+/// What the operator has switched off explains misses, and is easily forgotten.
+fn modes(status: &Value) -> Vec<Finding> {
+    let namespaces = status["namespaces"].as_array().into_iter().flatten();
+    let switched = namespaces.filter_map(|it| {
+        let (name, mode) = (it["name"].as_str()?, it["mode"].as_str()?);
+        (mode != "load")
+            .then(|| format!("namespace {name} is in mode {mode}: its engines load nothing"))
+    });
+    let advice = "kvar mode says who switched it, and switches it on again";
+    switched
+        .map(|found| Finding::new(Grade::Note, "mode", found, advice))
+        .collect()
+}
+
 fn asked(status: &Value) -> Vec<Finding> {
     let links = &status["links"];
     let hits = number(links, "get_hits");
     let misses = counts(&links["get_misses"]);
     let asked = hits + misses.values().sum::<u64>();
-    let (looked_up, found_there) = (number(links, "lookup_ids"), number(links, "lookup_found"));
+    let looked_up = number(links, "lookup_ids");
+    let shards = list(&status["shards"]).iter();
+    let found_there: u64 = shards
+        .map(|shard| number(&shard["engine"]["counters"], "lookup_hits"))
+        .sum();
     let puts = counts(&links["puts"]);
     let of = |word: &str| puts.get(word).copied().unwrap_or(0);
     let kept = of("stored") + of("exists") + of("in_progress");
@@ -573,9 +592,10 @@ mod tests {
             "version": "1", "state": "serving", "ready": true, "uptime_s": 5, "listen": "10.0.0.1:1",
             "devices": [{"path": "/d", "state": "online", "trouble": null, "endurance_years": 9.0}],
             "tiers": [{"filled_bytes": 4096}], "dram_bytes": 1 << 20, "dram_used_bytes": 4096,
-            "shards": [{"io_engine": "io_uring", "io_notes": []}], "notes": [],
+            "shards": [{"io_engine": "io_uring", "io_notes": [], "engine": {"counters": {"lookup_hits": 90}}}],
+            "notes": [],
             "links": {"get_hits": 9000, "get_misses": {"absent": 1000, "corrupt": 0}, "lookup_ids": 100,
-                      "lookup_found": 90, "puts": {"stored": 10, "busy": 0}},
+                      "puts": {"stored": 10, "busy": 0}},
             "clients": [{"name": "vllm 0.32; model=m; dtype=bf16; role=worker"},
                         {"name": "vllm 0.32; model=m; dtype=bf16; role=scheduler"}, {"name": "kvar 1"}],
         })
@@ -598,6 +618,18 @@ mod tests {
                 .iter()
                 .any(|it| it.found.contains("2 links of m, all alike"))
         );
+    }
+
+    #[test]
+    fn a_namespace_that_was_switched_off_is_named() {
+        let mut status = healthy();
+        status["namespaces"] = json!([
+            {"name": "default", "mode": "load"}, {"name": "team-a", "mode": "observe"}
+        ]);
+        let findings = examine(&status, "1").into_iter();
+        let modes: Vec<Finding> = findings.filter(|it| it.about == "mode").collect();
+        assert_eq!(modes.len(), 1);
+        assert!(modes[0].found.contains("team-a is in mode observe"));
     }
 
     #[test]
@@ -661,6 +693,7 @@ mod tests {
     #[test]
     fn a_store_that_is_asked_and_never_given_anything_is_wrong() {
         let mut status = healthy();
+        status["shards"][0]["engine"]["counters"]["lookup_hits"] = json!(0);
         status["links"] = json!({"get_hits": 0, "lookup_ids": 1000, "puts": {"stored": 2}});
         assert!(wrong(&status)[0].advice.contains("nothing is kept"));
         // What is there already counts as kept, too.
@@ -670,7 +703,7 @@ mod tests {
                 .advice
                 .contains("never found under the names")
         );
-        status["links"]["lookup_found"] = json!(1);
+        status["shards"][0]["engine"]["counters"]["lookup_hits"] = json!(1);
         assert_eq!(wrong(&status), []);
         // Prompts that were never there before are no trouble yet.
         status["links"] = json!({"lookup_ids": 8});

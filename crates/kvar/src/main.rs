@@ -2,6 +2,7 @@
 //!
 //! Thin on purpose: each command reads its arguments, calls a library, and prints.
 
+mod admin;
 mod arguments;
 mod bench;
 mod bench_command;
@@ -15,6 +16,7 @@ mod devices;
 mod doctor;
 mod failure;
 mod lease_command;
+mod mode_command;
 mod namespace_command;
 mod node_bench_arguments;
 mod print;
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
         Command::Stat { node, block, json } => blocks::stat(node, block, *json),
         Command::Bench { command } => bench_command::run(command),
         Command::Device { command } => devices::run(command),
+        Command::Mode(arguments) => mode_command::run(arguments),
         Command::Namespace { command } => namespace_command::run(command),
         Command::Check { path, json } => device_command::check(path, *json),
         Command::Inspect { path, json } => device_command::inspect(path, *json),

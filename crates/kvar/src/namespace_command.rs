@@ -32,6 +32,7 @@ fn list(node: &NodeArguments, as_json: bool) -> Outcome {
     let head = [
         "name",
         "share",
+        "mode",
         "part",
         "in memory",
         "of it",
@@ -56,6 +57,7 @@ fn row(namespace: &Value, dram: u64, flash: u64) -> Vec<String> {
         namespace["name"].as_str().unwrap_or("-").to_owned(),
         // Not in the settings any more: what is left of it leaves first.
         share.map_or_else(|| "gone".to_owned(), |share| share.to_string()),
+        namespace["mode"].as_str().unwrap_or("-").to_owned(),
         percent(namespace["part"].as_f64().unwrap_or(0.0)),
         ByteSize(in_memory).to_string(),
         of(in_memory, dram),

@@ -8,42 +8,12 @@ use kvar_base::{BlockId, NamespaceKey, PutOutcome, Refusal};
 use kvar_client::{CallOptions, Client, ClientConfig, GetItem, GetOutcome, PutItem};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
+use support::random::{Random, bytes_of, is_one_put};
 use support::{PATIENCE, Place};
 
 const CLIENTS: u64 = 6;
 const BLOCKS: u64 = 60;
 const SOAK: Duration = Duration::from_secs(4);
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound
-    }
-}
-
-/// Bytes of one put: block and nonce in front, everything after follows from them.
-fn bytes_of(block: u64, nonce: u64, len: usize) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(len + 8);
-    bytes.extend_from_slice(&block.to_le_bytes());
-    bytes.extend_from_slice(&nonce.to_le_bytes());
-    let mut random = Random(block << 32 | nonce | 1);
-    while bytes.len() < len {
-        bytes.extend_from_slice(&random.below(u64::MAX).to_le_bytes());
-    }
-    bytes.truncate(len);
-    bytes
-}
-
-fn is_one_put(block: u64, bytes: &[u8]) -> bool {
-    let nonce = bytes
-        .get(8..16)
-        .map(|nonce| u64::from_le_bytes(nonce.try_into().unwrap()));
-    nonce.is_some_and(|nonce| bytes_of(block, nonce, bytes.len()) == bytes)
-}
 
 fn connect(endpoint: &str, key: &NamespaceKey) -> Client {
     let deadline = PATIENCE;

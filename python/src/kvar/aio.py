@@ -80,6 +80,16 @@ class AsyncClient:
         """Why the links share no memory with the node; None while they do."""
         return self._client.not_shared
 
+    @property
+    def block_bytes_max(self) -> int | None:
+        """The longest block that the node takes, in bytes; None until a link stands."""
+        return self._client.block_bytes_max
+
+    @property
+    def mode(self) -> str:
+        """What the operator wants engines to do: off, observe, save or load."""
+        return self._client.mode
+
     async def lookup(
         self, ids: Sequence[bytes], *, deadline_ms: int | None = None, request: int = 0
     ) -> int:

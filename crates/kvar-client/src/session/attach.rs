@@ -120,6 +120,7 @@ impl Session {
         add(&self.counters.connects, 1);
         self.counters.link_opened(connection.is_shared());
         self.board.last_error = None;
+        self.note_mode();
         self.node_lives();
     }
 }

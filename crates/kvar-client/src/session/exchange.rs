@@ -12,9 +12,9 @@ use crate::items::{Filled, GetOutcome};
 use crate::session::links::Slot;
 use crate::session::pieces::advance;
 use crate::stats::add;
-use kvar_base::{MissReason, Moment, PutOutcome};
+use kvar_base::{MissReason, Mode, Moment, PutOutcome};
 use kvar_transport::{DownReason, Event, Link, Owned, Sink, TURN_BYTES};
-use kvar_wire::{ClientStep, Failure, FailureCode, Header, Message, Payload};
+use kvar_wire::{ClientStep, Failure, FailureCode, Header, Message, Payload, Switch};
 
 /// What one turn takes from a link through shared memory. Who asked for these blocks asks for the next ones
 /// when the turn is over: a turn of all that may be under way would leave the node without work
@@ -112,6 +112,13 @@ impl Session {
         let Slot::Linked(connection) = &mut self.slots[index] else {
             return Ok(());
         };
+        if let Message::Switch(Switch { mode }) = message
+            && !matches!(connection.phase, Phase::Connecting(_))
+        {
+            // The operator switched while the link opens; `opened` tells it on.
+            connection.mode = mode;
+            return Ok(());
+        }
         if matches!(connection.phase, Phase::Attaching(..)) {
             return self.on_attach_answer(index, message);
         }
@@ -124,6 +131,8 @@ impl Session {
                 .map_err(|error| error.to_string()),
             Ok(ClientStep::Open(welcome)) => {
                 connection.version = handshake.version().unwrap_or(0);
+                // An older node knows one mode, the usual one.
+                connection.mode = welcome.mode.unwrap_or_default();
                 self.attach(index, welcome.limits);
                 Ok(())
             }
@@ -147,6 +156,11 @@ impl Session {
         let board = &mut self.board;
         match message {
             Message::Pong(_) => return Ok(()),
+            Message::Switch(Switch { mode }) => {
+                connection.mode = mode;
+                self.note_mode();
+                return Ok(());
+            }
             Message::Failure(failure) => {
                 connection.fail(said(&self.config.endpoint, &failure));
                 return Ok(());
@@ -303,6 +317,9 @@ impl Session {
         if was_open {
             add(&self.counters.links_lost, 1);
             self.board.last_error = Some(error);
+            // Another link takes its place now, not when something is asked: see `keep_links`.
+            self.relink |= self.counters.mode.get() != Mode::default();
+            self.note_mode();
         } else if connection.goes_plain {
             self.relink = true;
         } else {

@@ -4,7 +4,7 @@ use super::Session;
 use crate::config::{ClientConfig, ClientError};
 use crate::connection::Connection;
 use crate::stats::add;
-use kvar_base::Moment;
+use kvar_base::{Mode, Moment};
 use kvar_wire::{ClientHandshake, LINK_REQUEST, Ping};
 use mio::{Token, Waker};
 use std::io;
@@ -128,7 +128,9 @@ impl Session {
         let waiting = !self.queues.small.is_empty()
             || !self.queues.gets.is_empty()
             || !self.queues.puts.is_empty()
-            || !self.board.owed.is_empty();
+            || !self.board.owed.is_empty()
+            // Who was told to ask less, or nothing, would not learn that this has changed.
+            || self.counters.mode.get() != Mode::default();
         let open = self.limits().is_some();
         let under_way = self.slots.iter().any(|slot| slot.begun().is_some());
         if open {

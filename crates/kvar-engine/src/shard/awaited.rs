@@ -23,6 +23,7 @@ use kvar_base::{BlockId, MissReason, Moment};
 pub(super) const AWAITING_MAX: usize = 1024;
 
 struct Reader {
+    asker: u64,
     token: u64,
     request: GetRequest,
     hints: ReadHints,
@@ -49,7 +50,7 @@ impl Shard {
     pub(super) fn wait_announced(
         &mut self,
         now: Moment,
-        token: u64,
+        (asker, token): (u64, u64),
         request: &GetRequest,
         hints: ReadHints,
     ) -> bool {
@@ -62,6 +63,7 @@ impl Shard {
         let end = request.deadline;
         awaited.next_end = Some(awaited.next_end.map_or(end, |next| next.min(end)));
         let reader = Reader {
+            asker,
             token,
             request: request.clone(),
             hints,
@@ -79,13 +81,14 @@ impl Shard {
         let readers = self.awaited.readers.remove(id).unwrap_or_default();
         self.awaited.count -= readers.len();
         for Reader {
+            asker,
             token,
             request,
             hints,
         } in readers
         {
             let waits = false;
-            self.get_with(now, token, request, ReadHints { waits, ..hints });
+            self.get_with(now, asker, token, request, ReadHints { waits, ..hints });
         }
     }
 

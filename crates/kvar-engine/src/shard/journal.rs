@@ -108,6 +108,7 @@ impl Shard {
             + self.parts.len()
             + self.ahead.coming()
             + self.awaited.count()
+            + self.turns.waiting()
             + self.pending.len()
             // One that waits for a flush has nothing under way for a moment.
             + usize::from(self.checkpoint.is_some())

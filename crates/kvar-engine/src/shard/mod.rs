@@ -22,6 +22,7 @@
 //! | `admit` | what does a use say of a block; which blocks get a place on the device? |
 //! | `put`, `read`, `sections`, `remove` | the calls: a block comes in, is read whole or in part, goes |
 //! | `ahead`, `awaited` | what is read along for who asks next; who waits for a block that comes in |
+//! | `turns` | whose read goes to the device next; which goes there no more? |
 //! | `lease`, `expiry` | what is promised for how long; what is over |
 //! | `handover` | what waits for one reader, and how long |
 //! | `write` | what is queued; where is it placed; when is it recorded? |
@@ -42,6 +43,7 @@ mod put;
 mod read;
 mod remove;
 mod sections;
+mod turns;
 
 mod ahead;
 mod awaited;
@@ -103,9 +105,9 @@ pub use types::{
 };
 use write::{Control, WriteGroup, WriteItem};
 
-/// Reads from the device under way at once; one more is Overloaded. Twice what keeps a fast NVMe
-/// drive busy at 64 KiB.
-const READS_IN_FLIGHT_MAX: usize = 512;
+/// Reads from the device under way at once; others wait for their turn (`turns`). What keeps a fast
+/// NVMe drive busy at 64 KiB: with more, whoever asks next waits longer and nobody gets more.
+const READS_AT_DEVICE_MAX: usize = 256;
 /// Requests whose arrival number is remembered, so that the calls of one prompt count as one.
 const ARRIVALS_KEPT: usize = 256;
 /// After so many uses under one number the blocks of a request begin a new group in the order of
@@ -192,6 +194,7 @@ pub(crate) struct Shard {
     ahead: Ahead,
     awaited: Awaited,
     reads_in_flight: usize,
+    turns: turns::Turns,
     // Tidying.
     reclaim: Option<Reclaim>,
     /// Whether there is a tier below or above.
@@ -286,6 +289,7 @@ impl Shard {
             ahead: Ahead::default(),
             awaited: Awaited::default(),
             reads_in_flight: 0,
+            turns: turns::Turns::default(),
             reclaim: None,
             standing: Standing::default(),
             offers: FastMap::default(),
@@ -588,6 +592,7 @@ impl Shard {
     pub(crate) fn step(&mut self, now: Moment) {
         self.pass_time(now);
         self.end_waits(now);
+        self.give_turns(now);
         self.sweep_stamps();
         self.decide_ahead(now);
         self.step_reclaim();

@@ -68,6 +68,7 @@ impl Shard {
             return refused(Refusal::TooBig);
         }
         if request.deadline <= now {
+            self.counters.overdue_at_call += 1;
             return refused(Refusal::Deadline);
         }
         let touch = Touch {

@@ -14,11 +14,11 @@
 //! where they lie; what fails twice is gone.
 
 use super::{
-    Change, Copy, Displaced, Event, GetRequest, Moved, Pending, READS_IN_FLIGHT_MAX, ReadHints,
-    SectionRef, Shard, Touch, verify_image,
+    Change, Copy, Displaced, Event, GetRequest, Moved, Pending, ReadHints, SectionRef, Shard,
+    Touch, verify_image,
 };
 use crate::dram::{Purpose, Resident, State};
-use crate::index::Entry;
+use crate::index::{Entry, SlotRef};
 use crate::layout::{ImagePlan, RecordHints, Section};
 use kvar_base::check::{Place, version};
 use kvar_base::{BlockId, MissReason, Moment, page_round_up};
@@ -76,19 +76,21 @@ pub(super) struct MoveRead {
 }
 
 impl Shard {
-    pub(crate) fn get(&mut self, now: Moment, token: u64, request: GetRequest) {
-        self.get_with(now, token, request, ReadHints::default());
+    pub(crate) fn get(&mut self, now: Moment, asker: u64, token: u64, request: GetRequest) {
+        self.get_with(now, asker, token, request, ReadHints::default());
     }
 
     /// As [`get`](Self::get), by a reader that says more.
     pub(crate) fn get_with(
         &mut self,
         now: Moment,
+        asker: u64,
         token: u64,
         request: GetRequest,
         hints: ReadHints,
     ) {
         if request.deadline <= now {
+            self.counters.overdue_at_call += 1;
             return self.miss(token, MissReason::Deadline);
         }
         let (id, touch) = (request.id, request.touch);
@@ -96,12 +98,33 @@ impl Shard {
         // Absent too, although somebody may be reading a copy that was given up meanwhile: whether
         // that one has expired is not known any more.
         if let Err(reason) = self.touch_found(now, &id, found, touch) {
-            if hints.waits && self.wait_announced(now, token, &request, hints) {
+            if hints.waits && self.wait_announced(now, (asker, token), &request, hints) {
                 return;
             }
             return self.miss(token, reason);
         }
-        let (sections, goes_on) = (request.sections, hints.goes_on);
+        let goes_on = hints.goes_on;
+        // What is in memory, or on its way there, needs no turn.
+        if self.must_wait() && self.dram.get(&id).is_none() && !self.reading.contains_key(&id) {
+            return self.wait_for_turn(now, asker, token, request, goes_on);
+        }
+        self.begin_read(token, request, found, goes_on);
+    }
+
+    /// Reads a block that is visible, from wherever it is.
+    pub(super) fn begin_read(
+        &mut self,
+        token: u64,
+        request: GetRequest,
+        found: Option<(SlotRef, Entry)>,
+        goes_on: bool,
+    ) {
+        let GetRequest {
+            id,
+            sections,
+            touch,
+            ..
+        } = request;
         if let Some(resident) = self.dram.get(&id) {
             let mut outcome = cut(
                 &resident.sections,
@@ -159,9 +182,6 @@ impl Shard {
                 sections,
                 touch,
             });
-        }
-        if self.reads_in_flight >= READS_IN_FLIGHT_MAX {
-            return self.miss(token, MissReason::Overloaded);
         }
         let (tenant, bytes) = (entry.tenant, entry.len as usize);
         let Some(buffer) = self.reserve_buffer(tenant, bytes, Purpose::Read) else {

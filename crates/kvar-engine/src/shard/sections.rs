@@ -24,7 +24,7 @@
 //! section after another is spared (`ahead`).
 
 use super::ahead::{STRETCH_BYTES, Waiter};
-use super::{Copy, Moved, Pending, READS_IN_FLIGHT_MAX, SectionRef, Shard, Touch};
+use super::{Copy, Moved, Pending, SectionRef, Shard, Touch};
 use crate::dram::Purpose;
 use crate::index::Entry;
 use crate::layout::{ImagePlan, PAGE};
@@ -225,10 +225,6 @@ impl Shard {
             (None, None) => 0..PAGE as u64,
         };
         let span = span.start..span.end.min(image_bytes);
-        if self.reads_in_flight >= READS_IN_FLIGHT_MAX {
-            self.miss(token, MissReason::Overloaded);
-            return true;
-        }
         let number = self.next_put;
         self.next_put += 1;
         let (segment, _) = self.segments.locate(entry.position);

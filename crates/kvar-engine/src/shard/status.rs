@@ -22,6 +22,12 @@ pub struct Counters {
     pub get_bytes: u64,
     /// Reads that found nothing, by reason.
     pub misses: BTreeMap<MissReason, u64>,
+    /// Reads that waited for their turn at the device.
+    pub reads_waited: u64,
+    /// Reads and puts whose deadline had passed when they were asked for.
+    pub overdue_at_call: u64,
+    /// Reads whose deadline passed while they waited for the device; it read nothing for them.
+    pub overdue_at_device: u64,
     /// Puts stored.
     pub puts_stored: u64,
     /// Puts of something visible.

@@ -363,6 +363,20 @@ pub const SETTINGS: &[Setting] = &[
         },
     },
     Setting {
+        key: "mode",
+        default: "load",
+        form: "\"off\", \"observe\", \"save\" or \"load\"",
+        help: "How much engines use the store where nobody has said otherwise with kvar mode: off, \
+               nothing; observe, lookups that are counted; save, puts too; load, everything. load, \
+               because that is what a store is for; observe to see first what it would bring.",
+        is_switch: false,
+        is_list: false,
+        set: |config, text| {
+            config.mode = text.parse()?;
+            Ok(())
+        },
+    },
+    Setting {
         key: "log",
         default: "info",
         form: "level or filter",

@@ -18,13 +18,17 @@
 use super::attach::Seat;
 use super::desk::{Desk, LINK_TIMER, LinkKey, Operation};
 use super::filling::Filling;
+use super::overdue::UnsentAnswers;
 use super::request::{Get, Item, ItemState, Kind, Open};
 use crate::mail::{Ask, Ticket};
 use crate::report::{ClientReport, NodeFacts};
-use kvar_base::{MissReason, Moment, PutOutcome, Refusal};
+use kvar_base::{MissReason, Mode, Moment, PutOutcome, Refusal};
 use kvar_engine::Tenant;
-use kvar_transport::{AnyLink, Link as _, SharedPieces};
-use kvar_wire::{Body, Failure, FailureCode, Header, Message, NodeHandshake, NodeStep, PutAnswer};
+use kvar_transport::{AnyLink, Link as _, LinkKind, SharedPieces};
+use kvar_wire::{
+    Body, Failure, FailureCode, Header, LookupAnswer, Message, NodeHandshake, NodeStep, PutAnswer,
+    Switch, VERSION_WITH_MODES,
+};
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -65,6 +69,8 @@ pub(crate) struct Conversation {
     pub(super) phase: Phase,
     /// The namespace it works in, once it is serving.
     pub(super) tenant: Tenant,
+    /// What the client was last told of its namespace's mode; none: it knows no modes.
+    told_mode: Option<Mode>,
     /// Who it says it is, once it is serving.
     pub(super) client: String,
     pub(super) open: HashMap<u64, Open>,
@@ -83,6 +89,8 @@ pub(crate) struct Conversation {
     pub(super) is_unarmed: bool,
     /// How often it was looked at in vain since it last moved something.
     pub(super) looks: u32,
+    /// Answers whose bytes have not left yet.
+    pub(super) unsent: UnsentAnswers,
     /// Its place among the links that share memory.
     pub(super) seat: Option<Seat>,
 }
@@ -100,6 +108,7 @@ impl Conversation {
             peer,
             phase: Phase::Handshake(Box::new(NodeHandshake::new(nonce))),
             tenant: Tenant::DEFAULT,
+            told_mode: None,
             client: String::new(),
             open: HashMap::new(),
             open_weight: 0,
@@ -112,6 +121,7 @@ impl Conversation {
             is_listed: false,
             is_unarmed: false,
             looks: 0,
+            unsent: UnsentAnswers::default(),
             seat: None,
         }
     }
@@ -164,6 +174,32 @@ impl Conversation {
         self.fail(desk, &Failure::new(FailureCode::Protocol, text));
     }
 
+    /// Tells the client its namespace's mode, if that is not what it was told last.
+    pub(super) fn tell_mode(&mut self, desk: &mut Desk) {
+        let Some(told) = self.told_mode else {
+            return;
+        };
+        let mode = desk.settings.modes.of(self.tenant);
+        // A link that goes over to shared memory says nothing before it is there: see `attach`.
+        let changes = self.seat.is_some() && self.link.kind() != LinkKind::SharedMemory;
+        if mode == told || changes || !matches!(self.phase, Phase::Serving) {
+            return;
+        }
+        self.told_mode = Some(mode);
+        self.send(desk, kvar_wire::LINK_REQUEST, &Switch { mode });
+    }
+
+    /// Counts what a lookup found that nothing will be loaded of.
+    pub(super) fn note_observed(&self, desk: &mut Desk, answer: &LookupAnswer) {
+        if let LookupAnswer::Leading(leading, _) = answer
+            && desk.settings.modes.of(self.tenant) != Mode::Load
+        {
+            let counters = &mut desk.of_namespace[self.tenant.index()];
+            counters.observed_lookups += 1;
+            counters.observed_blocks += u64::from(*leading);
+        }
+    }
+
     /// Takes a frame.
     pub(super) fn on_frame(
         &mut self,
@@ -182,7 +218,7 @@ impl Conversation {
                 let key_of = |name: &str| find(name).map(|(_, key)| key);
                 match handshake.on_message(message, key_of, &settings.node, settings.limits) {
                     NodeStep::Send(challenge) => self.send(desk, header.request, &challenge),
-                    NodeStep::Open(welcome, peer) => {
+                    NodeStep::Open(mut welcome, peer) => {
                         tracing::debug!(peer = %self.peer, client = %peer.client, "link open");
                         // The handshake found it a moment ago.
                         self.tenant = find(&peer.namespace).map_or(Tenant::DEFAULT, |it| it.0);
@@ -190,6 +226,9 @@ impl Conversation {
                         let shown = peer.client.chars().filter(|it| !it.is_control());
                         self.client = shown.collect();
                         self.phase = Phase::Serving;
+                        let knows_modes = peer.version >= VERSION_WITH_MODES;
+                        self.told_mode = knows_modes.then(|| settings.modes.of(self.tenant));
+                        welcome.mode = self.told_mode;
                         self.link
                             .set_bounds(kvar_wire::MESSAGE_BYTES_MAX, kvar_wire::PAYLOAD_BYTES_MAX);
                         self.send(desk, header.request, &welcome);
@@ -259,6 +298,7 @@ impl Conversation {
         let Some(open) = self.close(desk, request) else {
             return;
         };
+        desk.ended_early = true;
         match open.kind {
             Kind::Get(Get { items, .. }) => {
                 let unanswered = items
@@ -266,7 +306,8 @@ impl Conversation {
                     .enumerate()
                     .filter(|(_, Item { state, .. })| *state != ItemState::Answered);
                 if answer {
-                    for (index, _) in unanswered {
+                    for (index, item) in unanswered {
+                        desk.counters.overdue.line += u64::from(item.state == ItemState::Waiting);
                         self.send_miss(desk, request, index as u16, MissReason::Deadline);
                     }
                 }

@@ -7,6 +7,7 @@ use crate::counters::{LinkCounters, NamespaceCounters};
 use crate::devices::{Event, Note, Removal, Removed, Routes};
 use crate::links::attach::SharingSettings;
 use crate::mail::{Ask, EngineKey};
+use crate::modes::Modes;
 use crate::namespaces::Namespaces;
 use crate::report::ThreadReport;
 use crossbeam_channel::Sender;
@@ -67,6 +68,8 @@ pub(crate) struct LinkSettings {
     pub(crate) node: String,
     /// Who may connect.
     pub(crate) namespaces: Arc<Namespaces>,
+    /// How much of the store engines use.
+    pub(crate) modes: Arc<Modes>,
     /// Bytes a read is assumed to bring until its link has seen a block.
     pub(crate) block_bytes_guess: u64,
     /// With whom memory is shared.
@@ -96,6 +99,8 @@ pub(crate) struct Desk {
     /// Heads are encoded here, one at a time.
     pub(crate) scratch: Vec<u8>,
     pub(crate) now: Moment,
+    /// A request was over before its answer, since this was last looked at.
+    pub(crate) ended_early: bool,
     /// Watches the links' descriptors.
     pub(crate) registry: Registry,
     token_base: usize,
@@ -124,6 +129,7 @@ impl Desk {
             settings,
             scratch: Vec::new(),
             now: clock.now(),
+            ended_early: false,
             registry,
             token_base,
             clock,

@@ -12,7 +12,7 @@
 //! not known yet. A peer that takes its answers too slowly is not listened to meanwhile.
 
 use super::conversation::{Conversation, may_be_below};
-use super::desk::{Desk, Operation, To};
+use super::desk::{Desk, LinkKey, Operation, To};
 use super::request::{Get, Item, ItemState, Kind, Open};
 use super::serve::touch_request;
 use crate::mail::Ask;
@@ -105,7 +105,7 @@ impl Conversation {
             self.reading_bytes += bytes;
             self.reads += 1;
             let id = item.wanted.id;
-            let ask = ask_for(&item.wanted, deadline, touch_request, get.hints);
+            let ask = ask_for(&item.wanted, deadline, touch_request, get.hints, self.key);
             let operation = Operation {
                 link: self.key,
                 request,
@@ -146,12 +146,14 @@ impl Conversation {
             (ItemState::Waiting | ItemState::Answered, _) => return,
         };
         let Some(Open {
+            deadline,
             kind: Kind::Get(get),
             ..
         }) = self.open.get_mut(&request)
         else {
             return;
         };
+        let deadline = *deadline;
         let item = &mut get.items[index as usize];
         item.state = ItemState::Answered;
         self.reading_bytes -= bytes;
@@ -166,7 +168,7 @@ impl Conversation {
             Ok(copy) => {
                 desk.counters.get_hits += u64::from(is_counted);
                 desk.of_namespace[self.tenant.index()].hits += u64::from(is_counted);
-                self.push_copy(desk, request, index as u16, copy);
+                self.push_copy(desk, request, index as u16, copy, deadline);
             }
             Err(reason) => self.send_miss(desk, request, index as u16, reason),
         }
@@ -197,7 +199,7 @@ impl Conversation {
             return false;
         };
         item.state = ItemState::AskedBelow(bytes, reason);
-        let ask = ask_for(&item.wanted, deadline, touch_request, hints);
+        let ask = ask_for(&item.wanted, deadline, touch_request, hints, self.key);
         let operation = Operation {
             link: self.key,
             request,
@@ -227,7 +229,14 @@ impl Conversation {
         );
     }
 
-    fn push_copy(&mut self, desk: &mut Desk, request: u64, item: u16, copy: Copy) {
+    fn push_copy(
+        &mut self,
+        desk: &mut Desk,
+        request: u64,
+        item: u16,
+        copy: Copy,
+        deadline: Moment,
+    ) {
         let sections: Vec<Section> = copy
             .sections
             .iter()
@@ -267,17 +276,19 @@ impl Conversation {
             ranges,
         };
         if self.link.push(&desk.scratch, token, source).is_err() {
-            self.link.close();
+            return self.link.close();
         }
+        self.unsent.add(token, request, item, deadline);
     }
 }
 
-/// What an owner is asked for an item.
+/// What an engine is asked of an item, be it the first one or the one below.
 fn ask_for(
     wanted: &kvar_wire::GetItem,
     deadline: Moment,
     touch_request: u64,
     hints: GetHints,
+    link: LinkKey,
 ) -> Ask {
     // The sections of a block that are taken one after another are one use of it.
     let touch = match hints.by_layer && !is_first(wanted) {
@@ -294,13 +305,13 @@ fn ask_for(
         touch,
     };
     if hints == GetHints::default() {
-        return Ask::Get(request);
+        return Ask::Get(request, link.serial);
     }
     let hints = ReadHints {
         goes_on: hints.by_layer,
         waits: hints.wait_announced,
     };
-    Ask::GetWith(request, hints)
+    Ask::GetWith(request, link.serial, hints)
 }
 
 /// Whether an item is a block's first section, or the whole.

@@ -91,6 +91,7 @@ impl Conversation {
                 return;
             };
             let answer = leading_or_each(lookup.leading_only, &lookup.present);
+            self.note_observed(desk, &answer);
             self.close(desk, request);
             self.send(desk, request, &answer);
         }

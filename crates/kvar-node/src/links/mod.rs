@@ -11,10 +11,12 @@
 //! | `attach` | may a link share memory with its client? |
 //! | `request` | what is open on a link? |
 //! | `desk` | what do all links of the thread share? |
+//! | `overdue` | what does nobody wait for any more? |
 //! | `filling` | how is a payload received straight to where it is stored? |
 //!
 //! What must always be true: a link is polled while it can move something and sleeps otherwise;
-//! one turn moves a bounded number of bytes a link, so that no link starves the others.
+//! one turn moves a bounded number of bytes a link, and takes a bounded number of operations, so that no
+//! link starves the others; nothing is asked of a device, or sent, that nobody waits for any more.
 
 mod attach;
 mod conversation;
@@ -24,6 +26,7 @@ mod finish;
 mod get;
 mod lease;
 mod lookup;
+mod overdue;
 mod parts;
 mod put;
 mod request;
@@ -59,6 +62,11 @@ use std::sync::Arc;
 /// that comes beyond all that has a defect and is given up.
 const OUTGOING_HEADS_BYTES: usize = 8 << 20;
 
+/// An operation counts as so many bytes of its link's turn, and an id of a lookup as so many: a turn is
+/// at most 256 blocks asked for, or 16,384 ids, and takes about as long as moving its bytes would.
+const OPERATION_COST_BYTES: usize = TURN_BYTES / 256;
+const ID_COST_BYTES: usize = TURN_BYTES / kvar_wire::IDS_MAX;
+
 /// A link that shares memory is looked at this often in vain while its thread does not sleep, and
 /// then its peer must ring: some hundred microseconds of looking, about what a look costs a thread
 /// that works all the time for others.
@@ -77,6 +85,7 @@ pub(crate) struct Links {
 enum Happened {
     Frame(Result<(Header, Message), WireError>, usize),
     Received(Ticket),
+    Sent(u64),
     Returned(Option<Ticket>),
     Nothing,
     Down(DownReason),
@@ -216,12 +225,22 @@ impl Links {
 
     /// What was asked since the last call.
     pub(crate) fn take_outgoing(&mut self) -> Vec<Outgoing> {
-        std::mem::take(&mut self.desk.outgoing)
+        let mut outgoing = std::mem::take(&mut self.desk.outgoing);
+        self.drop_dead(&mut outgoing);
+        outgoing
     }
 
     /// When the next timer is due.
     pub(crate) fn next_timer(&self) -> Option<Moment> {
         self.desk.timers.first().map(|(at, _, _)| *at)
+    }
+
+    /// Modes were switched: every link is looked at, and its client told if that concerns it.
+    pub(crate) fn tell_modes(&mut self) {
+        let indexes: Vec<usize> = self.slots.iter().map(|(index, _)| index).collect();
+        for index in indexes {
+            self.list(index);
+        }
     }
 
     /// Gives every listed link one turn.
@@ -357,10 +376,24 @@ impl Links {
     }
 }
 
+/// What a frame takes of its link's turn beside its bytes: a turn of many small requests must not be
+/// longer than one of large blocks.
+fn cost_of(message: &Message) -> usize {
+    let ids = match message {
+        Message::Get(get) => return get.items.len() * OPERATION_COST_BYTES,
+        Message::Lookup(lookup) => lookup.ids.len(),
+        Message::Lease(lease) => lease.ids.len(),
+        Message::Remove(remove) => remove.ids.len(),
+        _ => 0,
+    };
+    OPERATION_COST_BYTES + ids * ID_COST_BYTES
+}
+
 /// Moves what one link can move, and whether there was anything; `Break` when it is down.
 fn pump_one(link: &mut Conversation, desk: &mut Desk) -> ControlFlow<(), bool> {
     let mut budget = TURN_BYTES;
     let mut moved = false;
+    link.drop_overdue(desk);
     loop {
         let happened = match link.link.poll(&mut budget) {
             Event::Frame {
@@ -377,13 +410,15 @@ fn pump_one(link: &mut Conversation, desk: &mut Desk) -> ControlFlow<(), bool> {
             Event::Received { sink, .. } => Happened::Received(sink.0),
             Event::Returned(Owned::Sink { sink, .. }) => Happened::Returned(Some(sink.0)),
             Event::Returned(Owned::Source { .. }) => Happened::Returned(None),
-            Event::Sent { .. } | Event::Up => Happened::Nothing,
+            Event::Sent { token, .. } => Happened::Sent(token),
+            Event::Up => Happened::Nothing,
             Event::Down(reason) => Happened::Down(reason),
             Event::Yield | Event::Idle => Happened::Rest,
         };
         moved |= !matches!(happened, Happened::Rest);
         match happened {
             Happened::Frame(Ok((header, message)), payload_bytes) => {
+                budget = budget.saturating_sub(cost_of(&message));
                 link.on_frame(desk, &header, message, payload_bytes);
                 // Whatever did not say where its payload goes does not want it.
                 if payload_bytes > 0 && link.incoming == Incoming::Nothing {
@@ -397,12 +432,14 @@ fn pump_one(link: &mut Conversation, desk: &mut Desk) -> ControlFlow<(), bool> {
                 link.link.discard();
             }
             Happened::Received(ticket) => link.on_received(desk, ticket),
+            Happened::Sent(token) => link.on_sent(token),
             Happened::Returned(ticket) => {
                 link.incoming = Incoming::Nothing;
                 abort(desk, ticket);
             }
             Happened::Nothing => {}
             Happened::Rest => {
+                link.tell_mode(desk);
                 link.start_gets(desk);
                 return ControlFlow::Continue(moved || budget < TURN_BYTES);
             }

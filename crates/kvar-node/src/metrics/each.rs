@@ -54,7 +54,7 @@ pub(super) const TIER_GAUGES: [(&str, &str); 6] = [
 ];
 
 /// What is said of each namespace.
-pub(super) const NAMESPACE_GAUGES: [(&str, &str); 4] = [
+pub(super) const NAMESPACE_GAUGES: [(&str, &str); 5] = [
     (
         "kvar_namespace_share",
         "The namespace's weight; 0: what the others leave",
@@ -68,8 +68,12 @@ pub(super) const NAMESPACE_GAUGES: [(&str, &str); 4] = [
         "kvar_namespace_flash_used",
         "Bytes of its blocks on devices",
     ),
+    (
+        "kvar_namespace_mode",
+        "How much its engines use the store: 0 off, 1 observe, 2 save, 3 load",
+    ),
 ];
-pub(super) const NAMESPACE_COUNTERS: [(&str, &str); 5] = [
+pub(super) const NAMESPACE_COUNTERS: [(&str, &str); 7] = [
     ("kvar_namespace_hits", "Blocks served"),
     ("kvar_namespace_misses", "Blocks asked for and not served"),
     ("kvar_namespace_stored", "Blocks stored"),
@@ -80,6 +84,14 @@ pub(super) const NAMESPACE_COUNTERS: [(&str, &str); 5] = [
     (
         "kvar_namespace_kept",
         "Blocks that reclaim wrote again because their namespace was within its part",
+    ),
+    (
+        "kvar_namespace_observed_lookups",
+        "Lookups answered while its mode was not load",
+    ),
+    (
+        "kvar_namespace_observed_blocks",
+        "Leading blocks that these found: what would have been loaded",
     ),
 ];
 
@@ -145,6 +157,7 @@ pub(super) fn namespaces(report: &NodeReport<'_>) -> Vec<(Labels, Vec<f64>, Vec<
                 it.part,
                 it.dram_bytes as f64,
                 it.flash_bytes as f64,
+                f64::from(it.mode as u8),
             ];
             let counters = vec![
                 it.counters.hits,
@@ -152,6 +165,8 @@ pub(super) fn namespaces(report: &NodeReport<'_>) -> Vec<(Labels, Vec<f64>, Vec<
                 it.counters.stored,
                 it.evicted,
                 it.kept_entitled,
+                it.counters.observed_lookups,
+                it.counters.observed_blocks,
             ];
             (vec![("namespace", it.name.clone())], gauges, counters)
         })

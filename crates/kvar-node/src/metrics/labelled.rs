@@ -29,6 +29,19 @@ pub(super) fn labelled(report: &NodeReport<'_>) -> Vec<Labelled> {
                 .collect(),
         },
         Labelled {
+            name: "kvar_overdue",
+            help: "Work dropped because nobody waited for it any more, by where that was found",
+            label: "where",
+            // From a request's way in to its answer's way out.
+            counts: vec![
+                ("line".to_owned(), links.overdue.line),
+                ("asked".to_owned(), links.overdue.asked),
+                ("call".to_owned(), sum(|c| c.overdue_at_call)),
+                ("device".to_owned(), sum(|c| c.overdue_at_device)),
+                ("link".to_owned(), links.overdue.link),
+            ],
+        },
+        Labelled {
             name: "kvar_puts",
             help: "Puts by outcome",
             label: "outcome",

@@ -304,14 +304,18 @@ pub(crate) fn http(node: &NodeHandle, path: &str) -> (u16, String) {
 }
 
 /// What proves to the admin HTTP that the sender of a body has the key.
-pub(crate) fn proof_headers(key: &NamespaceKey, body: &str) -> [(&'static str, String); 2] {
+pub(crate) fn proof_headers(
+    key: &NamespaceKey,
+    path: &str,
+    body: &str,
+) -> [(&'static str, String); 2] {
     let now = std::time::SystemTime::now();
     let now = now.duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
     [
         (kvar_node::TIME_HEADER, now.to_string()),
         (
             kvar_node::PROOF_HEADER,
-            kvar_node::device_proof(key, now, body.as_bytes()),
+            kvar_node::admin_proof(key, path, now, body.as_bytes()),
         ),
     ]
 }
@@ -321,9 +325,18 @@ pub(crate) fn post_devices(
     node: &NodeHandle,
     body: &serde_json::Value,
 ) -> (u16, serde_json::Value) {
+    post(node, "/v1/devices", body)
+}
+
+/// Changes something: status code and answer.
+pub(crate) fn post(
+    node: &NodeHandle,
+    path: &str,
+    body: &serde_json::Value,
+) -> (u16, serde_json::Value) {
     let body = body.to_string();
-    let headers = proof_headers(&key_of(node), &body);
-    let (code, text) = request(node, "POST", "/v1/devices", &body, &headers);
+    let headers = proof_headers(&key_of(node), path, &body);
+    let (code, text) = request(node, "POST", path, &body, &headers);
     let value =
         serde_json::from_str(&text).unwrap_or_else(|_| serde_json::json!({ "error": text }));
     (code, value)

@@ -262,7 +262,7 @@ impl World {
             goes_on: request.sections.is_some() && token.is_multiple_of(2),
             waits: false,
         };
-        self.engine().get_with(now, token, request, hints);
+        self.engine().get_with(now, 0, token, request, hints);
         self.hear_journal(Some(memory))?;
         self.hear()
     }

@@ -1,7 +1,7 @@
 //! One or more messages of every kind, fixed for ever: golden frames are made from them, fuzzing
 //! starts from them.
 
-use kvar_base::{BlockId, ContentCheck, LeaseToken, MissReason, PutOutcome, Refusal};
+use kvar_base::{BlockId, ContentCheck, LeaseToken, MissReason, Mode, PutOutcome, Refusal};
 use kvar_wire::*;
 
 /// (name of the golden file, message, length of the payload behind it)
@@ -109,6 +109,7 @@ fn samples_of_version_1() -> Vec<Sample> {
                 node: "n1".into(),
                 proof: [8; 32],
                 limits,
+                mode: None,
             }
             .into(),
             0,
@@ -430,7 +431,22 @@ fn samples_of_version_5() -> Vec<Sample> {
         first: 1,
         checks: vec![ContentCheck(7), ContentCheck(1 << 60)],
     };
+    let welcome = Welcome {
+        node: "n1".into(),
+        proof: [8; 32],
+        limits: Limits {
+            block_bytes_max: 16 << 20,
+            eager_bytes_max: 65_536,
+            requests_max: 1024,
+            bytes_max: 256 << 20,
+        },
+        mode: Some(Mode::Observe),
+    };
+    let switch = |mode| Switch { mode };
     vec![
+        ("welcome_mode", welcome.into(), 0),
+        ("switch_off", switch(Mode::Off).into(), 0),
+        ("switch_load", switch(Mode::Load).into(), 0),
         ("get_by_layer", get(true, false).into(), 0),
         ("get_waiting", get(false, true).into(), 0),
         ("announce", announce.into(), 0),

@@ -1,6 +1,9 @@
 //! Real processes: the binary as an operator runs it, on free ports, in a folder of its own.
 #![allow(dead_code)] // each test file uses its part
 
+pub(crate) mod proxy;
+pub(crate) mod random;
+
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};

@@ -176,8 +176,9 @@ class KvarConnector(KVConnectorBase_V1):
             block_tokens=self._block_tokens,
             pool_blocks=kv_cache_config.num_blocks,
             ranks=self._ranks,
-            loads=mode.loads and transfer.is_kv_consumer,
-            saves=mode.saves and transfer.is_kv_producer,
+            loads=transfer.is_kv_consumer,
+            saves=transfer.is_kv_producer,
+            mode=lambda: mode.within(self._link.mode()),
             lookup=self._stored_positions,
             hold=self._hold,
             release=self._release,
@@ -240,7 +241,7 @@ class KvarConnector(KVConnectorBase_V1):
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         """How much of the prompt is in the store beyond what the engine has itself."""
-        if not self._settings.mode.looks_up or request.skip_reading_prefix_cache:
+        if request.skip_reading_prefix_cache:
             return 0, False
         tokens = self._planner.matched(request, num_computed_tokens)
         return tokens, tokens > 0 and not self._by_layers
@@ -249,8 +250,6 @@ class KvarConnector(KVConnectorBase_V1):
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         """Orders the load, now that there are pages to load into."""
-        if not self._settings.mode.looks_up:
-            return
         block_ids = blocks.get_block_ids()[0] if num_external_tokens else []
         self._planner.allocated(request, block_ids, num_external_tokens)
 

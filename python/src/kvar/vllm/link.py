@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import kvar
-from kvar.vllm.settings import Settings
+from kvar.vllm.settings import Mode, Settings
 
 logger = logging.getLogger("vllm.kvar")
 
@@ -66,6 +66,7 @@ class Link:
         self._lock = threading.Lock()
         self._client: kvar.Client | None = None
         self._up = False
+        self._mode = Mode.LOAD
         self._closed = threading.Event()
         self._retry: threading.Thread | None = None
 
@@ -103,6 +104,21 @@ class Link:
     def client(self) -> kvar.Client | None:
         """The client, or None while the store is away."""
         return self._client if self._up else None
+
+    def mode(self) -> Mode:
+        """What the operator wants of this namespace, as the node last said. Asks nobody.
+
+        The node tells its clients of a switch by itself; a store that is away keeps its last word.
+        """
+        client = self._client
+        if client is not None:
+            # A client that was closed says nothing any more.
+            with contextlib.suppress(kvar.KvarError):
+                mode = Mode(client.mode)
+                if mode is not self._mode:
+                    logger.info("kvar: %s was switched to mode %s", self._endpoint, mode.value)
+                    self._mode = mode
+        return self._mode
 
     def lookup(self, ids: Sequence[bytes], deadline_ms: int, request: int = 0) -> int | None:
         """How many leading blocks are there; None if the store is away or does not say in time."""

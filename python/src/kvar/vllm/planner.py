@@ -9,7 +9,9 @@ What must always be true:
   ran then save nothing more, nor do those that begin before the last of them has ended (they may
   share pages that are being computed anew);
 * what a request was promised (its lease) is held from its lookup to the end of its load, and let go
-  when there is nothing to load, when the load has ended, and when the request ends in any way.
+  when there is nothing to load, when the load has ended, and when the request ends in any way;
+* a switch of the mode holds from the next question on: what was ordered before goes on to its end,
+  so that no request fails by it.
 
 A request's life here:
 
@@ -37,6 +39,7 @@ from typing import Protocol
 
 from kvar.vllm.choice import Choice
 from kvar.vllm.orders import LoadOrder, LoadReport, SaveOrder, SaveReport, StepOrders
+from kvar.vllm.settings import Mode
 
 # A request that finds no free memory is asked about in every step. Its answer stays good for half
 # of the two seconds that a lookup's lease lasts by default.
@@ -144,6 +147,7 @@ class Planner:
     ``lookup`` answers how many leading positions of a chain of engine hashes are stored, or None
     if the store cannot say right now; it is given the prompt's number, and for how many seconds
     what it finds is to stay (0: not at all). ``hold`` and ``release`` keep pages from being reused.
+    ``loads`` and ``saves`` are what this engine may do at all, ``mode`` what it is to do now.
     """
 
     def __init__(
@@ -159,14 +163,16 @@ class Planner:
         release: Callable[[Sequence[int]], None],
         choice: Choice,
         lease_s: float = 2.0,
+        mode: Callable[[], Mode] = lambda: Mode.LOAD,
         now: Callable[[], float] = time.monotonic,
         numbers: Callable[[], int] = time.time_ns,
     ) -> None:
         self._block_tokens = block_tokens
         self._held_blocks_max = int(pool_blocks * HELD_SHARE_MAX)
         self._ranks = ranks
-        self._loads = loads
-        self._saves = saves
+        self._may_load = loads
+        self._may_save = saves
+        self._mode = mode
         self._lookup = lookup
         self._hold = hold
         self._release = release
@@ -186,8 +192,19 @@ class Planner:
         self.salt = ""
         self.counters = Counters()
 
+    @property
+    def _loads(self) -> bool:
+        return self._may_load and self._mode().loads
+
+    @property
+    def _saves(self) -> bool:
+        return self._may_save and self._mode().saves
+
     def matched(self, request: EngineRequest, computed_tokens: int) -> int:
         """Tokens beyond ``computed_tokens`` that can be loaded. Asked once or many times."""
+        if not self._mode().looks_up:
+            self._leave(request)
+            return 0
         tracked = self._track(request)
         tracked.local_blocks = computed_tokens // self._block_tokens
         # The last token is always computed: its logits are what the request is after.
@@ -206,6 +223,14 @@ class Planner:
         if not tokens:
             self._let_go(tracked)
         return tokens
+
+    def _leave(self, request: EngineRequest) -> None:
+        """Nothing is asked for it; what an earlier lookup found is let go."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is not None:
+            tracked.lookup = None
+            tracked.chosen = None
+            self._let_go(tracked)
 
     def _chosen(self, tracked: Tracked, tokens: int) -> int:
         """How many of these stored tokens come sooner by loading them."""
@@ -233,6 +258,10 @@ class Planner:
         tracked.chosen = None
         self.counters.add("looked_up_tokens", usable * self._block_tokens)
         self.counters.add("stored_tokens", found_now * self._block_tokens)
+        if not self._loads:
+            more = max(found_now - tracked.local_blocks, 0)
+            self.counters.add("observed_lookups", 1)
+            self.counters.add("observed_tokens", more * self._block_tokens)
         return found_now
 
     def _take(self, tracked: Tracked, lease: StoreLease | None) -> None:
@@ -265,6 +294,9 @@ class Planner:
 
     def allocated(self, request: EngineRequest, block_ids: Sequence[int], tokens: int) -> None:
         """The request has its pages; ``tokens`` of them are to be loaded (0: none)."""
+        is_known = request.request_id in self._tracked
+        if tokens <= 0 and not is_known and not self._mode().looks_up:
+            return
         tracked = self._track(request)
         tracked.lookup = None
         if tracked.chosen is not None:

@@ -5,7 +5,8 @@
 | endpoint           | needed  | ``host:port`` of a node                                      |
 | namespace          | default | whose blocks these are                                       |
 | namespace_key_file | needed  | key file of the namespace; the node writes one beside its data |
-| mode               | load    | off, observe, save or load, see :class:`Mode`                |
+| mode               | load    | off, observe, save or load, see :class:`Mode`: the most that |
+|                    |         | is done; the operator's ``kvar mode`` may ask for less       |
 | deadline_ms        | 2000    | longest time one load or save may take before it is given up |
 | lookup_deadline_ms | 20      | longest time the scheduler waits for a lookup                |
 | lease_ms           | 2000    | how long what a lookup found stays unless it is renewed      |
@@ -79,6 +80,10 @@ class Mode(enum.Enum):
     def loads(self) -> bool:
         """Whether stored blocks come back."""
         return self is Mode.LOAD
+
+    def within(self, other: Mode) -> Mode:
+        """The one of the two that does less."""
+        return min(self, other, key=list(Mode).index)
 
 
 class LoadWay(enum.Enum):

@@ -217,12 +217,13 @@ impl Keeper {
             let pause = Duration::from_secs_f64(bytes / leaving.rate_bytes_per_s as f64);
             leaving.not_before = leaving.not_before.max(now).after(pause);
         }
-        let ask = Ask::Get(GetRequest {
+        let request = GetRequest {
             id: block.block.id,
             sections: None,
             deadline: now.after(STEP_DEADLINE),
             touch: Touch::NONE,
-        });
+        };
+        let ask = Ask::Get(request, 0);
         self.step(at, from, ask, block, Step::Reading);
     }
 

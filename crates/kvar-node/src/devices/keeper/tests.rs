@@ -216,7 +216,7 @@ impl Bench {
             deadline: Moment(u64::MAX),
             touch: Touch::NONE,
         };
-        match self.ask(key, Ask::Get(request)) {
+        match self.ask(key, Ask::Get(request, 0)) {
             Answer::Get(Ok(_)) => true,
             Answer::Get(Err(MissReason::Absent)) => false,
             _ => panic!("another answer"),

@@ -1,0 +1,224 @@
+//! Reads that wait for their turn at the device: in turn among those who ask, and none for nobody.
+//!
+//! ```text
+//!   get ── fewer than READS_AT_DEVICE_MAX under way, nobody waits ──> device
+//!    └─ else ──> line of whoever asks ── a read has ended, and it is that line's turn ──> device
+//!                       │  the deadline has passed meanwhile:  Miss(deadline), the device reads nothing
+//!                       └─ READS_WAITING_MAX wait:  the youngest of the longest line, Miss(overloaded)
+//! ```
+//!
+//! A device that is handed everything at once serves in its own order, and takes nothing back: who asks
+//! for a thousand blocks is served before who asks for one, and long after it has given up.
+//!
+//! What must always be true: a line that waits is served after at most one read of each other line;
+//! what waits is bounded and holds no memory of blocks; nothing waits while the device has room.
+//!
+//! Left to others: who asks (the caller numbers them), and the read itself (`read`, `sections`).
+
+use super::{GetRequest, READS_AT_DEVICE_MAX, Shard};
+use kvar_base::{FastMap, MissReason, Moment};
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// Reads that wait, at most: what four links with the usual number of requests can ask for. 120 bytes
+/// each.
+pub(super) const READS_WAITING_MAX: usize = 4096;
+
+/// How often, at most, those whose time is over are looked for in a full waiting room.
+const SWEEP_PAUSE: Duration = Duration::from_millis(1);
+
+/// A read that waits, and whether its reader asks for the sections behind its own next.
+type Turn = (u64, GetRequest, bool);
+
+/// See the module.
+#[derive(Default)]
+pub(super) struct Turns {
+    lines: FastMap<u64, VecDeque<Turn>>,
+    /// Whose turn is next. Each that has a line stands here once.
+    order: VecDeque<u64>,
+    waiting: usize,
+    swept_at: Moment,
+}
+
+impl Turns {
+    /// How many wait.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting
+    }
+
+    fn push(&mut self, asker: u64, token: u64, request: GetRequest, goes_on: bool) {
+        let line = self.lines.entry(asker).or_default();
+        if line.is_empty() {
+            self.order.push_back(asker);
+        }
+        line.push_back((token, request, goes_on));
+        self.waiting += 1;
+    }
+
+    /// The next of the line whose turn it is.
+    fn pop(&mut self) -> Option<Turn> {
+        let asker = self.order.pop_front()?;
+        let line = self.lines.get_mut(&asker)?;
+        let next = line.pop_front();
+        if line.is_empty() {
+            self.lines.remove(&asker);
+        } else {
+            self.order.push_back(asker);
+        }
+        self.waiting -= usize::from(next.is_some());
+        next
+    }
+
+    /// Makes room for one who asks: takes the youngest of the longest line, if that is longer than
+    /// the line of who asks would become.
+    fn make_way(&mut self, asker: u64) -> Option<u64> {
+        let own = self.lines.get(&asker).map_or(0, VecDeque::len);
+        let longest = self.order.iter().max_by_key(|it| self.lines[*it].len());
+        let line = self.lines.get_mut(longest?)?;
+        if line.len() <= own + 1 {
+            return None;
+        }
+        let (token, ..) = line.pop_back()?;
+        self.waiting -= 1;
+        Some(token)
+    }
+
+    /// Takes out all whose time is over.
+    fn sweep(&mut self, now: Moment) -> Vec<u64> {
+        self.swept_at = now;
+        let mut over = Vec::new();
+        for line in self.lines.values_mut() {
+            line.retain(|(token, request, _)| {
+                let is_over = request.deadline <= now;
+                if is_over {
+                    over.push(*token);
+                }
+                !is_over
+            });
+        }
+        let lines = &mut self.lines;
+        self.order.retain(|asker| !lines[asker].is_empty());
+        lines.retain(|_, line| !line.is_empty());
+        self.waiting -= over.len();
+        // The order of a map is its own affair; that of answers is not.
+        over.sort_unstable();
+        over
+    }
+}
+
+impl Shard {
+    /// Whether a read that begins now has to wait.
+    pub(super) fn must_wait(&self) -> bool {
+        self.reads_in_flight >= READS_AT_DEVICE_MAX || self.turns.waiting > 0
+    }
+
+    /// A read waits for its turn.
+    pub(super) fn wait_for_turn(
+        &mut self,
+        now: Moment,
+        asker: u64,
+        token: u64,
+        request: GetRequest,
+        goes_on: bool,
+    ) {
+        if self.turns.waiting >= READS_WAITING_MAX && now.since(self.turns.swept_at) >= SWEEP_PAUSE
+        {
+            for token in self.turns.sweep(now) {
+                self.overdue_at_device(token);
+            }
+        }
+        if self.turns.waiting >= READS_WAITING_MAX {
+            match self.turns.make_way(asker) {
+                Some(youngest) => self.miss(youngest, MissReason::Overloaded),
+                None => return self.miss(token, MissReason::Overloaded),
+            }
+        }
+        self.counters.reads_waited += 1;
+        self.turns.push(asker, token, request, goes_on);
+    }
+
+    /// Begins as many of the reads that wait as the device has room for.
+    pub(super) fn give_turns(&mut self, now: Moment) {
+        while self.reads_in_flight < READS_AT_DEVICE_MAX {
+            let Some((token, request, goes_on)) = self.turns.pop() else {
+                return;
+            };
+            if request.deadline <= now {
+                self.overdue_at_device(token);
+                continue;
+            }
+            // It was there when it was asked for, and may have gone since; what it was worth is noted.
+            match self.visible(now, &request.id) {
+                Err(reason) => self.miss(token, reason),
+                Ok(()) => {
+                    let found = self.find(&request.id);
+                    self.begin_read(token, request, found, goes_on);
+                }
+            }
+        }
+    }
+
+    fn overdue_at_device(&mut self, token: u64) {
+        self.counters.overdue_at_device += 1;
+        self.miss(token, MissReason::Deadline);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Touch;
+    use kvar_base::BlockId;
+
+    fn request(deadline: u64) -> GetRequest {
+        GetRequest {
+            id: BlockId::new([1; 32]),
+            sections: None,
+            deadline: Moment(deadline),
+            touch: Touch::default(),
+        }
+    }
+
+    #[test]
+    fn lines_are_served_in_turn_and_each_in_order() {
+        let mut turns = Turns::default();
+        for token in 0..4 {
+            turns.push(1, token, request(9), false);
+        }
+        turns.push(2, 10, request(9), false);
+        turns.push(3, 20, request(9), false);
+        turns.push(3, 21, request(9), false);
+        let order: Vec<u64> = std::iter::from_fn(|| turns.pop().map(|(token, ..)| token)).collect();
+        assert_eq!(order, [0, 10, 20, 1, 21, 2, 3]);
+        assert_eq!((turns.waiting(), turns.lines.len()), (0, 0));
+    }
+
+    #[test]
+    fn the_longest_line_makes_way_to_a_shorter_one_only() {
+        let mut turns = Turns::default();
+        for token in 0..5 {
+            turns.push(1, token, request(9), false);
+        }
+        turns.push(2, 10, request(9), false);
+        assert_eq!(turns.make_way(2), Some(4));
+        assert_eq!(turns.make_way(3), Some(3));
+        assert_eq!(turns.make_way(1), None);
+        turns.push(2, 11, request(9), false);
+        // Equally long: nobody goes for who would only trade places.
+        assert_eq!(turns.make_way(2), None);
+        assert_eq!(turns.waiting(), 5);
+    }
+
+    #[test]
+    fn what_is_over_is_swept_and_the_rest_keeps_its_turn() {
+        let mut turns = Turns::default();
+        for (token, deadline) in [(0, 5), (1, 50), (2, 5)] {
+            turns.push(1, token, request(deadline), false);
+            turns.push(token + 2, token + 10, request(5), false);
+        }
+        assert_eq!(turns.sweep(Moment(5)), [0, 2, 10, 11, 12]);
+        assert_eq!(turns.waiting(), 1);
+        assert_eq!(turns.pop().map(|(token, ..)| token), Some(1));
+        assert!(turns.pop().is_none());
+    }
+}
