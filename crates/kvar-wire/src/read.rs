@@ -142,6 +142,9 @@ pub(crate) fn take_get(bytes: &[u8]) -> Result<Get, String> {
         if !rest.is_empty() {
             return Err(format!("{} bytes too many", rest.len()));
         }
+        if hints == GetHints::default() {
+            return Err("hints that say nothing are left out".to_owned());
+        }
         get.hints = hints;
     }
     Ok(get)
