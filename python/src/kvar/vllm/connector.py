@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -48,11 +49,12 @@ from vllm.v1.kv_cache_interface import (
 import kvar
 from kvar.vllm.choice import Choice
 from kvar.vllm.fingerprint import config_digest, fingerprint_text, model_name
+from kvar.vllm.introduction import introduction, is_tried, untried
 from kvar.vllm.link import Link
 from kvar.vllm.orders import LayersReport, LoadReport, SaveReport, StepOrders, merge_reports
 from kvar.vllm.pages import DirectPages, pages_of
 from kvar.vllm.planner import Found, Planner
-from kvar.vllm.settings import LoadWay, Settings, SettingsError
+from kvar.vllm.settings import LoadWay, Mode, Settings, SettingsError
 from kvar.vllm.worker import Ended, Mover, chain_names
 
 if TYPE_CHECKING:
@@ -150,10 +152,16 @@ class KvarConnector(KVConnectorBase_V1):
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = self._kv_transfer_config
+        import vllm
+
         self._settings = Settings.from_extra_config(transfer.kv_connector_extra_config or {})
+        version = str(vllm.__version__)
+        if not is_tried(version) and not self._settings.any_version:
+            logger.warning("%s", untried(version))
+            self._settings = replace(self._settings, mode=Mode.OFF)
         refuse_what_cannot_work(vllm_config, kv_cache_config)
         self._key = kvar.NamespaceKey.from_file(self._settings.namespace_key_file)
-        self._link = Link.to(self._settings)
+        self._link = Link.to(self._settings, introduction(vllm_config, version, role.name.lower()))
         self._block_tokens: int = vllm_config.cache_config.block_size
         parallel = vllm_config.parallel_config
         self._ranks: int = parallel.tensor_parallel_size * parallel.pipeline_parallel_size

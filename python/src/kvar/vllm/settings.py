@@ -17,6 +17,7 @@
 | handover           | false   | another engine reads what this one saves once, soon          |
 | load               | async   | async, or layers: each layer is waited for when it is used,  |
 |                    |         | see :class:`LoadWay`                                         |
+| any_version        | false   | run under a vLLM that this was not tried with, too           |
 
 An unknown key is an error: a misspelt one would otherwise be a silent default.
 """
@@ -118,6 +119,7 @@ class Settings:
     traffic_class: int = 0
     handover: bool = False
     load: LoadWay = LoadWay.ASYNC
+    any_version: bool = False
 
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, Any]) -> Settings:
@@ -143,6 +145,7 @@ class Settings:
             traffic_class=_traffic_class(extra),
             handover=_flag(extra, "handover"),
             load=_one_of(LoadWay, extra, "load", LoadWay.ASYNC),
+            any_version=_flag(extra, "any_version"),
         )
 
 
