@@ -10,25 +10,11 @@ use kvar_client::{
 };
 use kvar_node::KeyFile;
 use std::time::{Duration, Instant};
-use support::{PATIENCE, Place, Server};
+use support::{PATIENCE, Place, client};
 
 const SECTION: u32 = 40_000;
 const SECTIONS: usize = 12;
 const LENGTHS: [u32; SECTIONS] = [SECTION; SECTIONS];
-
-fn config(server: &Server, link: LinkChoice) -> ClientConfig {
-    let key = KeyFile::read(&server.key_file).unwrap().key;
-    ClientConfig {
-        link,
-        deadline: PATIENCE,
-        connect_timeout: Duration::from_secs(10),
-        ..ClientConfig::new(&server.endpoint, key)
-    }
-}
-
-fn client(server: &Server, link: LinkChoice) -> Client {
-    Client::connect(config(server, link)).unwrap()
-}
 
 fn id(number: u32) -> BlockId {
     let mut bytes = [0x1a; 32];

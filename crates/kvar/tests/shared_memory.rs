@@ -7,23 +7,8 @@ use kvar_client::{
     CallOptions, Client, ClientConfig, ClientError, Filled, GetItem, GetOutcome, LinkChoice,
     PutItem,
 };
-use kvar_node::KeyFile;
 use std::time::{Duration, Instant};
-use support::{PATIENCE, Place, Server, ticks_when_idle};
-
-fn config(server: &Server, link: LinkChoice) -> ClientConfig {
-    let key = KeyFile::read(&server.key_file).unwrap().key;
-    ClientConfig {
-        link,
-        deadline: PATIENCE,
-        connect_timeout: Duration::from_secs(10),
-        ..ClientConfig::new(&server.endpoint, key)
-    }
-}
-
-fn client(server: &Server, link: LinkChoice) -> Client {
-    Client::connect(config(server, link)).unwrap()
-}
+use support::{PATIENCE, Place, client, config, ticks_when_idle};
 
 fn id(number: u32) -> BlockId {
     let mut bytes = [0x5c; 32];

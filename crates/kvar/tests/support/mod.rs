@@ -4,6 +4,8 @@
 pub(crate) mod proxy;
 pub(crate) mod random;
 
+use kvar_client::{Client, ClientConfig, LinkChoice};
+use kvar_node::KeyFile;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -273,6 +275,22 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Settings of a client of this server, over this kind of link.
+pub(crate) fn config(server: &Server, link: LinkChoice) -> ClientConfig {
+    let key = KeyFile::read(&server.key_file).unwrap().key;
+    ClientConfig {
+        link,
+        deadline: PATIENCE,
+        connect_timeout: Duration::from_secs(10),
+        ..ClientConfig::new(&server.endpoint, key)
+    }
+}
+
+/// A client of this server, linked.
+pub(crate) fn client(server: &Server, link: LinkChoice) -> Client {
+    Client::connect(config(server, link)).unwrap()
 }
 
 /// Runs a command to its end; one that hangs is killed and fails the test.
