@@ -9,6 +9,7 @@ mod answers;
 mod below;
 mod calls;
 mod devices;
+mod gone;
 mod lives;
 mod promises;
 mod scrub;
