@@ -34,6 +34,8 @@ use std::sync::Arc;
 pub(crate) struct Put {
     pub(crate) nonce: u64,
     pub(crate) lengths: Arc<[u32]>,
+    /// What the store calls its bytes.
+    pub(crate) version: u64,
     pub(crate) order: u64,
     pub(crate) committed: Moment,
     pub(crate) turn: u64,

@@ -72,6 +72,7 @@ pub(crate) struct OpenPut {
     pub(crate) number: u64,
     nonce: u64,
     lengths: Arc<[u32]>,
+    version: u64,
     ticket: PutTicket,
     deadline: Moment,
     hints: PutHints,
