@@ -168,6 +168,43 @@ def test_pages_of_layers_travel_as_blocks(client: kvar.Client, name: Name) -> No
     assert single == [layer[7 * page : 8 * page] for layer in layers]
 
 
+def test_layers_come_one_after_another(client: kvar.Client, name: Name) -> None:
+    page, layer_count = 40_000, 6
+    layers = [
+        bytearray(b"".join(bytes([16 * layer + n]) * page for n in range(10)))
+        for layer in range(layer_count)
+    ]
+    ids = [name(n) for n in range(4)]
+    assert client.put_pages(ids, layers, [7, 2, 9, 0], page) == ["stored"] * 4
+    empty = [bytearray(10 * page) for _ in range(layer_count)]
+    get = client.submit_get_layers([*ids, name("missing")], empty, [1, 3, 5, 8, 4], page)
+    assert get.sections == layer_count
+    for layer in range(layer_count):
+        assert get.wait_section(layer, timeout=20) == ["hit"] * 4 + ["absent"]
+        base = 16 * layer
+        view = [empty[layer][n * page] for n in (1, 3, 5, 8, 4)]
+        assert view == [base + 7, base + 2, base + 9, base, 0]
+    assert get.result() == ["hit"] * 4 + ["absent"]
+    assert get.done()
+    assert get.seconds is not None and get.seconds < 20
+    # The buffers are the caller's again: an exported one cannot be made longer.
+    until(lambda: grows(empty[0]))
+    with pytest.raises(IndexError, match="section 6 of 6"):
+        get.wait_section(6)
+    # Nobody announced it, so nobody waits for it.
+    alone = client.submit_get_layers([name("no")], empty[1:], [0], page, wait_announced=True)
+    assert alone.result() == ["absent"]
+    assert client.submit_get_layers([], empty[1:], [], page).result() == []
+
+
+def grows(buffer: bytearray) -> bool:
+    try:
+        buffer.append(0)
+    except BufferError:
+        return False
+    return True
+
+
 def test_a_batch_larger_than_any_message(client: kvar.Client, name: Name) -> None:
     ids = [name(n) for n in range(3000)]
     client.put([(id, n.to_bytes(4, "little") * 8) for n, id in enumerate(ids)])

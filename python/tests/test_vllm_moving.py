@@ -119,6 +119,54 @@ def test_pages_come_back_into_other_pages(node: Node, link: Link, kind: str, bac
         assert not target[layer][count:].any()
 
 
+def test_a_load_by_layers_is_waited_for_layer_by_layer(node: Node, link: Link) -> None:
+    source = layers_of("direct", fill=True)
+    hashes = [f"by layers {n}".encode() for n in range(20)]
+    worker = mover(node, link, source, "by layers")
+    worker.start_save(SaveOrder(1, hashes, list(range(20)), 0), "")
+    run_dry(worker)
+    target = layers_of("direct", fill=False)
+    loader = mover(node, link, target, "by layers")
+    given = list(range(50, 70))
+    loader.start_layers(LoadOrder("r", hashes, given, 0), "")
+    for layer in range(LAYERS):
+        loader.wait_layer(layer)
+        assert torch.equal(target[layer][given], source[layer][:20])
+    loader.finish_layers()
+    ended = loader.ended()
+    assert ended.loaded == set(), "vLLM's own channel is for those that wait outside"
+    assert (set(ended.layers.loaded), ended.layers.failures) == ({"r"}, 0)
+    assert (ended.bad_block_ids, ended.loads.blocks) == (set(), 20)
+    counted = loader.counters.take()
+    assert counted["layered_load_seconds"] > 0 and counted["layered_wait_seconds"] > 0
+
+
+def test_a_load_by_layers_that_fails_is_told_in_its_step(own_node: Node) -> None:
+    link = Link.to(settings(own_node))
+    layers = layers_of("direct", fill=True)
+    worker = mover(own_node, link, layers, "fails")
+    worker.start_save(SaveOrder(1, [b"h"], [1], 0), "")
+    run_dry(worker)
+    worker.start_layers(LoadOrder("r", [b"h", b"missing"], [2, 3], 0), "")
+    for layer in range(LAYERS):
+        worker.wait_layer(layer)
+    worker.finish_layers()
+    ended = worker.ended()
+    assert (ended.bad_block_ids, ended.layers.failures, worker.failures) == ({3}, 1, 1)
+    # What the scheduler ordered before it heard of that is turned down, and reported.
+    worker.refuse_save(SaveOrder(2, [b"i"], [4], 0))
+    assert worker.ended().reports == {2: SaveReport(1, 0, 1)}
+    # A node that is gone ends it as well.
+    own_node.stop()
+    for _ in range(2):
+        worker.start_layers(LoadOrder("s", [b"h"], [2], 0), "")
+        worker.wait_layer(0)
+        worker.finish_layers()
+        assert worker.ended().bad_block_ids == {2}
+    assert worker.failures == 3
+    link.close()
+
+
 def test_blocks_of_a_prefill_engine_are_handed_over(node: Node, link: Link) -> None:
     def handed_over() -> int:
         with urllib.request.urlopen(f"http://{node.admin}/v1/status", timeout=5) as answer:

@@ -326,6 +326,31 @@ def test_after_a_reset_nothing_begun_before_is_saved() -> None:
     assert (len(orders.saves), orders.salt) == (1, "salt")
 
 
+def test_what_was_computed_while_a_load_by_layers_failed_is_never_saved() -> None:
+    bench = Bench()
+    one, two, three = (Request(name, num_tokens=96) for name in "abc")
+    for request in (one, two):
+        bench.planner.matched(request, 0)
+        bench.planner.allocated(request, pages(3), 0)
+    assert bench.step(one, 32, pages(3)).failures_heard == 0
+    # The worker says so in the output of the step, with the pages that it lost.
+    bench.planner.worker_said(reports={}, loaded=["a"], bad_block_ids={2}, failures=1)
+    for request in (one, two):
+        orders = bench.step(request, 64, pages(3))
+        assert (orders.saves, orders.failures_heard) == ([], 1)
+    # Who begins meanwhile may share pages that are being computed anew.
+    bench.planner.matched(three, 0)
+    bench.planner.allocated(three, pages(3), 0)
+    assert bench.step(three, 96, pages(3)).saves == []
+    for request in (one, two, three):
+        bench.planner.finished(request, pages(3))
+    assert bench.step(one, 0, pages(3)).saves == []
+    four = Request("d", num_tokens=96)
+    bench.planner.matched(four, 0)
+    bench.planner.allocated(four, pages(3), 0)
+    assert len(bench.step(four, 96, pages(3)).saves) == 1
+
+
 def test_a_connector_that_may_not_load_still_counts_what_is_there() -> None:
     bench = Bench(loads=False)
     request = Request("a", num_tokens=100)

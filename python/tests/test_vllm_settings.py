@@ -9,7 +9,7 @@ import pytest
 
 from kvar.vllm.choice import Override
 from kvar.vllm.fingerprint import SAMPLE_BYTES, config_digest, fingerprint_text, model_name
-from kvar.vllm.settings import Mode, Settings, SettingsError
+from kvar.vllm.settings import LoadWay, Mode, Settings, SettingsError
 
 NEEDED = {"endpoint": "127.0.0.1:1", "namespace_key_file": "/k"}
 
@@ -23,6 +23,11 @@ def test_defaults_are_the_documented_ones() -> None:
 def test_what_an_operator_says_of_the_traffic_is_taken() -> None:
     settings = Settings.from_extra_config(NEEDED | {"traffic_class": 2, "handover": True})
     assert (settings.traffic_class, settings.handover) == (2, True)
+
+
+def test_loads_are_outside_the_batch_unless_layers_are_asked_for() -> None:
+    assert Settings.from_extra_config(NEEDED).load is LoadWay.ASYNC
+    assert Settings.from_extra_config(NEEDED | {"load": "layers"}).load is LoadWay.LAYERS
 
 
 @pytest.mark.parametrize(
@@ -40,6 +45,7 @@ def test_what_an_operator_says_of_the_traffic_is_taken() -> None:
         ({"deadlin_ms": 5}, ["deadlin_ms", "deadline_ms"]),
         ({"traffic_class": 256}, ["traffic_class", "1 to 255"]),
         ({"traffic_class": True}, ["traffic_class"]),
+        ({"load": "sync"}, ["'sync'", "async, layers"]),
         ({"handover": "yes"}, ["handover", "true or false"]),
     ],
 )

@@ -6,7 +6,9 @@
 
 use crate::answer::{is_unsettled, small_answer};
 use crate::config::ClientError;
-use crate::items::{Answer, Filled, GetItem, GetOutcome, GetResult, Leased, PreparedPut, Request};
+use crate::items::{Answer, GetItem, GetOutcome, GetResult, Leased, PreparedPut, Request};
+use crate::layer_put::{LayerPutItem, LayerPutRequest, LayerSlot};
+use crate::layers::{LayerRequest, Layers};
 use crate::session::{Completion, Ticket};
 use crate::stats::{Counters, add};
 use kvar_base::{
@@ -67,6 +69,10 @@ pub(crate) enum Work {
     Get {
         slots: Vec<GetSlot>,
         touch_request: u64,
+        /// Whether a block that a writer has announced is waited for.
+        waits: bool,
+        /// What holds its parts together, if it goes layer by layer.
+        layers: Option<Layers>,
     },
     Put {
         slots: Vec<PutSlot>,
@@ -138,11 +144,15 @@ pub(crate) struct GetSlot {
     pub(crate) outcome: Option<GetOutcome>,
     /// Bytes of the node's window that it takes while open.
     pub(crate) cost: u64,
+    /// Whether the node was asked for it.
+    pub(crate) is_sent: bool,
 }
 
 pub(crate) struct PutSlot {
     pub(crate) put: PreparedPut,
     pub(crate) outcome: Option<PutOutcome>,
+    /// How far it is, if it goes section by section.
+    pub(crate) layers: Option<LayerSlot>,
 }
 
 impl Ask {
@@ -201,6 +211,8 @@ pub(crate) struct Board {
     pub(crate) owed: VecDeque<Owed>,
     /// Of these, what a node was told and has not answered, by request.
     pub(crate) paying: HashMap<u64, Owed>,
+    /// Puts by layers under way, by the number that their writers know.
+    pub(crate) layer_puts: HashMap<u64, u64>,
     pub(crate) counters: Arc<Counters>,
     clock: SystemClock,
     /// What last kept the node from being reached, for answers that carry an error.
@@ -215,6 +227,7 @@ impl Board {
             next_parts: Vec::new(),
             owed: VecDeque::new(),
             paying: HashMap::new(),
+            layer_puts: HashMap::new(),
             counters,
             clock,
             last_error: None,
@@ -279,11 +292,30 @@ impl Board {
             Request::Get {
                 items,
                 touch_request,
+                waits,
             } => {
                 let slots = items.into_iter().map(|item| self.slot(item)).collect();
                 Work::Get {
                     slots,
                     touch_request,
+                    waits,
+                    layers: None,
+                }
+            }
+            Request::GetLayers(LayerRequest {
+                items,
+                touch_request,
+                waits,
+                teller,
+            }) => {
+                let slots = items.into_iter().map(|item| self.slot(item));
+                let mut slots: Vec<GetSlot> = slots.collect();
+                let layers = Some(Layers::new(&mut slots, teller));
+                Work::Get {
+                    slots,
+                    touch_request,
+                    waits,
+                    layers,
                 }
             }
             Request::Put { items } => {
@@ -292,9 +324,29 @@ impl Board {
                     .map(|put| {
                         let wrong = PutOutcome::Refused(Refusal::WrongFormat);
                         let outcome = (!put.sound).then_some(wrong);
-                        PutSlot { put, outcome }
+                        let layers = None;
+                        PutSlot {
+                            put,
+                            outcome,
+                            layers,
+                        }
                     })
                     .collect();
+                Work::Put { slots }
+            }
+            Request::PutLayers(LayerPutRequest { items, put, ended }) => {
+                self.layer_puts.insert(put, ticket);
+                let slot = |item: LayerPutItem| {
+                    let wrong = PutOutcome::Refused(Refusal::WrongFormat);
+                    let outcome = (!item.is_sound()).then_some(wrong);
+                    let put = PreparedPut::without_bytes(&item);
+                    PutSlot {
+                        put,
+                        outcome,
+                        layers: Some(LayerSlot::new(item.lengths, Arc::clone(&ended))),
+                    }
+                };
+                let slots = items.into_iter().map(slot).collect();
                 Work::Put { slots }
             }
         };
@@ -337,6 +389,7 @@ impl Board {
             item,
             outcome,
             cost: 0,
+            is_sent: false,
         }
     }
 
@@ -374,15 +427,21 @@ impl Board {
         let Some(call) = self.calls.get_mut(&ticket) else {
             return;
         };
-        let Work::Get { slots, .. } = &mut call.work else {
+        let Work::Get { slots, layers, .. } = &mut call.work else {
             return;
         };
-        let slot = &mut slots[item];
-        if slot.outcome.is_some() {
+        if slots[item].outcome.is_some() {
             return;
         }
-        slot.outcome = Some(outcome);
         call.left -= 1;
+        match layers {
+            None => slots[item].outcome = Some(outcome),
+            Some(layers) => {
+                let outcome = layers.judge(slots, item, outcome);
+                slots[item].outcome = Some(outcome);
+                call.left -= layers.ended(slots, item);
+            }
+        }
         if call.left == 0 {
             self.complete(ticket);
         }
@@ -402,6 +461,10 @@ impl Board {
         }
         slot.put.source = None;
         slot.outcome = Some(outcome);
+        if let Some(layers) = &mut slot.layers {
+            layers.queue.clear();
+            layers.ended[item].store(true, std::sync::atomic::Ordering::Relaxed);
+        }
         call.left -= 1;
         if call.left == 0 {
             self.complete(ticket);
@@ -412,6 +475,14 @@ impl Board {
         match &mut self.calls.get_mut(&ticket)?.work {
             Work::Get { slots, .. } => slots.get_mut(item),
             _ => None,
+        }
+    }
+
+    /// Blocks of a put.
+    pub(crate) fn put_count(&self, ticket: u64) -> usize {
+        match self.calls.get(&ticket).map(|call| &call.work) {
+            Some(Work::Put { slots }) => slots.len(),
+            _ => 0,
         }
     }
 
@@ -490,6 +561,16 @@ impl Board {
                 }
                 answer
             }
+            Work::Get {
+                slots,
+                layers: Some(layers),
+                ..
+            } => {
+                for outcome in layers.outcomes(&slots) {
+                    self.counters.got(&outcome);
+                }
+                Answer::Layers
+            }
             Work::Get { slots, .. } => {
                 let result = |slot: GetSlot| {
                     let lost = GetOutcome::Miss(MissReason::Unreachable);
@@ -504,6 +585,9 @@ impl Board {
                 Answer::Get(slots.into_iter().map(result).collect())
             }
             Work::Put { slots } => {
+                if slots.iter().any(|slot| slot.layers.is_some()) {
+                    self.layer_puts.retain(|_, call| *call != ticket);
+                }
                 let outcome = |slot: PutSlot| {
                     let lost = PutOutcome::Refused(Refusal::Unreachable);
                     let outcome = slot.outcome.unwrap_or(lost);
@@ -519,6 +603,3 @@ impl Board {
         });
     }
 }
-
-/// An empty destination, in the place of one that a link owns for the moment.
-pub(crate) const NOWHERE: Filled = Filled::Bytes(Vec::new());

@@ -7,6 +7,8 @@ use crate::breaker::BreakerState;
 use crate::call::{Board, Lost};
 use crate::config::{ClientConfig, ClientError};
 use crate::items::{Answer, GetItem, GetOutcome, GetResult, Leased, Lookup, PutItem, Request};
+use crate::layer_put::{LayerPut, LayerPutItem, LayerPutRequest, SectionPart};
+use crate::layers::{LayerGet, LayerItem, LayerRequest};
 use crate::pending::{Completer, Pending, pair};
 use crate::session::{Completion, Session, Ticket};
 use crate::stats::{ClientStats, Counters};
@@ -18,7 +20,7 @@ use kvar_base::{
 use kvar_wire::{BlockStat, Limits};
 use mio::Waker;
 use std::collections::HashMap;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -41,6 +43,9 @@ pub struct CallOptions {
     pub touch_request: u64,
     /// Depth in the chain of a lookup's first block.
     pub first_depth: u32,
+    /// Of a get: a block that a writer has announced is waited for until it is there, its writer
+    /// gave up, or the deadline. (A node before version 5 of the protocol does not wait.)
+    pub wait_announced: bool,
 }
 
 impl CallOptions {
@@ -65,13 +70,29 @@ struct Handle {
     endpoint: String,
     /// Who this is towards the node, for the share of leases that one client may hold.
     number: u64,
+    /// Numbers puts by layers.
+    next_put: AtomicU64,
     thread: Option<JoinHandle<()>>,
 }
 
-struct Command {
-    request: Request,
-    deadline: Moment,
-    completer: Completer,
+enum Command {
+    Call {
+        request: Request,
+        deadline: Moment,
+        completer: Completer,
+    },
+    /// To a put by layers that was submitted before.
+    Put(u64, PutWord),
+}
+
+/// What the writer of a put by layers says after its announcement.
+pub(crate) enum PutWord {
+    /// The next section of each block that is still wanted.
+    Section(Vec<Option<SectionPart>>),
+    /// That was all.
+    Commit,
+    /// There will be no more.
+    Abort,
 }
 
 /// What the thread lets others see.
@@ -135,6 +156,7 @@ impl Client {
             deadline,
             endpoint,
             number,
+            next_put: AtomicU64::new(1),
             thread,
         })))
     }
@@ -294,11 +316,22 @@ impl Client {
         let request = Request::Get {
             items,
             touch_request,
+            waits: options.wait_announced,
         };
         self.submit(request, options, count, |answer, _| match answer {
             Some(Answer::Get(results)) => results,
             _ => Vec::new(),
         })
+    }
+
+    /// Reads blocks layer by layer: the first section of all of them, then the second of all. The
+    /// handle says of each section when it is there; the call ends by its deadline.
+    pub fn submit_get_layers(&self, blocks: Vec<LayerItem>, options: CallOptions) -> LayerGet {
+        let (request, get) = LayerRequest::new(blocks, options.touch_request);
+        let request = Request::GetLayers(request.waiting(options.wait_announced));
+        // What came is in the handle.
+        let _ = self.submit(request, options, 1, |_, _| ());
+        get
     }
 
     /// Writes blocks; an outcome for each item, in order. (A cache's put may be forgotten, so
@@ -335,6 +368,34 @@ impl Client {
                 _ => vec![PutOutcome::Refused(Refusal::Unreachable); count],
             },
         )
+    }
+
+    /// Writes blocks layer by layer: announces them; their sections are given to the handle as they are
+    /// computed, and the blocks are visible at its commit. The deadline is that of the commit. (A
+    /// node before version 5 of the protocol refuses such blocks, `wrong_format`.)
+    pub fn put_layers(&self, blocks: Vec<LayerPutItem>, options: CallOptions) -> LayerPut {
+        let count = blocks.len();
+        let request = LayerPutRequest {
+            ended: blocks.iter().map(|_| AtomicBool::new(false)).collect(),
+            items: blocks,
+            put: self.0.next_put.fetch_add(1, Ordering::Relaxed),
+        };
+        let told = request.clone();
+        let pending =
+            self.submit(
+                Request::PutLayers(told),
+                options,
+                count,
+                |answer, count| match answer {
+                    Some(Answer::Put(outcomes)) => outcomes,
+                    _ => vec![PutOutcome::Refused(Refusal::Unreachable); count],
+                },
+            );
+        LayerPut::new(self.clone(), request, pending)
+    }
+
+    pub(crate) fn tell_put(&self, put: u64, word: PutWord) {
+        self.0.send(Command::Put(put, word));
     }
 
     /// Removes blocks; returns when that is safe against power loss, with how many were there.
@@ -482,7 +543,7 @@ impl Client {
         } else {
             let within = options.deadline.unwrap_or(handle.deadline);
             let deadline = handle.clock.now().after(within);
-            handle.send(Command {
+            handle.send(Command::Call {
                 request,
                 deadline,
                 completer,
@@ -548,7 +609,8 @@ impl Worker {
         loop {
             loop {
                 match self.commands.try_recv() {
-                    Ok(Command {
+                    Ok(Command::Put(put, word)) => self.session.on_put_word(put, word),
+                    Ok(Command::Call {
                         request,
                         deadline,
                         completer,

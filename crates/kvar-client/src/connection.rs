@@ -27,6 +27,8 @@ pub(crate) struct Connection {
     pub(crate) receiving: Option<Receiving>,
     pub(crate) requests_open: u64,
     pub(crate) bytes_open: u64,
+    /// Bytes of puts by layers; not among those.
+    pub(crate) announced_open: u64,
     /// When the node last said anything.
     pub(crate) heard: Moment,
     pub(crate) begun: Moment,
@@ -118,6 +120,7 @@ impl Connection {
             receiving: None,
             requests_open: 0,
             bytes_open: 0,
+            announced_open: 0,
             heard: now,
             begun: now,
             goes_plain: false,

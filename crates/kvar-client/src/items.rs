@@ -2,6 +2,8 @@
 
 use crate::check::SectionChecks;
 use crate::config::ClientError;
+use crate::layer_put::{LayerPutItem, LayerPutRequest};
+use crate::layers::LayerRequest;
 use kvar_base::{BlockId, LeaseToken, MissReason, PutOutcome, SECTIONS_MAX};
 use kvar_transport::{Sink, Source};
 use kvar_wire::{BlockStat, Lengths, PutHints, Section};
@@ -73,6 +75,13 @@ pub enum Filled {
     Bytes(Vec<u8>),
     /// Into memory of the caller.
     Place(Box<dyn Destination>),
+    /// Into several, one behind the other.
+    Pieces(Vec<Filled>),
+}
+
+impl Filled {
+    /// An empty destination, in the place of one that a link owns for the moment.
+    pub(crate) const NOWHERE: Self = Self::Bytes(Vec::new());
 }
 
 impl fmt::Debug for Filled {
@@ -80,6 +89,7 @@ impl fmt::Debug for Filled {
         match self {
             Self::Bytes(bytes) => write!(f, "Bytes({})", bytes.len()),
             Self::Place(place) => write!(f, "Place({})", Sink::len(place)),
+            Self::Pieces(pieces) => f.debug_list().entries(pieces).finish(),
         }
     }
 }
@@ -89,12 +99,14 @@ impl Sink for Filled {
         match self {
             Self::Bytes(bytes) => bytes.visit_mut(visit),
             Self::Place(place) => place.visit_mut(visit),
+            Self::Pieces(pieces) => pieces.iter_mut().for_each(|piece| piece.visit_mut(visit)),
         }
     }
     fn len(&self) -> usize {
         match self {
             Self::Bytes(bytes) => bytes.len(),
             Self::Place(place) => Sink::len(place),
+            Self::Pieces(pieces) => pieces.iter().map(Sink::len).sum(),
         }
     }
 }
@@ -258,6 +270,21 @@ pub struct PreparedPut {
     pub(crate) sound: bool,
 }
 
+impl PreparedPut {
+    /// What is known of a block before its bytes.
+    pub(crate) fn without_bytes(item: &LayerPutItem) -> Self {
+        Self {
+            id: item.id,
+            sections: Vec::new(),
+            bytes: item.bytes(),
+            source: None,
+            hints: item.hints,
+            durable: item.durable,
+            sound: item.is_sound(),
+        }
+    }
+}
+
 impl fmt::Debug for PreparedPut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "PreparedPut({} of {} bytes)", self.id, self.bytes)
@@ -314,12 +341,19 @@ pub enum Request {
         items: Vec<GetItem>,
         /// Recency; 0 for the node's clock.
         touch_request: u64,
+        /// A block that a writer has announced is waited for until it is there, its writer gave
+        /// up, or the deadline. (An older node says at once that it is absent.)
+        waits: bool,
     },
+    /// Read blocks layer by layer; a handle says what has come.
+    GetLayers(LayerRequest),
     /// Write blocks.
     Put {
         /// The blocks.
         items: Vec<PreparedPut>,
     },
+    /// Write blocks layer by layer.
+    PutLayers(LayerPutRequest),
     /// Remove blocks for good.
     Remove {
         /// The blocks.
@@ -392,6 +426,8 @@ pub enum Answer {
     Present(Vec<bool>),
     /// To a get, in the order of its items.
     Get(Vec<GetResult>),
+    /// To a get by layers: its handle has what came.
+    Layers,
     /// To a put, in the order of its items.
     Put(Vec<PutOutcome>),
     /// To a remove, flush or purge: how many blocks were concerned.

@@ -50,6 +50,8 @@ mod client;
 mod config;
 mod connection;
 mod items;
+mod layer_put;
+mod layers;
 mod pending;
 mod session;
 mod stats;
@@ -64,6 +66,8 @@ pub use items::{
 pub use kvar_base::Mode;
 pub use kvar_transport::{Sink, Source};
 pub use kvar_wire::{BlockStat, Lengths, Limits, PutHints};
+pub use layer_put::{LayerPut, LayerPutItem, LayerPutRequest, SectionPart, SectionRefused};
+pub use layers::{LayerGet, LayerItem, LayerRequest};
 pub use pending::Pending;
 pub use session::{Completion, Session, Ticket};
 pub use stats::ClientStats;

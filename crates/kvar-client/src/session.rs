@@ -13,6 +13,7 @@ mod attach;
 mod dispatch;
 mod exchange;
 mod links;
+mod pieces;
 
 use crate::breaker::{Breaker, BreakerState};
 use crate::call::{Board, Lost, Work};
@@ -402,8 +403,12 @@ impl Session {
         };
         let waits_for_device = match &call.work {
             Work::Small { ask, .. } => ask.may_be_slow(),
-            Work::Get { .. } => false,
-            Work::Put { slots } => slots.iter().any(|slot| slot.put.durable),
+            // A node has nothing to say to whoever waits for a writer, nor to a put that its writer
+            // has not finished.
+            Work::Get { waits, .. } => *waits,
+            Work::Put { slots } => slots
+                .iter()
+                .any(|slot| slot.put.durable || slot.layers.is_some()),
         };
         let since = call.sent.unwrap_or(call.begun);
         let connections = || self.slots.iter().filter_map(Slot::connection);
@@ -426,9 +431,21 @@ impl Session {
                 (open.call() == call).then_some(*request)
             };
             let requests: Vec<u64> = connection.open.iter().filter_map(of_call).collect();
+            let eager_bytes_max = connection
+                .limits()
+                .map_or(0, |limits| limits.eager_bytes_max);
             for request in requests {
                 let fenced = connection.link.fence_push(request);
-                let unsent = fenced.is_some_and(|fenced| fenced.unsent);
+                // Of an announced put the node has heard, though not of its bytes.
+                let is_announced = match connection.open.get(&request) {
+                    Some(crate::connection::Open::Put { item, .. }) => {
+                        board.put_slot(call, *item).is_some_and(|slot| {
+                            slot.layers.is_some() || slot.put.bytes > u64::from(eager_bytes_max)
+                        })
+                    }
+                    _ => false,
+                };
+                let unsent = fenced.is_some_and(|fenced| fenced.unsent) && !is_announced;
                 if let Some(receiving) = connection
                     .receiving
                     .take_if(|receiving| receiving.request == request)

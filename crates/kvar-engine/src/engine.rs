@@ -6,7 +6,7 @@ use crate::layout::{PAGE, Superblock};
 use crate::recovery::{RecoveryReport, recover, void_checkpoint};
 use crate::shard::{
     BlockStat, Change, Counters, Demoted, Demotion, EngineConfig, Event, GetRequest, LeaseGrant,
-    LeaseRequest, PutRequest, PutTicket, Shard, ShardStatus, ShutdownReport, Standing,
+    LeaseRequest, PutRequest, PutTicket, ReadHints, Shard, ShardStatus, ShutdownReport, Standing,
 };
 use kvar_base::{BlockId, LeaseToken, Moment, PutOutcome, SECTIONS_MAX};
 use kvar_io::{Arena, Completion, Device, Op};
@@ -195,6 +195,19 @@ impl Engine {
         self.shard.get(now, asker, token, request);
     }
 
+    /// As [`get_for`](Self::get_for), by a reader that says more of itself.
+    pub fn get_with(
+        &mut self,
+        now: Moment,
+        asker: u64,
+        token: u64,
+        request: GetRequest,
+        hints: ReadHints,
+    ) {
+        self.shard.called(now);
+        self.shard.get_with(now, asker, token, request, hints);
+    }
+
     /// Announces a put: room for its bytes, or why not.
     ///
     /// # Errors
@@ -265,17 +278,41 @@ impl Engine {
 
     /// Completions in, due work, operations out. Never blocks.
     pub fn turn(&mut self, now: Moment) {
-        self.advance(now);
+        self.device.poll(&mut self.completions);
+        self.advance(now, self.completions.len());
         // A refusal leaves the queue with the device; the next turn tries again.
         if let Err(error) = self.device.kick() {
             self.shard.device_refused(now, &error);
         }
     }
 
+    /// As [`turn`](Self::turn), of reads that are over about `bytes` (one at least); whether more is
+    /// over, for the next turn. Devices answer many operations at once, and who checks all
+    /// of them before the first answer leaves keeps the device waiting for what its callers ask next.
+    pub fn turn_some(&mut self, now: Moment, bytes: u64) -> bool {
+        self.device.poll(&mut self.completions);
+        let mut left = bytes;
+        let some = self.completions.iter().take_while(|completion| {
+            let takes_more = left > 0;
+            // What was written needs no looking at.
+            if let Op::Read { buffer, .. } = &completion.op {
+                left = left.saturating_sub(buffer.padded_len() as u64);
+            }
+            takes_more
+        });
+        let some = some.count();
+        self.advance(now, some);
+        if let Err(error) = self.device.kick() {
+            self.shard.device_refused(now, &error);
+        }
+        !self.completions.is_empty()
+    }
+
     /// As [`turn`](Self::turn); where it brought no answer, sleeps like [`wait`](Self::wait) too. One
     /// system call hands over what is queued and waits, where `turn` and `wait` make two.
     pub fn turn_and_wait(&mut self, now: Moment, timeout: Duration) {
-        self.advance(now);
+        self.device.poll(&mut self.completions);
+        self.advance(now, self.completions.len());
         if self.shard.events.is_empty() && self.device.in_flight() > 0 {
             return self.device.wait(timeout);
         }
@@ -284,9 +321,9 @@ impl Engine {
         }
     }
 
-    fn advance(&mut self, now: Moment) {
-        self.device.poll(&mut self.completions);
-        for completion in self.completions.drain(..) {
+    /// Takes in the first `some` of what is over.
+    fn advance(&mut self, now: Moment, some: usize) {
+        for completion in self.completions.drain(..some) {
             self.shard.complete(now, completion);
         }
         self.shard.step(now);
@@ -349,10 +386,10 @@ impl Engine {
         self.shard.recount()
     }
 
-    /// Operations under way.
+    /// Operations under way, those included that are over and not taken in.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.device.in_flight()
+        self.device.in_flight() + self.completions.len()
     }
 
     /// System calls that the device made for this shard so far.

@@ -168,3 +168,45 @@ fn a_block_that_is_removed_while_its_reader_waits_is_a_miss() {
         assert_eq!(outcome, expected, "{token}");
     }
 }
+
+#[test]
+fn of_reads_that_end_at_once_a_turn_takes_in_some_and_the_rest_is_not_lost() {
+    const COUNT: u64 = 10;
+    let mut shard = with_blocks(COUNT);
+    shard
+        .disk
+        .inject(Fault::always(FaultKind::Stuck, FaultOn::Read));
+    for number in 0..COUNT {
+        ask(&mut shard, 1, number, Moment(u64::MAX));
+    }
+    for _ in 0..100 {
+        shard.engine.turn(shard.now);
+    }
+    assert_eq!(shard.disk.stuck() as u64, COUNT);
+    shard.disk.clear_faults();
+    shard.disk.release_stuck();
+    // Long after the last of them is over.
+    shard.leap(Duration::from_secs(1));
+    let mut answered = Vec::new();
+    loop {
+        // Two blocks of a page.
+        let is_more = shard.engine.turn_some(shard.now, 2 * LEN as u64);
+        let now: Vec<u64> = shard
+            .hear()
+            .into_iter()
+            .filter_map(|event| match event {
+                Event::Get { token, outcome } => outcome.is_ok().then_some(token),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(now.len(), 2, "{answered:?}");
+        answered.extend(now);
+        let left = COUNT as usize - answered.len();
+        assert_eq!((is_more, shard.engine.in_flight()), (left > 0, left));
+        if !is_more {
+            break;
+        }
+    }
+    answered.sort_unstable();
+    assert_eq!(answered, (0..COUNT).collect::<Vec<_>>());
+}

@@ -22,7 +22,7 @@ use kvar_base::wake;
 use kvar_base::{BlockId, LeaseToken, MissReason, Moment, PutOutcome};
 use kvar_engine::{
     BlockStat, Copy, Demoted, Demotion, GetRequest, LeaseGrant, Loaded, PutRequest, PutTicket,
-    Tenant,
+    ReadHints, Tenant,
 };
 use kvar_transport::TcpStream;
 use mio::Waker;
@@ -69,6 +69,8 @@ pub(crate) enum Ask {
     ReleaseSome(LeaseToken, Vec<BlockId>),
     /// And for whom: a number of the asking thread's links, so that they are served in turn.
     Get(GetRequest, u64),
+    /// By a reader that says more of itself.
+    GetWith(GetRequest, u64, ReadHints),
     PutBegin(PutRequest),
     PutCommit(PutTicket),
     PutAbort(PutTicket),

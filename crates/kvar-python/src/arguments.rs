@@ -4,7 +4,7 @@ use crate::buffers::{Exported, Exporter, Pieces, Region, pages, refuse_overlap};
 use crate::hints::PyPutHints;
 use crate::ids::block_id;
 use kvar_base::{BlockId, LeaseToken};
-use kvar_client::{GetItem, PutHints, PutItem};
+use kvar_client::{Filled, GetItem, LayerItem, PutHints, PutItem};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
@@ -116,6 +116,21 @@ impl Blocks {
                     depth,
                     ..GetItem::to_place(id, &lengths, pieces)
                 }
+            })
+            .collect();
+        (items, self.exported)
+    }
+
+    /// As blocks to read section by section.
+    pub(crate) fn into_layers(self, depth: u32) -> (Vec<LayerItem>, Arc<Exported>) {
+        let items = self
+            .blocks
+            .into_iter()
+            .zip(depths(depth))
+            .map(|((id, pieces), depth)| {
+                let place = |piece| Filled::Place(Box::new(piece));
+                let into = pieces.split().into_iter().map(place).collect();
+                LayerItem { id, depth, into }
             })
             .collect();
         (items, self.exported)

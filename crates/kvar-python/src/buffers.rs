@@ -128,6 +128,12 @@ impl Pieces {
         }
     }
 
+    /// Each section by itself.
+    pub(crate) fn split(self) -> Vec<Self> {
+        let one = |region: &Region| Self::new(vec![*region], &self._exported);
+        self.regions.iter().map(one).collect()
+    }
+
     /// Exact lengths of the sections.
     pub(crate) fn lengths(&self) -> Vec<u32> {
         // A length beyond 4 GiB is beyond every block, and stays so when it is cut.

@@ -5,6 +5,7 @@ use crate::arguments::{Blocks, block_ids, deadline, lease_token};
 use crate::errors::{ConfigError, ConnectError, RequestError, VersionError, WrongKeyError};
 use crate::hints::PyPutHints;
 use crate::ids::{PyNamespaceKey, block_id};
+use crate::layers::PyLayerGet;
 use crate::lease::{PyLease, lease_time};
 use crate::pending::{Preparer, PyPending};
 use kvar_base::{MissReason, NamespaceKey};
@@ -496,6 +497,39 @@ impl PyClient {
     ) -> PyResult<PyPending> {
         let blocks = Blocks::of_pages(&ids, &layers, &indices, page_bytes, true)?;
         self.submit_gets(blocks, deadline_ms, depth, request)
+    }
+
+    /// As submit_get_pages, layer by layer: section 0 of all blocks, then section 1 of all. The
+    /// handle says of each section when it is there.
+    ///
+    /// With `wait_announced` a block that a writer has announced is waited for, until it is there,
+    /// its writer gave up, or the deadline.
+    #[pyo3(signature = (
+        ids, layers, indices, page_bytes, *, deadline_ms = None, depth = 0, request = 0,
+        wait_announced = false,
+    ))]
+    #[allow(clippy::too_many_arguments)]
+    fn submit_get_layers(
+        &self,
+        ids: Vec<PyBackedBytes>,
+        layers: Vec<Bound<'_, PyAny>>,
+        indices: Vec<usize>,
+        page_bytes: usize,
+        deadline_ms: Option<u64>,
+        depth: u32,
+        request: u64,
+        wait_announced: bool,
+    ) -> PyResult<PyLayerGet> {
+        let blocks = Blocks::of_pages(&ids, &layers, &indices, page_bytes, true)?;
+        let open = self.open()?;
+        let (items, exported) = blocks.into_layers(depth);
+        let options = CallOptions {
+            touch_request: request,
+            wait_announced,
+            ..self.options(deadline_ms)
+        };
+        let get = open.client.submit_get_layers(items, options);
+        Ok(PyLayerGet::of(get, exported))
     }
 
     /// As put_pages, without waiting, not even for the content checks.

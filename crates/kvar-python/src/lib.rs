@@ -21,6 +21,7 @@ mod client;
 mod errors;
 mod hints;
 mod ids;
+mod layers;
 mod lease;
 mod pending;
 mod returner;
@@ -39,6 +40,8 @@ mod _kvar {
     use crate::hints::PyPutHints;
     #[pymodule_export]
     use crate::ids::{PyContentFingerprint, PyNamespaceKey, derive_ids, id_from_name};
+    #[pymodule_export]
+    use crate::layers::PyLayerGet;
     #[pymodule_export]
     use crate::lease::PyLease;
     #[pymodule_export]

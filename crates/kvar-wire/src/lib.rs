@@ -34,14 +34,15 @@ pub use handshake::{ClientHandshake, ClientStep, HandshakeError, NodeHandshake, 
 pub use lease::{Lease, LeaseAnswer, Release, ReleaseAnswer, Renew, RenewAnswer};
 pub use message::*;
 pub use mode::{Switch, Welcome};
-pub use put::{Payload, Pull, Put, PutAnswer, PutHints};
+pub use put::{Announce, Commit, MoreHints, Payload, Pull, Put, PutAnswer, PutHints, Sections};
 pub use read::{
-    Bitmap, Get, GetAnswer, GetItem, GetOutcome, Lengths, Lookup, LookupAnswer, Section,
+    Bitmap, Get, GetAnswer, GetHints, GetItem, GetOutcome, Lengths, Lookup, LookupAnswer, Section,
 };
 
 /// Versions of the protocol that this build speaks. Version 2 added leases (kinds 31 to 36),
 /// version 3 the hints of a put that stand behind its deadline, version 4 shared memory (kinds 37
-/// and 38), version 5 modes (kind 45, and the tail of Welcome).
+/// and 38), version 5 modes (kind 45, and the tail of Welcome) and what goes layer by layer: the hints of
+/// a get, and kinds 39 to 41.
 pub const VERSIONS: VersionRange = VersionRange {
     oldest: 1,
     newest: 5,
@@ -55,6 +56,9 @@ pub const VERSION_WITH_HINTS: u16 = 3;
 
 /// The version from which on a client on the node's host may ask to share memory.
 pub const VERSION_WITH_SHARED_MEMORY: u16 = 4;
+
+/// The version from which on a get has hints and a put may come section by section.
+pub const VERSION_WITH_LAYERS: u16 = 5;
 
 /// The version from which on a client is told the mode of its namespace.
 pub const VERSION_WITH_MODES: u16 = 5;

@@ -12,6 +12,8 @@
 //!   Stat, Status, Ping ───────────> …Answer
 //!   Lease, Renew, Release ────────> …Answer             (version 2)
 //!   Attach ───────────────────────> AttachAnswer        (version 4; first of all)
+//!   Announce ─────────────────────> PutAnswer           (version 5; turned away)
+//!                                   Pull -> n x Sections + payload -> Commit -> PutAnswer
 //!   <───────────────────────── Switch  (version 5; whenever the operator switches)
 //!   Cancel                          (no answer)
 //!   Failure                         (either side; the link closes after it)
@@ -29,8 +31,8 @@ use crate::attach::{Attach, AttachAnswer};
 use crate::bounded::{Ids, List, Text};
 use crate::lease::{Lease, LeaseAnswer, Release, ReleaseAnswer, Renew, RenewAnswer};
 use crate::mode::{Switch, Welcome, take_welcome};
-use crate::put::{Payload, Pull, Put, PutAnswer, take_put};
-use crate::read::{Get, GetAnswer, Lookup, LookupAnswer};
+use crate::put::{Announce, Commit, Payload, Pull, Put, PutAnswer, Sections, take_put};
+use crate::read::{Get, GetAnswer, Lookup, LookupAnswer, take_get};
 use kvar_base::{BlockId, MissReason, SECTIONS_MAX};
 use serde::{Deserialize, Serialize};
 
@@ -101,8 +103,10 @@ macro_rules! messages {
             }
 
             pub(crate) fn parse(kind: Kind, bytes: &[u8]) -> Result<Self, String> {
-                if kind == Kind::Put {
-                    return take_put(bytes).map(Self::Put);
+                match kind {
+                    Kind::Put => return take_put(bytes).map(Self::Put),
+                    Kind::Get => return take_get(bytes).map(Self::Get),
+                    _ => {}
                 }
                 if kind == Kind::Welcome {
                     return take_welcome(bytes).map(Self::Welcome);
@@ -189,6 +193,12 @@ messages! {
     37 Attach,
     /// Yes, or why not.
     38 AttachAnswer,
+    /// A block is coming, section by section. (Version 5, as are those that follow.)
+    39 Announce,
+    /// The next of its sections.
+    40 Sections,
+    /// That was all of it.
+    41 Commit,
     /// The mode of your namespace is this from now on. (Version 5.)
     45 Switch,
 }
@@ -203,7 +213,10 @@ impl Kind {
     /// Whether a payload may stand behind it.
     #[must_use]
     pub const fn carries_payload(self) -> bool {
-        matches!(self, Self::GetAnswer | Self::Put | Self::Payload)
+        matches!(
+            self,
+            Self::GetAnswer | Self::Put | Self::Payload | Self::Sections
+        )
     }
 }
 

@@ -12,7 +12,7 @@
 use crate::VERSION_WITH_HINTS;
 use crate::bounded::List;
 use crate::read::Section;
-use kvar_base::{BlockId, PutOutcome, SECTIONS_MAX};
+use kvar_base::{BlockId, ContentCheck, PutOutcome, SECTIONS_MAX};
 use serde::ser::SerializeStruct;
 use serde::{Deserialize, Serialize, Serializer};
 
@@ -96,7 +96,7 @@ impl Serialize for Put {
         let fields = 5 + usize::from(tail.is_some());
         let mut put = serializer.serialize_struct("Put", fields)?;
         put.serialize_field("id", &self.id)?;
-        put.serialize_field("sections", &Sections(&self.sections))?;
+        put.serialize_field("sections", &Listed(&self.sections))?;
         put.serialize_field("hints", &self.hints)?;
         put.serialize_field("durable", &self.durable)?;
         put.serialize_field("deadline_us", &self.deadline_us)?;
@@ -107,9 +107,9 @@ impl Serialize for Put {
     }
 }
 
-struct Sections<'a>(&'a [Section]);
+struct Listed<'a>(&'a [Section]);
 
-impl Serialize for Sections<'_> {
+impl Serialize for Listed<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         List::<SECTIONS_MAX>::serialize(self.0, serializer)
     }
@@ -144,3 +144,70 @@ pub struct Pull {}
 /// The bytes of an announced put; its request number says which.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Payload {}
+
+/// A block is coming whose sections are still being computed: how long each will be. (Version 5.)
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Announce {
+    /// Its id.
+    pub id: BlockId,
+    /// Exact lengths of its sections, in order.
+    #[serde(with = "List::<SECTIONS_MAX>")]
+    pub lengths: Vec<u32>,
+    /// What the writer knows about its use.
+    pub hints: PutHints,
+    /// What version 3 added to the hints, which stands apart for its sake.
+    pub more_hints: MoreHints,
+    /// Whether the answer waits until it is flushed.
+    pub durable: bool,
+    /// Time left until it must be whole, in microseconds.
+    pub deadline_us: u64,
+}
+
+impl Announce {
+    /// Bytes of payload; more than `u32` can hold when the lengths are nonsense.
+    #[must_use]
+    pub fn payload_bytes(&self) -> u64 {
+        self.lengths.iter().map(|len| u64::from(*len)).sum()
+    }
+
+    /// All that the writer said.
+    #[must_use]
+    pub fn all_hints(&self) -> PutHints {
+        let MoreHints {
+            traffic_class,
+            recompute_us,
+            handover,
+        } = self.more_hints;
+        PutHints {
+            traffic_class,
+            recompute_us,
+            handover,
+            ..self.hints
+        }
+    }
+}
+
+/// The hints that a put has behind its deadline.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MoreHints {
+    /// As in [`PutHints`].
+    pub traffic_class: u8,
+    /// As in [`PutHints`].
+    pub recompute_us: u32,
+    /// As in [`PutHints`].
+    pub handover: bool,
+}
+
+/// The next sections of a block that was announced, their bytes behind it. (Version 5.)
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sections {
+    /// Index of the first: the one behind the last that was sent.
+    pub first: u16,
+    /// The writer's check of each.
+    #[serde(with = "List::<SECTIONS_MAX>")]
+    pub checks: Vec<ContentCheck>,
+}
+
+/// All sections were sent: make the block visible. (Version 5.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Commit {}

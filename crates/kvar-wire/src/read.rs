@@ -3,12 +3,17 @@
 //! ```text
 //!   Lookup ───────────> LookupAnswer     which of these are there, or how many from the first on
 //!   Get (n items) ────> n x GetAnswer    in any order, each with its sections behind it, or why not
+//!
+//!   Get, version 1   items | touch request | deadline
+//!        version 5   the same          ... and | by layer | wait for what is announced
 //! ```
 
+use crate::VERSION_WITH_LAYERS;
 use crate::bounded::{Bytes, Ids, List};
 use crate::message::{IDS_MAX, ITEMS_MAX};
 use kvar_base::{BlockId, ContentCheck, MissReason, SECTIONS_MAX};
-use serde::{Deserialize, Serialize};
+use serde::ser::SerializeStruct;
+use serde::{Deserialize, Serialize, Serializer};
 use std::ops::Range;
 
 /// Are these blocks there?
@@ -67,7 +72,7 @@ impl Bitmap {
 }
 
 /// Send these blocks.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Get {
     /// The blocks wanted; each is answered by itself.
     #[serde(with = "List::<ITEMS_MAX>")]
@@ -76,6 +81,73 @@ pub struct Get {
     pub touch_request: u64,
     /// Time left, in microseconds.
     pub deadline_us: u64,
+    /// What the reader says beyond that. (Version 5.)
+    #[serde(skip)]
+    pub hints: GetHints,
+}
+
+/// What version 5 added to a get, behind all else; left out when it says nothing, so that such a get
+/// is the same bytes in every version. To an older node it is never sent
+/// ([`GetHints::for_version`]).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GetHints {
+    /// The items are some sections of blocks of which the others are asked for next, layer by
+    /// layer: read ahead, and count a block once.
+    pub by_layer: bool,
+    /// A block that a writer has announced is waited for until it is there, its writer gave up, or
+    /// the deadline.
+    pub wait_announced: bool,
+}
+
+impl GetHints {
+    /// What a peer of this version understands of them.
+    #[must_use]
+    pub fn for_version(self, version: u16) -> Self {
+        if version >= VERSION_WITH_LAYERS {
+            self
+        } else {
+            Self::default()
+        }
+    }
+}
+
+impl Serialize for Get {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let hints = Some(self.hints).filter(|hints| *hints != GetHints::default());
+        let mut get = serializer.serialize_struct("Get", 3 + usize::from(hints.is_some()))?;
+        get.serialize_field("items", &Items(&self.items))?;
+        get.serialize_field("touch_request", &self.touch_request)?;
+        get.serialize_field("deadline_us", &self.deadline_us)?;
+        if let Some(hints) = hints {
+            get.serialize_field("hints", &hints)?;
+        }
+        get.end()
+    }
+}
+
+struct Items<'a>(&'a [GetItem]);
+
+impl Serialize for Items<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        List::<ITEMS_MAX>::serialize(self.0, serializer)
+    }
+}
+
+/// Reads a get, which may go on behind what the first version has.
+pub(crate) fn take_get(bytes: &[u8]) -> Result<Get, String> {
+    let wrong = |error: postcard::Error| error.to_string();
+    let (mut get, rest) = postcard::take_from_bytes::<Get>(bytes).map_err(wrong)?;
+    if !rest.is_empty() {
+        let (hints, rest) = postcard::take_from_bytes::<GetHints>(rest).map_err(wrong)?;
+        if !rest.is_empty() {
+            return Err(format!("{} bytes too many", rest.len()));
+        }
+        if hints == GetHints::default() {
+            return Err("hints that say nothing are left out".to_owned());
+        }
+        get.hints = hints;
+    }
+    Ok(get)
 }
 
 /// One block of a get.

@@ -88,16 +88,45 @@ fn message() -> impl Strategy<Value = Message> {
             .prop_map(|(count, why)| LookupAnswer::Leading(count, why).into()),
         prop::collection::vec(any::<bool>(), 0..100)
             .prop_map(|bits| LookupAnswer::Each(Bitmap::of(&bits)).into()),
-        (prop::collection::vec(item(), 0..30), any::<(u64, u64)>()).prop_map(
-            |(items, (touch_request, deadline_us))| {
-                Get {
-                    items,
-                    touch_request,
+        (
+            prop::collection::vec(item(), 0..30),
+            any::<(u64, u64, bool, bool)>()
+        )
+            .prop_map(
+                |(items, (touch_request, deadline_us, by_layer, wait_announced))| {
+                    Get {
+                        items,
+                        touch_request,
+                        deadline_us,
+                        hints: GetHints {
+                            by_layer,
+                            wait_announced,
+                        },
+                    }
+                    .into()
+                }
+            ),
+        (any::<u16>(), sections()).prop_map(|(first, sections)| {
+            let checks = sections.iter().map(|section| section.check).collect();
+            Sections { first, checks }.into()
+        }),
+        (any::<[u8; 32]>(), sections(), any::<(u32, bool, u64)>()).prop_map(
+            |(id, sections, (recompute_us, durable, deadline_us))| {
+                Announce {
+                    id: BlockId::new(id),
+                    lengths: sections.iter().map(|section| section.len).collect(),
+                    hints: PutHints::default(),
+                    more_hints: MoreHints {
+                        recompute_us,
+                        ..MoreHints::default()
+                    },
+                    durable,
                     deadline_us,
                 }
                 .into()
             }
         ),
+        Just(Commit {}.into()),
         (any::<u16>(), any::<u64>(), any::<u16>(), sections()).prop_map(
             |(item, version, first_section, sections)| {
                 let outcome = GetOutcome::Hit {

@@ -339,6 +339,30 @@ pub(crate) enum BenchCommand {
     IndexOpen { path: PathBuf },
     /// Gets or puts against a node that is running: rate, latency and CPU as one client sees them.
     Node(NodeBenchArguments),
+    /// Loads blocks layer by layer from a node that is running: what an engine would wait before each
+    /// layer, for a compute time a layer that is assumed.
+    Layers {
+        #[command(flatten)]
+        node: NodeArguments,
+        /// Blocks of the prompt; put first where they are not there.
+        #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+        blocks: u64,
+        /// Layers: sections of a block.
+        #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=1008))]
+        layers: u16,
+        /// Bytes of a section.
+        #[arg(long, value_name = "SIZE", default_value = "64KiB")]
+        section: ByteSize,
+        /// How long a layer is assumed to compute.
+        #[arg(long, value_name = "DURATION", default_value = "2ms", value_parser = duration)]
+        compute: Duration,
+        /// Loads that are measured.
+        #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+        rounds: u64,
+        /// Print the figures as JSON.
+        #[arg(long)]
+        json: bool,
+    },
     /// A node over loopback against a bare pair of sockets, and from flash against fio.
     Net {
         /// A folder with room for the data files; they are removed afterwards.

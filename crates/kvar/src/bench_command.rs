@@ -1,7 +1,7 @@
 //! `kvar bench`: from arguments to a benchmark's settings, and its figures to standard output.
 
 use crate::arguments::{BenchCommand, RoundsArguments};
-use crate::bench::{self, engine, index, net, node};
+use crate::bench::{self, engine, index, layers, net, node};
 use crate::failure::{Failure, Outcome};
 use crate::print;
 
@@ -44,6 +44,29 @@ pub(crate) fn run(command: &BenchCommand) -> Outcome {
         BenchCommand::Node(arguments) => {
             let found = node::run(&arguments.settings())?;
             if arguments.json {
+                return print::json(&found);
+            }
+            found.print();
+            return Ok(());
+        }
+        BenchCommand::Layers {
+            node,
+            blocks,
+            layers,
+            section,
+            compute,
+            rounds,
+            json,
+        } => {
+            let found = layers::run(&layers::Settings {
+                node: node.clone(),
+                blocks: *blocks,
+                layers: usize::from(*layers),
+                section_bytes: usize::try_from(section.0).unwrap_or(usize::MAX),
+                compute: *compute,
+                rounds: *rounds,
+            })?;
+            if *json {
                 return print::json(&found);
             }
             found.print();

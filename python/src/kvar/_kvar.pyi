@@ -16,6 +16,7 @@ __all__ = [
     "ContentFingerprint",
     "GetResult",
     "KvarError",
+    "LayerGet",
     "Lease",
     "NamespaceKey",
     "Pending",
@@ -125,6 +126,16 @@ class Pending(Generic[_T_co]):
     def add_done_callback(self, callback: Callable[[], object]) -> None: ...
     @classmethod
     def __class_getitem__(cls, item: Any, /) -> Any: ...
+
+@final
+class LayerGet:
+    @property
+    def sections(self) -> int: ...
+    @property
+    def seconds(self) -> float | None: ...
+    def wait_section(self, section: int, timeout: float | None = None) -> list[str]: ...
+    def done(self) -> bool: ...
+    def result(self, timeout: float | None = None) -> list[str]: ...
 
 @final
 class Client:
@@ -243,6 +254,18 @@ class Client:
         depth: int = 0,
         request: int = 0,
     ) -> Pending[list[GetResult]]: ...
+    def submit_get_layers(
+        self,
+        ids: Sequence[bytes],
+        layers: Sequence[Buffer],
+        indices: Sequence[int],
+        page_bytes: int,
+        *,
+        deadline_ms: int | None = None,
+        depth: int = 0,
+        request: int = 0,
+        wait_announced: bool = False,
+    ) -> LayerGet: ...
     def submit_put_pages(
         self,
         ids: Sequence[bytes],

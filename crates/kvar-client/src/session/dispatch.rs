@@ -7,8 +7,9 @@ use crate::session::links::Slot;
 use kvar_base::{Moment, PutOutcome, Refusal};
 use kvar_transport::{SendRefused, Sink};
 use kvar_wire::{
-    Flush, Get, GetItem, IDS_MAX, ITEMS_MAX, Lease, Lengths, Limits, Lookup, MESSAGE_BYTES_MAX,
-    Purge, Put, Release, ReleaseAnswer, Remove, Renew, RenewAnswer, Stat, Status,
+    Announce, Flush, Get, GetHints, GetItem, IDS_MAX, ITEMS_MAX, Lease, Lengths, Limits, Lookup,
+    MESSAGE_BYTES_MAX, MoreHints, Purge, Put, PutHints, Release, ReleaseAnswer, Remove, Renew,
+    RenewAnswer, Stat, Status,
 };
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -16,6 +17,10 @@ use std::time::Duration;
 /// Bytes of one get item on the wire without its list of lengths, and of one length, at most.
 const ITEM_BYTES_MAX: usize = 80;
 const LENGTH_BYTES_MAX: usize = 5;
+
+/// Of the node's window puts that wait for their writer take one part of so many: they last as long
+/// as a forward pass, and reads and whole puts go on beside them.
+const ANNOUNCED_SHARE: u64 = 2;
 
 /// The call of requests whose answer nobody waits for; calls are numbered from 1.
 const NOBODY: u64 = 0;
@@ -301,10 +306,17 @@ fn send_gets(
     let Work::Get {
         slots,
         touch_request,
+        waits,
+        layers,
     } = &mut call.work
     else {
         return Sent::All;
     };
+    let hints = GetHints {
+        by_layer: layers.is_some(),
+        wait_announced: *waits,
+    };
+    let hints = hints.for_version(connection.version);
     while unit.next < unit.end {
         // Items that ended before they were sent (not sound) are stepped over.
         if slots[unit.next].outcome.is_some() {
@@ -350,10 +362,14 @@ fn send_gets(
             items,
             touch_request: *touch_request,
             deadline_us,
+            hints,
         };
         if connection.send(request, &body).is_err() {
             unit.next = first;
             return Sent::Full;
+        }
+        for slot in &mut slots[first..unit.next] {
+            slot.is_sent = true;
         }
         connection.requests_open += count as u64;
         connection.bytes_open += bytes;
@@ -408,8 +424,16 @@ fn send_puts(
             board.end_put(unit.call, item, PutOutcome::Refused(Refusal::TooBig));
             continue;
         }
+        if slot.layers.is_some() {
+            match announce(connection, limits, unit, board, deadline_us, number) {
+                Sent::All => continue,
+                Sent::Full => return Sent::Full,
+            }
+        }
+        // The node counts what was announced and waits for its writer like any other put.
+        let open = connection.bytes_open + connection.announced_open;
         let fits = connection.requests_open < u64::from(limits.requests_max)
-            && (connection.bytes_open == 0 || connection.bytes_open + bytes <= limits.bytes_max);
+            && (open == 0 || open + bytes <= limits.bytes_max);
         if !fits {
             return Sent::Full;
         }
@@ -447,5 +471,62 @@ fn send_puts(
             },
         );
     }
+    Sent::All
+}
+
+/// Announces the next block of a put by layers.
+fn announce(
+    connection: &mut Connection,
+    limits: &Limits,
+    unit: &mut Unit,
+    board: &mut Board,
+    deadline_us: u64,
+    number: &mut dyn FnMut() -> u64,
+) -> Sent {
+    let (call, item) = (unit.call, unit.next);
+    if connection.version < kvar_wire::VERSION_WITH_LAYERS {
+        unit.next += 1;
+        board.end_put(call, item, PutOutcome::Refused(Refusal::WrongFormat));
+        return Sent::All;
+    }
+    let Some(slot) = board.put_slot(call, item) else {
+        return Sent::All;
+    };
+    let (put, Some(layers)) = (&slot.put, &mut slot.layers) else {
+        return Sent::All;
+    };
+    let open = connection.announced_open;
+    let fits = connection.requests_open < u64::from(limits.requests_max)
+        && (open == 0 || open + put.bytes <= limits.bytes_max / ANNOUNCED_SHARE);
+    if !fits {
+        return Sent::Full;
+    }
+    let PutHints {
+        traffic_class,
+        recompute_us,
+        handover,
+        ..
+    } = put.hints;
+    let body = Announce {
+        id: put.id,
+        lengths: layers.lengths.clone(),
+        hints: put.hints,
+        more_hints: MoreHints {
+            traffic_class,
+            recompute_us,
+            handover,
+        },
+        durable: put.durable,
+        deadline_us,
+    };
+    let request = number();
+    if connection.send(request, &body).is_err() {
+        return Sent::Full;
+    }
+    layers.announced = Some((connection.serial, request));
+    connection.requests_open += 1;
+    connection.announced_open += put.bytes;
+    unit.next += 1;
+    connection.open.insert(request, Open::Put { call, item });
     Sent::All
 }

@@ -4,12 +4,13 @@
 //! drained, it is counted, and that is all. A frame that breaks the protocol ends its link.
 
 use super::Session;
-use crate::call::{Board, Lost, NOWHERE, Reply};
+use crate::call::{Board, Lost, Reply};
 use crate::check::SectionChecks;
 use crate::config::ClientError;
 use crate::connection::{Connection, Open, Phase, Receiving};
 use crate::items::{Filled, GetOutcome};
 use crate::session::links::Slot;
+use crate::session::pieces::advance;
 use crate::stats::add;
 use kvar_base::{MissReason, Mode, Moment, PutOutcome};
 use kvar_transport::{DownReason, Event, Link, Owned, Sink, TURN_BYTES};
@@ -25,6 +26,8 @@ enum Happened {
     Frame(Result<(Header, Message), String>, usize),
     Received(u64, Filled),
     Returned(Option<(u64, Filled)>),
+    /// The payload of a request has left.
+    Sent(u64),
     Down(DownReason),
     Nothing,
     Pause,
@@ -84,6 +87,17 @@ impl Session {
                     && let Some(slot) = self.board.get_slot(was.call, was.item)
                 {
                     slot.item.into = sink;
+                }
+                Ok(())
+            }
+            Happened::Sent(request) => {
+                if let Some(Open::Put { call, item }) = connection.open.get(&request) {
+                    let (call, item) = (*call, *item);
+                    let slot = self.board.put_slot(call, item);
+                    if let Some(layers) = slot.and_then(|slot| slot.layers.as_mut()) {
+                        layers.is_pushing = false;
+                        advance(connection, &mut self.board, call, item);
+                    }
                 }
                 Ok(())
             }
@@ -227,6 +241,14 @@ impl Session {
             (Open::Put { call, item }, Message::Pull(_)) => {
                 let (call, item) = (*call, *item);
                 let slot = board.put_slot(call, item);
+                if let Some(layers) = slot.and_then(|slot| slot.layers.as_mut()) {
+                    if std::mem::replace(&mut layers.is_pulled, true) {
+                        return Err("the node pulls sections twice".to_owned());
+                    }
+                    advance(connection, board, call, item);
+                    return Ok(());
+                }
+                let slot = board.put_slot(call, item);
                 let Some(source) = slot.and_then(|slot| slot.put.source.take()) else {
                     return Err("the node pulls bytes that it has".to_owned());
                 };
@@ -322,7 +344,8 @@ fn next(connection: &mut Connection, budget: &mut usize) -> Happened {
         Event::Returned(Owned::Sink { token, sink }) => Happened::Returned(Some((token, sink))),
         Event::Returned(Owned::Source { .. }) => Happened::Returned(None),
         Event::Down(reason) => Happened::Down(reason),
-        Event::Up | Event::Sent { .. } => Happened::Nothing,
+        Event::Sent { token, .. } => Happened::Sent(token),
+        Event::Up => Happened::Nothing,
         Event::Yield | Event::Idle => Happened::Pause,
     }
 }
@@ -394,7 +417,7 @@ fn hit(
         board.end_get(call, item, GetOutcome::Miss(reason));
         return Ok(());
     }
-    let into = std::mem::replace(&mut slot.item.into, NOWHERE);
+    let into = std::mem::replace(&mut slot.item.into, Filled::NOWHERE);
     let request = of.request;
     connection
         .link
@@ -472,8 +495,10 @@ impl Connection {
             }
             Some(Open::Put { call, item }) => {
                 self.requests_open -= 1;
-                if let Some(slot) = board.put_slot(call, item) {
-                    self.bytes_open -= slot.put.bytes;
+                match board.put_slot(call, item) {
+                    Some(slot) if slot.layers.is_some() => self.announced_open -= slot.put.bytes,
+                    Some(slot) => self.bytes_open -= slot.put.bytes,
+                    None => {}
                 }
             }
             Some(Open::Get {

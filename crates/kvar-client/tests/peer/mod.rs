@@ -59,6 +59,14 @@ struct Shared {
     closing: AtomicBool,
     /// Whether it says that it has sent memory which it has not.
     lies: AtomicBool,
+    /// A section of a block that goes wrong on its way.
+    spoiled: Mutex<Option<(BlockId, u16)>>,
+    /// From this section on what it has of a block is of another version.
+    torn: Mutex<Option<(BlockId, u16)>>,
+    /// After so many items of gets it closes every link and answers no more.
+    items_left: AtomicUsize,
+    /// The items of all gets, in order, and what was said about them.
+    items: Mutex<Vec<(GetItem, GetHints)>>,
     /// Get items and puts that were asked for.
     pub asked: AtomicUsize,
     sockets: Mutex<Vec<TcpStream>>,
@@ -100,6 +108,10 @@ impl Peer {
             hints: Mutex::default(),
             closing: AtomicBool::new(false),
             lies: AtomicBool::new(false),
+            spoiled: Mutex::default(),
+            torn: Mutex::default(),
+            items_left: AtomicUsize::new(usize::MAX),
+            items: Mutex::default(),
             asked: AtomicUsize::new(0),
             sockets: Mutex::default(),
         });
@@ -127,6 +139,26 @@ impl Peer {
     pub(crate) fn set(&self, mood: Mood) {
         *self.shared.mood.lock().unwrap() = mood;
         self.shared.changed.notify_all();
+    }
+
+    /// A bit of this section is wrong from now on, whenever it is sent.
+    pub(crate) fn spoil(&self, id: BlockId, section: u16) {
+        *self.shared.spoiled.lock().unwrap() = Some((id, section));
+    }
+
+    /// From this section on it says another version of this block.
+    pub(crate) fn tear(&self, id: BlockId, section: u16) {
+        *self.shared.torn.lock().unwrap() = Some((id, section));
+    }
+
+    /// Dies after so many more items of gets.
+    pub(crate) fn die_after(&self, items: usize) {
+        self.shared.items_left.store(items, Ordering::SeqCst);
+    }
+
+    /// The items of all gets, and what was said about them.
+    pub(crate) fn items(&self) -> Vec<(GetItem, GetHints)> {
+        self.shared.items.lock().unwrap().clone()
     }
 
     /// Says from now on that it shares memory, and sends none.
@@ -223,6 +255,14 @@ impl Serving {
                         .asked
                         .fetch_add(get.items.len(), Ordering::SeqCst);
                     for (number, item) in get.items.iter().enumerate() {
+                        let mut items = self.shared.items.lock().unwrap();
+                        items.push((item.clone(), get.hints));
+                        drop(items);
+                        let left = &self.shared.items_left;
+                        if left.fetch_sub(1, Ordering::SeqCst) == 0 {
+                            left.store(0, Ordering::SeqCst);
+                            return None;
+                        }
                         self.answer_get(request, number as u16, item)?;
                     }
                 }
@@ -392,7 +432,22 @@ impl Serving {
         }
         let at = |n: usize| sections[..n].iter().map(|s| s.len as usize).sum::<usize>();
         let mut payload = bytes[at(start)..at(end)].to_vec();
-        let version = check::version(sections.iter().map(|s| s.check));
+        let mut version = check::version(sections.iter().map(|s| s.check));
+        let is_hit = |of: &Mutex<Option<(BlockId, u16)>>| {
+            (*of.lock().unwrap()).filter(|(id, _)| *id == wanted.id)
+        };
+        if let Some((_, section)) = is_hit(&self.shared.spoiled)
+            && range.contains(&section)
+        {
+            let end = payload.len() - 1;
+            payload[end] ^= 1;
+        }
+        if is_hit(&self.shared.torn).is_some_and(|(_, from)| range.start >= from) {
+            version ^= 1;
+            if wanted.version.is_some_and(|wanted| wanted != version) {
+                return self.say(request, &miss(MissReason::Version).into(), &[]);
+            }
+        }
         let mut sent = sections[start..end].to_vec();
         match *self.shared.mood.lock().unwrap() {
             Mood::Corrupt => {

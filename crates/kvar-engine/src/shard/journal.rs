@@ -106,6 +106,8 @@ impl Shard {
             + self.flush_waiters.len()
             + self.reading.len()
             + self.parts.len()
+            + self.ahead.coming()
+            + self.awaited.count()
             + self.turns.waiting()
             + self.pending.len()
             // One that waits for a flush has nothing under way for a moment.

@@ -21,6 +21,7 @@
 //! | `types` | what do callers hand in, and what do they get back? |
 //! | `admit` | what does a use say of a block; which blocks get a place on the device? |
 //! | `put`, `read`, `sections`, `remove` | the calls: a block comes in, is read whole or in part, goes |
+//! | `ahead`, `awaited` | what is read along for who asks next; who waits for a block that comes in |
 //! | `turns` | whose read goes to the device next; which goes there no more? |
 //! | `lease`, `expiry` | what is promised for how long; what is over |
 //! | `handover` | what waits for one reader, and how long |
@@ -43,6 +44,9 @@ mod read;
 mod remove;
 mod sections;
 mod turns;
+
+mod ahead;
+mod awaited;
 
 mod expiry;
 mod handover;
@@ -80,6 +84,8 @@ use kvar_policy::{Keep, StoreShape, TENANTS, WriteBudget};
 use slab::Slab;
 use std::collections::{BTreeMap, VecDeque};
 
+use ahead::Ahead;
+use awaited::Awaited;
 use checkpoint::CheckpointWrite;
 pub(crate) use checkpoint::prefix_bytes as checkpoint_prefix_bytes;
 pub(crate) use handover::Handover;
@@ -95,7 +101,7 @@ use sync::{FlushWaiter, Sync, UnflushedPuts};
 use trouble::Trouble;
 pub use types::{
     BlockStat, Copy, Demoted, Demotion, EngineConfig, Event, GetRequest, LeaseGrant, LeaseRequest,
-    Moved, PutHints, PutRequest, PutTicket, SectionRef, Standing, Tier, Touch,
+    Moved, PutHints, PutRequest, PutTicket, ReadHints, SectionRef, Standing, Tier, Touch,
 };
 use write::{Control, WriteGroup, WriteItem};
 
@@ -185,6 +191,8 @@ pub(crate) struct Shard {
     /// Reads of sections, by block and number of the read.
     parts: BTreeMap<(BlockId, u64), Part>,
     directories: Directories,
+    ahead: Ahead,
+    awaited: Awaited,
     reads_in_flight: usize,
     turns: turns::Turns,
     // Tidying.
@@ -278,6 +286,8 @@ impl Shard {
             reading: FastMap::default(),
             parts: BTreeMap::new(),
             directories: Directories::default(),
+            ahead: Ahead::default(),
+            awaited: Awaited::default(),
             reads_in_flight: 0,
             turns: turns::Turns::default(),
             reclaim: None,
@@ -439,6 +449,8 @@ impl Shard {
         self.last_call = now;
         self.end_leases(now);
         self.end_waits(now);
+        self.tidy_held();
+        self.tidy_awaited(now);
     }
 
     pub(crate) fn lookup(&mut self, now: Moment, ids: &[BlockId], request: u64) -> Vec<bool> {

@@ -81,6 +81,9 @@ impl Shard {
                 self.await_again(now, &request.id, &request.hints, before);
             }
             let known = self.dram.get(&request.id).map(|resident| resident.version);
+            // Of a block that comes section by section nothing is known yet.
+            let is_known = request.sections.iter().any(|(_, check)| check.0 != 0);
+            let known = known.filter(|_| is_known);
             if known.is_some_and(|known| {
                 known != version(request.sections.iter().map(|(_, check)| *check))
             }) {
@@ -175,10 +178,13 @@ impl Shard {
     pub(crate) fn put_abort(&mut self, ticket: PutTicket) {
         self.counters.puts_aborted += 1;
         self.end_filling(&ticket);
-        let PutTicket { buffer, hints, .. } = ticket;
+        let PutTicket {
+            id, buffer, hints, ..
+        } = ticket;
         let padded = buffer.padded_len() as u64;
         self.dram.release(hints.tenant, padded);
         drop(buffer);
+        self.end_awaited(self.now, &id);
     }
 
     fn end_filling(&mut self, ticket: &PutTicket) -> bool {
@@ -193,6 +199,12 @@ impl Shard {
     }
 
     pub(crate) fn put_commit(&mut self, now: Moment, token: u64, ticket: PutTicket) {
+        let id = ticket.id;
+        self.commit(now, token, ticket);
+        self.end_awaited(now, &id);
+    }
+
+    fn commit(&mut self, now: Moment, token: u64, ticket: PutTicket) {
         let padded = ticket.buffer.padded_len() as u64;
         let mine = self.end_filling(&ticket);
         let PutTicket {

@@ -15,8 +15,8 @@
 //! where they lie; what fails twice is gone.
 
 use super::{
-    Change, Copy, Displaced, Event, GetRequest, Moved, Pending, SectionRef, Shard, Touch,
-    verify_image,
+    Change, Copy, Displaced, Event, GetRequest, Moved, Pending, ReadHints, SectionRef, Shard,
+    Touch, verify_image,
 };
 use crate::dram::{Purpose, Resident, State};
 use crate::index::{Entry, SlotRef};
@@ -78,22 +78,38 @@ pub(super) struct MoveRead {
 
 impl Shard {
     pub(crate) fn get(&mut self, now: Moment, asker: u64, token: u64, request: GetRequest) {
+        self.get_with(now, asker, token, request, ReadHints::default());
+    }
+
+    /// As [`get`](Self::get), by a reader that says more.
+    pub(crate) fn get_with(
+        &mut self,
+        now: Moment,
+        asker: u64,
+        token: u64,
+        request: GetRequest,
+        hints: ReadHints,
+    ) {
         if request.deadline <= now {
             self.counters.overdue_at_call += 1;
             return self.miss(token, MissReason::Deadline);
         }
-        let GetRequest { id, touch, .. } = request;
+        let (id, touch) = (request.id, request.touch);
         let found = self.find(&id);
         // Absent too, although somebody may be reading a copy that was given up meanwhile: whether
         // that one has expired is not known any more.
         if let Err(reason) = self.touch_found(now, &id, found, touch) {
+            if hints.waits && self.wait_announced(now, (asker, token), &request, hints) {
+                return;
+            }
             return self.miss(token, reason);
         }
+        let goes_on = hints.goes_on;
         // What is in memory, or on its way there, needs no turn.
         if self.must_wait() && self.dram.get(&id).is_none() && !self.reading.contains_key(&id) {
-            return self.wait_for_turn(now, asker, token, request);
+            return self.wait_for_turn(now, asker, token, request, goes_on);
         }
-        self.begin_read(token, request, found);
+        self.begin_read(token, request, found, goes_on);
     }
 
     /// Reads a block that is visible, from wherever it is.
@@ -102,6 +118,7 @@ impl Shard {
         token: u64,
         request: GetRequest,
         found: Option<(SlotRef, Entry)>,
+        goes_on: bool,
     ) {
         let GetRequest {
             id,
@@ -142,9 +159,30 @@ impl Shard {
         };
         if let Some(wanted) = &sections
             && entry.sectioned
-            && self.get_part(token, &id, &entry, wanted)
+            && (goes_on && self.get_held(token, &id, &entry, wanted)
+                || self.get_part(token, &id, &entry, wanted, goes_on))
         {
             return;
+        }
+        self.read_whole(token, &id, entry, sections, touch);
+    }
+
+    /// Reads a block that lies on the device.
+    pub(super) fn read_whole(
+        &mut self,
+        token: u64,
+        id: &BlockId,
+        entry: Entry,
+        sections: Option<Range<u16>>,
+        touch: Touch,
+    ) {
+        let id = *id;
+        if let Some(reading) = self.reading.get_mut(&id) {
+            return reading.waiters.push(Waiter {
+                token,
+                sections,
+                touch,
+            });
         }
         let (tenant, bytes) = (entry.tenant, entry.len as usize);
         let Some(buffer) = self.reserve_buffer(tenant, bytes, Purpose::Read) else {
@@ -359,6 +397,7 @@ impl Shard {
         let parts = parts.filter(|(_, part)| is_concerned(part.tenant));
         let mut ids: Vec<BlockId> = (whole.map(|(id, _)| *id))
             .chain(parts.map(|((id, _), _)| *id))
+            .chain(self.ids_held(is_concerned))
             .collect();
         ids.sort_unstable();
         ids.dedup();

@@ -20,9 +20,11 @@
 //! says is used only for the very copy it was read from. The segment is not written anew before the
 //! last read of it is over.
 //!
-//! Left to others: whole blocks (`read`), which alone become resident.
+//! Left to others: whole blocks (`read`), which alone become resident; what a reader that takes one
+//! section after another is spared (`ahead`).
 
-use super::{Copy, Moved, Pending, SectionRef, Shard};
+use super::ahead::{STRETCH_BYTES, Waiter};
+use super::{Copy, Moved, Pending, SectionRef, Shard, Touch};
 use crate::dram::Purpose;
 use crate::index::Entry;
 use crate::layout::{ImagePlan, PAGE};
@@ -55,6 +57,8 @@ pub(super) struct PartRead {
     known: Option<Arc<Known>>,
     /// Bytes from the start of the image to the start of the read.
     from: u64,
+    /// Whether what comes beyond what is wanted is kept for who asks next.
+    is_stretch: bool,
     is_again: bool,
 }
 
@@ -90,6 +94,50 @@ impl Known {
     fn has(&self, wanted: &Range<u16>) -> bool {
         usize::from(wanted.end) <= self.sections()
     }
+
+    /// Whether it is of this very copy.
+    pub(super) fn is_of(&self, entry: &Entry) -> bool {
+        self.check64 == entry.check64 && self.position == entry.position
+    }
+
+    pub(super) fn version(&self) -> u64 {
+        self.version
+    }
+
+    /// The end of the sections from `first` on that lie whole before `end` in the image.
+    pub(super) fn reach_of(&self, first: u16, end: u64) -> u16 {
+        let rest = self.plan.sections.get(usize::from(first)..).unwrap_or(&[]);
+        let whole = rest
+            .iter()
+            .take_while(|section| u64::from(section.offset) + u64::from(section.len) <= end);
+        first + whole.count() as u16
+    }
+
+    /// These and as many behind them as make a stretch.
+    fn stretch(&self, wanted: &Range<u16>) -> Range<u16> {
+        let start = u64::from(self.plan.sections[usize::from(wanted.start)].offset);
+        let mut end = wanted.end;
+        while usize::from(end) < self.sections()
+            && u64::from(self.plan.sections[usize::from(end)].offset) < start + STRETCH_BYTES
+        {
+            end += 1;
+        }
+        wanted.start..end
+    }
+
+    /// Where these sections lie in a read that begins at `from` in the image.
+    pub(super) fn sections_at(&self, wanted: &Range<u16>, from: u64) -> SmallVec<[SectionRef; 1]> {
+        let at = |index: u16| {
+            let section = &self.plan.sections[usize::from(index)];
+            SectionRef {
+                index,
+                len: section.len,
+                check: section.check,
+                offset: (u64::from(section.offset) - from) as u32,
+            }
+        };
+        wanted.clone().map(at).collect()
+    }
 }
 
 /// Directories that were verified lately.
@@ -103,9 +151,7 @@ pub(super) struct Directories {
 
 impl Directories {
     fn of(&self, id: &BlockId, entry: &Entry) -> Option<&Arc<Known>> {
-        self.known
-            .get(id)
-            .filter(|known| known.check64 == entry.check64 && known.position == entry.position)
+        self.known.get(id).filter(|known| known.is_of(entry))
     }
 
     /// How a block of this length is most likely laid out.
@@ -133,23 +179,31 @@ impl Directories {
 }
 
 impl Shard {
-    /// Reads sections of a block on the device, unless all of it is wanted: then `false`.
+    /// Reads sections of a block on the device, unless all of it is wanted: then `false`. With
+    /// `is_stretch` those behind them are asked for next, and come along.
     pub(super) fn get_part(
         &mut self,
         token: u64,
         id: &BlockId,
         entry: &Entry,
         wanted: &Range<u16>,
+        is_stretch: bool,
     ) -> bool {
         if wanted.is_empty() {
             self.miss(token, MissReason::WrongFormat);
             return true;
         }
         let image_bytes = u64::from(entry.len);
+        let is_stretch = is_stretch && self.may_hold(STRETCH_BYTES);
         let known = self.directories.of(id, entry).cloned();
         let likely = known.as_ref().or_else(|| self.directories.guess(entry.len));
         let likely = likely.filter(|likely| likely.has(wanted));
-        if likely.is_some_and(|likely| likely.sections() == wanted.len()) {
+        let stretch = match likely {
+            Some(likely) if is_stretch => likely.stretch(wanted),
+            _ => wanted.clone(),
+        };
+        let is_laid_out = likely.is_some();
+        if likely.is_some_and(|likely| likely.sections() == stretch.len()) {
             return false;
         }
         if known.as_ref().is_some_and(|known| !known.has(wanted)) {
@@ -157,15 +211,16 @@ impl Shard {
             return true;
         }
         let span = match (&known, likely) {
-            (Some(known), _) => known.span(wanted),
+            (Some(known), _) => known.span(&stretch),
             (None, Some(likely)) => {
                 let directory = (likely.plan.directory_pages * PAGE) as u64;
-                let span = likely.span(wanted);
+                let span = likely.span(&stretch);
                 let near = span.start - directory <= NEAR_BYTES;
                 0..if near { span.end } else { directory }
             }
             // Nothing is known: the directory is most likely one page, and a section no longer
             // than what is near.
+            (None, None) if wanted.start == 0 && is_stretch => 0..PAGE as u64 + STRETCH_BYTES,
             (None, None) if wanted.start == 0 => 0..PAGE as u64 + NEAR_BYTES,
             (None, None) => 0..PAGE as u64,
         };
@@ -182,10 +237,16 @@ impl Shard {
             wanted: wanted.clone(),
             known,
             from: span.start,
+            is_stretch,
             is_again: false,
         };
         let tenant = entry.tenant;
         self.parts.insert((*id, number), Part { token, tenant });
+        if is_stretch {
+            // Where nothing is known of the layout, whoever comes meanwhile may have to read after all.
+            let reach = if is_laid_out { stretch } else { 0..u16::MAX };
+            self.stretch_begun(id, number, reach);
+        }
         self.reads_in_flight += 1;
         self.segments.get(segment).readers += 1;
         self.counters.part_reads += 1;
@@ -244,25 +305,17 @@ impl Shard {
         let span = known.span(&read.wanted);
         if span.start < read.from || span.end > read.from + padded {
             drop(buffer);
+            let span = match read.is_stretch {
+                true => known.span(&known.stretch(&read.wanted)),
+                false => span,
+            };
             let read = PartRead {
                 known: Some(known),
                 ..read
             };
             return self.read_part(read, span);
         }
-        let sections: SmallVec<[SectionRef; 1]> = read
-            .wanted
-            .clone()
-            .map(|index| {
-                let section = &known.plan.sections[usize::from(index)];
-                SectionRef {
-                    index,
-                    len: section.len,
-                    check: section.check,
-                    offset: (u64::from(section.offset) - read.from) as u32,
-                }
-            })
-            .collect();
+        let sections = known.sections_at(&read.wanted, read.from);
         let holds = sections.iter().all(|section| {
             let bytes = &buffer.as_slice()[section.offset as usize..][..section.len as usize];
             ContentCheck::of(bytes, &read.id, section.index) == section.check
@@ -273,10 +326,15 @@ impl Shard {
         }
         self.counters.reads_mended += u64::from(read.is_again);
         self.counters.flash_hits += 1;
+        let bytes = buffer.freeze();
+        if read.is_stretch {
+            let (key, tenant, next) = ((read.id, read.number), read.entry.tenant, read.wanted.end);
+            self.hold(key, tenant, &known, (read.from, padded), next, &bytes);
+        }
         let copy = Copy {
             version: known.version,
             sections,
-            bytes: buffer.freeze(),
+            bytes,
             moved: Moved::default(),
         };
         self.end_part(&read, Ok(copy));
@@ -320,8 +378,28 @@ impl Shard {
     fn end_part(&mut self, read: &PartRead, outcome: Result<Copy, MissReason>) {
         self.reads_in_flight -= 1;
         self.segments.get(read.segment).readers -= 1;
+        let failed = outcome.as_ref().err().copied();
         if let Some(part) = self.parts.remove(&(read.id, read.number)) {
             self.answer(part.token, outcome);
+        }
+        if !read.is_stretch {
+            return;
+        }
+        for Waiter { token, wanted } in self.stretch_ended(&read.id, read.number) {
+            // What ended this read need not end theirs: they may want what it did not reach.
+            match self.find(&read.id).filter(|_| failed.is_none()) {
+                Some((_, entry)) => self.get_sections(token, &read.id, &entry, &wanted),
+                None => self.miss(token, failed.unwrap_or(MissReason::Absent)),
+            }
+        }
+    }
+
+    /// Sections of a block that lies on the device, one after another, for whoever waited.
+    fn get_sections(&mut self, token: u64, id: &BlockId, entry: &Entry, wanted: &Range<u16>) {
+        let is_begun = self.get_held(token, id, entry, wanted)
+            || self.get_part(token, id, entry, wanted, true);
+        if !is_begun {
+            self.read_whole(token, id, *entry, Some(wanted.clone()), Touch::NONE);
         }
     }
 
@@ -337,6 +415,7 @@ impl Shard {
                 self.miss(part.token, reason);
             }
         }
+        self.end_ahead(id, reason);
     }
 }
 

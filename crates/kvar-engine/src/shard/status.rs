@@ -46,6 +46,8 @@ pub struct Counters {
     pub id_divergence: u64,
     /// Reads of sections of a block on the device, instead of the whole.
     pub part_reads: u64,
+    /// Reads that waited for a block which was being put.
+    pub waited_reads: u64,
     /// Blocks that left because their time to live had passed.
     pub expired: u64,
     /// Leases granted.

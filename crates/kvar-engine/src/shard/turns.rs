@@ -27,10 +27,13 @@ pub(super) const READS_WAITING_MAX: usize = 4096;
 /// How often, at most, those whose time is over are looked for in a full waiting room.
 const SWEEP_PAUSE: Duration = Duration::from_millis(1);
 
+/// A read that waits, and whether its reader asks for the sections behind its own next.
+type Turn = (u64, GetRequest, bool);
+
 /// See the module.
 #[derive(Default)]
 pub(super) struct Turns {
-    lines: FastMap<u64, VecDeque<(u64, GetRequest)>>,
+    lines: FastMap<u64, VecDeque<Turn>>,
     /// Whose turn is next. Each that has a line stands here once.
     order: VecDeque<u64>,
     waiting: usize,
@@ -43,17 +46,17 @@ impl Turns {
         self.waiting
     }
 
-    fn push(&mut self, asker: u64, token: u64, request: GetRequest) {
+    fn push(&mut self, asker: u64, token: u64, request: GetRequest, goes_on: bool) {
         let line = self.lines.entry(asker).or_default();
         if line.is_empty() {
             self.order.push_back(asker);
         }
-        line.push_back((token, request));
+        line.push_back((token, request, goes_on));
         self.waiting += 1;
     }
 
     /// The next of the line whose turn it is.
-    fn pop(&mut self) -> Option<(u64, GetRequest)> {
+    fn pop(&mut self) -> Option<Turn> {
         let asker = self.order.pop_front()?;
         let line = self.lines.get_mut(&asker)?;
         let next = line.pop_front();
@@ -75,7 +78,7 @@ impl Turns {
         if line.len() <= own + 1 {
             return None;
         }
-        let (token, _) = line.pop_back()?;
+        let (token, ..) = line.pop_back()?;
         self.waiting -= 1;
         Some(token)
     }
@@ -85,7 +88,7 @@ impl Turns {
         self.swept_at = now;
         let mut over = Vec::new();
         for line in self.lines.values_mut() {
-            line.retain(|(token, request)| {
+            line.retain(|(token, request, _)| {
                 let is_over = request.deadline <= now;
                 if is_over {
                     over.push(*token);
@@ -116,6 +119,7 @@ impl Shard {
         asker: u64,
         token: u64,
         request: GetRequest,
+        goes_on: bool,
     ) {
         if self.turns.waiting >= READS_WAITING_MAX && now.since(self.turns.swept_at) >= SWEEP_PAUSE
         {
@@ -130,13 +134,13 @@ impl Shard {
             }
         }
         self.counters.reads_waited += 1;
-        self.turns.push(asker, token, request);
+        self.turns.push(asker, token, request, goes_on);
     }
 
     /// Begins as many of the reads that wait as the device has room for.
     pub(super) fn give_turns(&mut self, now: Moment) {
         while self.reads_in_flight < READS_AT_DEVICE_MAX {
-            let Some((token, request)) = self.turns.pop() else {
+            let Some((token, request, goes_on)) = self.turns.pop() else {
                 return;
             };
             if request.deadline <= now {
@@ -148,7 +152,7 @@ impl Shard {
                 Err(reason) => self.miss(token, reason),
                 Ok(()) => {
                     let found = self.find(&request.id);
-                    self.begin_read(token, request, found);
+                    self.begin_read(token, request, found, goes_on);
                 }
             }
         }
@@ -179,12 +183,12 @@ mod tests {
     fn lines_are_served_in_turn_and_each_in_order() {
         let mut turns = Turns::default();
         for token in 0..4 {
-            turns.push(1, token, request(9));
+            turns.push(1, token, request(9), false);
         }
-        turns.push(2, 10, request(9));
-        turns.push(3, 20, request(9));
-        turns.push(3, 21, request(9));
-        let order: Vec<u64> = std::iter::from_fn(|| turns.pop().map(|(token, _)| token)).collect();
+        turns.push(2, 10, request(9), false);
+        turns.push(3, 20, request(9), false);
+        turns.push(3, 21, request(9), false);
+        let order: Vec<u64> = std::iter::from_fn(|| turns.pop().map(|(token, ..)| token)).collect();
         assert_eq!(order, [0, 10, 20, 1, 21, 2, 3]);
         assert_eq!((turns.waiting(), turns.lines.len()), (0, 0));
     }
@@ -193,13 +197,13 @@ mod tests {
     fn the_longest_line_makes_way_to_a_shorter_one_only() {
         let mut turns = Turns::default();
         for token in 0..5 {
-            turns.push(1, token, request(9));
+            turns.push(1, token, request(9), false);
         }
-        turns.push(2, 10, request(9));
+        turns.push(2, 10, request(9), false);
         assert_eq!(turns.make_way(2), Some(4));
         assert_eq!(turns.make_way(3), Some(3));
         assert_eq!(turns.make_way(1), None);
-        turns.push(2, 11, request(9));
+        turns.push(2, 11, request(9), false);
         // Equally long: nobody goes for who would only trade places.
         assert_eq!(turns.make_way(2), None);
         assert_eq!(turns.waiting(), 5);
@@ -209,12 +213,12 @@ mod tests {
     fn what_is_over_is_swept_and_the_rest_keeps_its_turn() {
         let mut turns = Turns::default();
         for (token, deadline) in [(0, 5), (1, 50), (2, 5)] {
-            turns.push(1, token, request(deadline));
-            turns.push(token + 2, token + 10, request(5));
+            turns.push(1, token, request(deadline), false);
+            turns.push(token + 2, token + 10, request(5), false);
         }
         assert_eq!(turns.sweep(Moment(5)), [0, 2, 10, 11, 12]);
         assert_eq!(turns.waiting(), 1);
-        assert_eq!(turns.pop().map(|(token, _)| token), Some(1));
+        assert_eq!(turns.pop().map(|(token, ..)| token), Some(1));
         assert!(turns.pop().is_none());
     }
 }

@@ -101,6 +101,15 @@ pub struct GetRequest {
     pub touch: Touch,
 }
 
+/// What a reader says of itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReadHints {
+    /// It asks for the sections behind these next: they are read along.
+    pub goes_on: bool,
+    /// It waits for a block that is being put, until that is visible, or will not be, or its deadline.
+    pub waits: bool,
+}
+
 /// What a writer knows about the worth of a block.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct PutHints {
@@ -230,7 +239,8 @@ pub struct LeaseGrant {
 pub struct PutRequest {
     /// The block.
     pub id: BlockId,
-    /// Exact length and content check of every section.
+    /// Exact length and content check of every section; a check of 0 is not known yet, and set
+    /// before the commit ([`PutTicket::set_check`]).
     pub sections: Vec<(u32, ContentCheck)>,
     /// What the writer knows.
     pub hints: PutHints,
@@ -271,6 +281,11 @@ impl PutTicket {
     pub fn section_range(&self, section: usize) -> Range<usize> {
         let section = &self.plan.sections[section];
         section.offset as usize..section.offset as usize + section.len as usize
+    }
+
+    /// What the writer says of a section, where it was not known when the put began.
+    pub fn set_check(&mut self, section: usize, check: ContentCheck) {
+        self.plan.sections[section].check = check;
     }
 
     /// The memory to receive into.

@@ -222,7 +222,7 @@ impl Shard {
         panic!("{number}: memory stays full");
     }
 
-    fn token(&mut self) -> u64 {
+    pub fn token(&mut self) -> u64 {
         self.next_token += 1;
         self.next_token
     }

@@ -18,9 +18,9 @@ use super::serve::touch_request;
 use crate::mail::Ask;
 use crate::report::NodeFacts;
 use kvar_base::{BLOCK_BYTES_MAX, MissReason, Moment};
-use kvar_engine::{Copy, GetRequest, Touch};
+use kvar_engine::{Copy, GetRequest, ReadHints, Touch};
 use kvar_transport::{Link as _, SharedPieces};
-use kvar_wire::{GetAnswer, GetOutcome, Section};
+use kvar_wire::{GetAnswer, GetHints, GetOutcome, Section};
 
 /// Reads under way while the link has not seen a block yet and nobody knows how large they are.
 const FIRST_READS: u32 = 8;
@@ -55,6 +55,7 @@ impl Conversation {
                 .collect(),
             left: count as u32,
             touch_request: touch_request(desk, self.tenant, get.touch_request),
+            hints: get.hints,
         });
         if let Some(operation) = self.open(desk, request, Some(get.deadline_us), kind) {
             self.line_up(request, operation.opening, count);
@@ -104,7 +105,7 @@ impl Conversation {
             self.reading_bytes += bytes;
             self.reads += 1;
             let id = item.wanted.id;
-            let ask = ask_for(&item.wanted, touch_request, deadline, self.key);
+            let ask = ask_for(&item.wanted, deadline, touch_request, get.hints, self.key);
             let operation = Operation {
                 link: self.key,
                 request,
@@ -161,8 +162,14 @@ impl Conversation {
         self.open_weight -= 1;
         let is_over = get.left == 0;
         let outcome = outcome.and_then(|copy| fits(&item.wanted, copy));
+        // A block that is taken section by section is one hit.
+        let is_counted = !get.hints.by_layer || is_first(&item.wanted);
         match outcome {
-            Ok(copy) => self.push_copy(desk, request, index as u16, copy, deadline),
+            Ok(copy) => {
+                desk.counters.get_hits += u64::from(is_counted);
+                desk.of_namespace[self.tenant.index()].hits += u64::from(is_counted);
+                self.push_copy(desk, request, index as u16, copy, deadline);
+            }
             Err(reason) => self.send_miss(desk, request, index as u16, reason),
         }
         if is_over {
@@ -186,13 +193,13 @@ impl Conversation {
         let Kind::Get(get) = &mut open.kind else {
             return false;
         };
-        let touch_request = get.touch_request;
+        let (touch_request, hints) = (get.touch_request, get.hints);
         let item = &mut get.items[index as usize];
         let Some(engine) = desk.routes.lower_owner(&item.wanted.id) else {
             return false;
         };
         item.state = ItemState::AskedBelow(bytes, reason);
-        let ask = ask_for(&item.wanted, touch_request, deadline, self.key);
+        let ask = ask_for(&item.wanted, deadline, touch_request, hints, self.key);
         let operation = Operation {
             link: self.key,
             request,
@@ -262,8 +269,6 @@ impl Conversation {
             return self.link.close();
         }
         self.block_bytes_seen = self.block_bytes_seen.max(Some(bytes as u64));
-        desk.counters.get_hits += 1;
-        desk.of_namespace[self.tenant.index()].hits += 1;
         desk.counters.payload_bytes_out += bytes as u64;
         let token = desk.number();
         let source = SharedPieces {
@@ -280,20 +285,41 @@ impl Conversation {
 /// What an engine is asked of an item, be it the first one or the one below.
 fn ask_for(
     wanted: &kvar_wire::GetItem,
-    touch_request: u64,
     deadline: Moment,
+    touch_request: u64,
+    hints: GetHints,
     link: LinkKey,
 ) -> Ask {
-    let request = GetRequest {
-        id: wanted.id,
-        sections: wanted.sections.clone(),
-        deadline,
-        touch: Touch {
+    // The sections of a block that are taken one after another are one use of it.
+    let touch = match hints.by_layer && !is_first(wanted) {
+        true => Touch::NONE,
+        false => Touch {
             request: touch_request,
             depth: wanted.depth,
         },
     };
-    Ask::Get(request, link.serial)
+    let request = GetRequest {
+        id: wanted.id,
+        sections: wanted.sections.clone(),
+        deadline,
+        touch,
+    };
+    if hints == GetHints::default() {
+        return Ask::Get(request, link.serial);
+    }
+    let hints = ReadHints {
+        goes_on: hints.by_layer,
+        waits: hints.wait_announced,
+    };
+    Ask::GetWith(request, link.serial, hints)
+}
+
+/// Whether an item is a block's first section, or the whole.
+fn is_first(wanted: &kvar_wire::GetItem) -> bool {
+    wanted
+        .sections
+        .as_ref()
+        .is_none_or(|range| range.start == 0)
 }
 
 /// Bytes a reader says it has room for.

@@ -30,6 +30,7 @@ mod overdue;
 mod parts;
 mod put;
 mod request;
+mod sections;
 mod serve;
 mod stat;
 

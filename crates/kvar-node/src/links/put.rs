@@ -59,6 +59,7 @@ impl Conversation {
         let kind = Kind::Put(Put {
             payload_bytes,
             state: PutState::Beginning { eager },
+            next_section: None,
         });
         self.announced_bytes += payload_bytes;
         let Some(operation) = self.open(desk, request, Some(put.deadline_us), kind) else {
@@ -103,7 +104,7 @@ impl Conversation {
             // Its put has ended meanwhile (deadline, cancel): drained.
             None => return self.link.discard(),
         };
-        if put.payload_bytes != payload_bytes as u64 {
+        if put.next_section.is_some() || put.payload_bytes != payload_bytes as u64 {
             let text = format!(
                 "a put announced {} bytes and sent {payload_bytes}",
                 put.payload_bytes
@@ -113,7 +114,7 @@ impl Conversation {
         match std::mem::replace(&mut put.state, PutState::Committing) {
             PutState::Pulling(ticket) => {
                 let token = desk.number();
-                match self.link.pull(token, Filling(ticket)) {
+                match self.link.pull(token, Filling::whole(ticket)) {
                     Ok(()) => {
                         put.state = PutState::Receiving(token);
                         self.incoming = Incoming::Filling { request, token };
@@ -149,7 +150,7 @@ impl Conversation {
         match begun {
             Ok(ticket) if eager => {
                 let token = desk.number();
-                match self.link.pull(token, Filling(ticket)) {
+                match self.link.pull(token, Filling::whole(ticket)) {
                     Ok(()) => {
                         put.state = PutState::Receiving(token);
                         self.incoming = Incoming::Filling { request, token };
@@ -186,6 +187,11 @@ impl Conversation {
                 kind: Kind::Put(put),
                 ..
             }) => {
+                if put.next_section.is_some() {
+                    // The others come later, and Commit behind them.
+                    put.state = PutState::Pulling(ticket);
+                    return;
+                }
                 desk.counters.payload_bytes_in += put.payload_bytes;
                 put.state = PutState::Committing;
                 let operation = Operation {
@@ -232,7 +238,7 @@ impl Conversation {
 }
 
 /// Every hint of the wire is one of the engine; each side's compiler asks about a new one.
-fn engine_hints(hints: kvar_wire::PutHints) -> PutHints {
+pub(super) fn engine_hints(hints: kvar_wire::PutHints) -> PutHints {
     let kvar_wire::PutHints {
         depth,
         request,

@@ -6,6 +6,7 @@
 //!   Lease    the same; AboutLease: a renewal or release, asked of all engines
 //!   Get      each item: waiting for budget -> asked (-> asked below) -> answered
 //!   Put      Beginning -> (Pulling, announced) -> Receiving -> Committing -> answered
+//!            section by section: Pulling -> Receiving -> Pulling ... until Commit
 //!   Finish   remove, flush, purge: asked of engines ..... answered when all have
 //!            with two tiers: a remove or purge of the fast ones, then of the big ones
 //!   Stat, Status
@@ -18,7 +19,7 @@ use crate::devices::{Removal, Routes};
 use crate::mail::Ticket;
 use crate::report::ThreadReport;
 use kvar_base::{BlockId, LeaseToken, MissReason, Moment};
-use kvar_wire::GetItem;
+use kvar_wire::{GetHints, GetItem};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -116,6 +117,7 @@ pub(crate) struct Get {
     pub(crate) items: Vec<Item>,
     pub(crate) left: u32,
     pub(crate) touch_request: u64,
+    pub(crate) hints: GetHints,
 }
 
 /// One block of a get.
@@ -140,6 +142,8 @@ pub(crate) enum ItemState {
 pub(crate) struct Put {
     pub(crate) payload_bytes: u64,
     pub(crate) state: PutState,
+    /// Of one that comes section by section the next to come.
+    pub(crate) next_section: Option<u16>,
 }
 
 /// How far it is.

@@ -33,6 +33,7 @@ impl Conversation {
             Message::Lookup(_)
                 | Message::Get(_)
                 | Message::Put(_)
+                | Message::Announce(_)
                 | Message::Remove(_)
                 | Message::Flush(_)
                 | Message::Purge(_)
@@ -54,6 +55,11 @@ impl Conversation {
             Message::Get(get) => self.on_get(desk, request, get),
             Message::Put(put) => self.on_put(desk, request, &put, payload_bytes),
             Message::Payload(_) => self.on_payload(desk, request, payload_bytes),
+            Message::Announce(announce) => self.on_announce(desk, request, &announce),
+            Message::Sections(sections) => {
+                self.on_sections(desk, request, &sections, payload_bytes);
+            }
+            Message::Commit(_) => self.on_commit(desk, request),
             Message::Remove(remove) => {
                 desk.counters.removes += 1;
                 self.on_finish(

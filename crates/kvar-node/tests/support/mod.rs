@@ -207,6 +207,7 @@ impl Peer {
             items,
             touch_request: 0,
             deadline_us: PATIENCE.as_micros() as u64,
+            hints: GetHints::default(),
         }
     }
 

@@ -8,7 +8,7 @@ use crate::payload;
 use crate::promises::Reason;
 use kvar_base::check::version;
 use kvar_base::{BlockId, ContentCheck, Moment, PutOutcome, Refusal};
-use kvar_engine::{Event, GetRequest, PutHints, PutRequest, Tier, Touch};
+use kvar_engine::{Event, GetRequest, PutHints, PutRequest, ReadHints, Tier, Touch};
 use std::ops::Range;
 use std::time::Duration;
 
@@ -262,7 +262,12 @@ impl World {
         };
         let now = self.now;
         let memory = self.memory(number, stored_bytes.unwrap_or(u64::MAX / 2));
-        self.engine().get(now, token, request);
+        // Every other reader of sections takes one after another.
+        let hints = ReadHints {
+            goes_on: request.sections.is_some() && token.is_multiple_of(2),
+            waits: false,
+        };
+        self.engine().get_with(now, 0, token, request, hints);
         self.hear_journal(Some(memory))?;
         self.hear()
     }

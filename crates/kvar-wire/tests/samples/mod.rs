@@ -152,6 +152,7 @@ fn samples_of_version_1() -> Vec<Sample> {
                 items: vec![item(7), part, ragged],
                 touch_request: 78,
                 deadline_us: 1_000_000,
+                hints: GetHints::default(),
             }
             .into(),
             0,
@@ -393,6 +394,43 @@ fn samples_of_version_4() -> Vec<Sample> {
 
 /// What version 5 added.
 fn samples_of_version_5() -> Vec<Sample> {
+    let get = |by_layer, wait_announced| Get {
+        items: vec![GetItem {
+            id: BlockId::new([7; 32]),
+            sections: Some(3..4),
+            expected: Lengths::Equal(1, 65_536),
+            version: Some(42),
+            depth: 9,
+        }],
+        touch_request: 78,
+        deadline_us: 1_000_000,
+        hints: GetHints {
+            by_layer,
+            wait_announced,
+        },
+    };
+    let announce = Announce {
+        id: BlockId::new([4; 32]),
+        lengths: vec![65_536, 65_536, 70],
+        hints: PutHints {
+            depth: 17,
+            request: 1 << 50,
+            ttl_s: Some(3600),
+            ephemeral: true,
+            ..PutHints::default()
+        },
+        more_hints: MoreHints {
+            traffic_class: 200,
+            recompute_us: 1_500_000,
+            handover: true,
+        },
+        durable: true,
+        deadline_us: 999,
+    };
+    let sections = Sections {
+        first: 1,
+        checks: vec![ContentCheck(7), ContentCheck(1 << 60)],
+    };
     let welcome = Welcome {
         node: "n1".into(),
         proof: [8; 32],
@@ -409,5 +447,10 @@ fn samples_of_version_5() -> Vec<Sample> {
         ("welcome_mode", welcome.into(), 0),
         ("switch_off", switch(Mode::Off).into(), 0),
         ("switch_load", switch(Mode::Load).into(), 0),
+        ("get_by_layer", get(true, false).into(), 0),
+        ("get_waiting", get(false, true).into(), 0),
+        ("announce", announce.into(), 0),
+        ("sections", sections.into(), 65_606),
+        ("commit", Commit {}.into(), 0),
     ]
 }

@@ -7,6 +7,7 @@
 pub(crate) mod engine;
 mod fio;
 pub(crate) mod index;
+pub(crate) mod layers;
 mod load;
 pub(crate) mod net;
 pub(crate) mod node;

@@ -362,6 +362,7 @@ impl Client {
                     Request::Get {
                         items: vec![item],
                         touch_request: 0,
+                        waits: false,
                     },
                     DEADLINE,
                 );

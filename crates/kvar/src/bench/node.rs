@@ -199,6 +199,7 @@ impl Load<'_> {
                 Request::Get {
                     items,
                     touch_request: 0,
+                    waits: false,
                 }
             }
             Operation::Put => {

@@ -11,7 +11,8 @@ scheduler process                              worker process (one a rank)
      ^  reports, received ids, bad pages   <------  |
 ```
 
-Loads are asynchronous (the request waits outside the batch, other requests run on), saves too.
+Loads are asynchronous (the request waits outside the batch, other requests run on), saves too. With
+``load: layers`` a load is part of its step instead, and each layer waits for its own.
 Pages being saved are held by a reference in vLLM's own block pool, so that finishing, aborting or
 preempting their request takes them from nobody's hands.
 
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -47,11 +49,12 @@ from vllm.v1.kv_cache_interface import (
 import kvar
 from kvar.vllm.choice import Choice
 from kvar.vllm.fingerprint import config_digest, fingerprint_text, model_name
+from kvar.vllm.introduction import introduction, is_tried, untried
 from kvar.vllm.link import Link
-from kvar.vllm.orders import LoadReport, SaveReport, StepOrders, merge_reports
-from kvar.vllm.pages import pages_of
+from kvar.vllm.orders import LayersReport, LoadReport, SaveReport, StepOrders, merge_reports
+from kvar.vllm.pages import DirectPages, pages_of
 from kvar.vllm.planner import Found, Planner
-from kvar.vllm.settings import Settings, SettingsError
+from kvar.vllm.settings import LoadWay, Mode, Settings, SettingsError
 from kvar.vllm.worker import Ended, Mover, chain_names
 
 if TYPE_CHECKING:
@@ -79,16 +82,24 @@ class Orders(KVConnectorMetadata):
 class Reports(KVConnectorWorkerMetadata):
     """Ends of saves, loads and steps, in the wrapping that vLLM carries back."""
 
-    def __init__(self, reports: dict[int, SaveReport], loads: LoadReport, step: int = 0) -> None:
+    def __init__(
+        self,
+        reports: dict[int, SaveReport],
+        loads: LoadReport,
+        step: int = 0,
+        layers: LayersReport | None = None,
+    ) -> None:
         self.reports = reports
         self.loads = loads
         self.step = step
+        self.layers = layers if layers is not None else LayersReport()
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Reports:
         """Adds another rank's reports."""
         assert isinstance(other, Reports)
         reports = merge_reports(self.reports, other.reports)
-        return Reports(reports, self.loads + other.loads, max(self.step, other.step))
+        loads, step = self.loads + other.loads, max(self.step, other.step)
+        return Reports(reports, loads, step, self.layers + other.layers)
 
 
 class Greeting(KVConnectorHandshakeMetadata):
@@ -141,19 +152,33 @@ class KvarConnector(KVConnectorBase_V1):
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = self._kv_transfer_config
+        import vllm
+
         self._settings = Settings.from_extra_config(transfer.kv_connector_extra_config or {})
+        version = str(vllm.__version__)
+        if not is_tried(version) and not self._settings.any_version:
+            logger.warning("%s", untried(version))
+            self._settings = replace(self._settings, mode=Mode.OFF)
         refuse_what_cannot_work(vllm_config, kv_cache_config)
         self._key = kvar.NamespaceKey.from_file(self._settings.namespace_key_file)
-        self._link = Link.to(self._settings)
+        self._link = Link.to(self._settings, introduction(vllm_config, version, role.name.lower()))
         self._block_tokens: int = vllm_config.cache_config.block_size
         parallel = vllm_config.parallel_config
         self._ranks: int = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+        self._by_layers = self._settings.load is LoadWay.LAYERS
+        if self._by_layers and self._ranks > 1:
+            raise SettingsError(
+                f"kvar: load is layers with {self._ranks} ranks: a rank does not know in time that "
+                "another one's load failed, and would save what was computed on it. Set load to "
+                "async."
+            )
         # Scheduler side.
         self._text: str | None = None
         self._pool: BlockPool | None = None
         # Worker side.
         self._mover: Mover | None = None
         self._ended = Ended()
+        self._layer_numbers: dict[str, int] = {}
         mode = self._settings.mode
         self._planner = Planner(
             block_tokens=self._block_tokens,
@@ -227,7 +252,7 @@ class KvarConnector(KVConnectorBase_V1):
         if request.skip_reading_prefix_cache:
             return 0, False
         tokens = self._planner.matched(request, num_computed_tokens)
-        return tokens, tokens > 0
+        return tokens, tokens > 0 and not self._by_layers
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
@@ -254,7 +279,8 @@ class KvarConnector(KVConnectorBase_V1):
             reports=said.reports,
             loads=said.loads,
             step=said.step,
-            loaded=connector_output.finished_recving or (),
+            failures=said.layers.failures,
+            loaded={*(connector_output.finished_recving or ()), *said.layers.loaded},
             bad_block_ids=connector_output.invalid_block_ids,
         )
 
@@ -291,6 +317,13 @@ class KvarConnector(KVConnectorBase_V1):
                 f"which does not begin with the {blocks} pages; use another attention backend"
             )
         pages = pages_of(layers)
+        if self._by_layers and not isinstance(pages, DirectPages):
+            raise SettingsError(
+                "kvar: load is layers, which works on pages in contiguous host memory; these are "
+                "on a device, or strewn. Set load to async."
+            )
+        places = {layer.data_ptr(): number for number, layer in enumerate(layers)}
+        self._layer_numbers = {name: places[layer.data_ptr()] for name, layer in kv_caches.items()}
         first = layers[0]
         text = self._content_text(list(kv_caches), first, len(layers))
         from vllm.distributed.parallel_state import get_pp_group, get_tp_group
@@ -346,11 +379,16 @@ class KvarConnector(KVConnectorBase_V1):
         """Starts the loads of this step."""
         orders = self._step_orders()
         if self._mover is not None and orders is not None:
+            start = self._mover.start_layers if self._by_layers else self._mover.start_load
             for order in orders.loads:
-                self._mover.start_load(order, orders.salt)
+                start(order, orders.salt)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing: requests run only once all of their load has arrived."""
+        """Loads by layers: waits for this one. Otherwise nothing: requests run once all arrived."""
+        if self._by_layers and self._mover is not None:
+            number = self._layer_numbers.get(layer_name)
+            if number is not None:
+                self._mover.wait_layer(number)
 
     def save_kv_layer(
         self,
@@ -364,9 +402,15 @@ class KvarConnector(KVConnectorBase_V1):
     def wait_for_save(self) -> None:
         """Starts the saves of this step; waits for none."""
         orders = self._step_orders()
-        if self._mover is not None and orders is not None:
-            for order in orders.saves:
+        if self._mover is None or orders is None:
+            return
+        self._mover.finish_layers()
+        may_save = orders.failures_heard == self._mover.failures
+        for order in orders.saves:
+            if may_save:
                 self._mover.start_save(order, orders.salt)
+            else:
+                self._mover.refuse_save(order)
 
     def _step_orders(self) -> StepOrders | None:
         metadata = self._connector_metadata
@@ -386,9 +430,14 @@ class KvarConnector(KVConnectorBase_V1):
         """Saves that have just ended, how fast loads were, and the step if that is asked for."""
         orders = self._step_orders()
         step = orders.step if orders is not None else 0
-        if not step and not self._ended.reports and not self._ended.loads.blocks:
-            return None
-        return Reports(self._ended.reports, self._ended.loads, step)
+        ended = self._ended
+        says = step or ended.reports or ended.loads.blocks or ended.layers.loaded
+        return Reports(ended.reports, ended.loads, step, ended.layers) if says else None
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Loads by layers need a hook in every layer, which a graph of all layers has not."""
+        return extra_config.get("load") == LoadWay.LAYERS.value
 
     # ---- both ----
 

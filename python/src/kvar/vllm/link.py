@@ -71,8 +71,11 @@ class Link:
         self._retry: threading.Thread | None = None
 
     @classmethod
-    def to(cls, settings: Settings) -> Link:
-        """The link that the settings describe: connected if the node is there and wanted."""
+    def to(cls, settings: Settings, name: str | None = None) -> Link:
+        """The link that the settings describe: connected if the node is there and wanted.
+
+        ``name`` is what the node shows of it (:mod:`kvar.vllm.introduction`).
+        """
 
         def connect() -> kvar.Client:
             return kvar.Client(
@@ -81,6 +84,7 @@ class Link:
                 key_file=settings.namespace_key_file,
                 deadline_ms=settings.deadline_ms,
                 connect_timeout_ms=CONNECT_TIMEOUT_MS,
+                name=name,
             )
 
         link = cls(connect, settings.endpoint)

@@ -52,6 +52,8 @@ class StepOrders:
     """Part of the fingerprint; a new one after the cache was reset from outside."""
     step: int = 0
     """Names a step whose end the scheduler wants to hear of; 0: it does not."""
+    failures_heard: int = 0
+    """Steps with failed loads by layers that the scheduler knew of when it ordered this."""
 
 
 @dataclass
@@ -68,6 +70,20 @@ class SaveReport:
             self.stored_blocks + other.stored_blocks,
             self.failed_blocks + other.failed_blocks,
         )
+
+
+@dataclass
+class LayersReport:
+    """Ends of loads by layers, which vLLM's own channel has no place for."""
+
+    loaded: frozenset[str] = frozenset()
+    """Requests whose load was part of this step, well or not."""
+    failures: int = 0
+    """Steps so far in which such a load failed."""
+
+    def __add__(self, other: LayersReport) -> LayersReport:
+        """Adds another rank's."""
+        return LayersReport(self.loaded | other.loaded, max(self.failures, other.failures))
 
 
 @dataclass

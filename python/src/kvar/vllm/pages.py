@@ -50,6 +50,19 @@ class Transfer(Protocol):
         """When it ended, by the monotonic clock; asked once it has."""
 
 
+class LayeredTransfer(Protocol):
+    """A load by layers under way."""
+
+    def wait_layer(self, layer: int) -> bool:
+        """Waits until this layer of all blocks is decided; whether all of it is there."""
+
+    def finish(self) -> list[str]:
+        """Waits until everything is decided; for each block its outcome."""
+
+    def seconds(self) -> float:
+        """How long it took, once it is finished."""
+
+
 class Pages(Protocol):
     """The engine's pages as the store sees them."""
 
@@ -91,6 +104,22 @@ def pages_of(layers: Sequence[torch.Tensor]) -> Pages:
     if all(layer.device.type == "cpu" and layer.is_contiguous() for layer in layers):
         return DirectPages(layers)
     return StagedPages(layers)
+
+
+class _Layered:
+    """A load by layers that is one call of the client, which ends by its deadline."""
+
+    def __init__(self, get: kvar.LayerGet) -> None:
+        self._get = get
+
+    def wait_layer(self, layer: int) -> bool:
+        return all(word == "hit" for word in self._get.wait_section(layer))
+
+    def finish(self) -> list[str]:
+        return self._get.result()
+
+    def seconds(self) -> float:
+        return self._get.seconds or 0.0
 
 
 def _as_bytes(layer: torch.Tensor) -> torch.Tensor:
@@ -151,6 +180,27 @@ class DirectPages:
             request=request,
         )
         return _Pending(pending)
+
+    def load_layers(
+        self,
+        client: kvar.Client,
+        ids: Sequence[bytes],
+        blocks: Sequence[int],
+        deadline_ms: int,
+        depth: int,
+        request: int,
+    ) -> LayeredTransfer:
+        """Starts filling pages, the first layer of all of them first."""
+        get = client.submit_get_layers(
+            ids,
+            self._layers,
+            blocks,
+            self._page_bytes,
+            deadline_ms=deadline_ms,
+            depth=depth,
+            request=request,
+        )
+        return _Layered(get)
 
     def save(
         self,

@@ -5,6 +5,9 @@ What must always be true:
 * a page ordered to be saved is held until every rank has reported, so that it is neither freed nor
   overwritten while it is read, whatever happens to its request (end, abort, preemption);
 * a request whose load failed is not sent to load again, so that it cannot go round for ever;
+* what was computed while a load by layers failed may be wrong, and is not saved: the requests that
+  ran then save nothing more, nor do those that begin before the last of them has ended (they may
+  share pages that are being computed anew);
 * what a request was promised (its lease) is held from its lookup to the end of its load, and let go
   when there is nothing to load, when the load has ended, and when the request ends in any way;
 * a switch of the mode holds from the next question on: what was ordered before goes on to its end,
@@ -110,7 +113,8 @@ class Tracked:
     barred: bool = False
     """A load of it failed: compute from now on."""
     stale: bool = False
-    """Begun before the cache was reset: its pages may be of other weights, save none."""
+    """Begun before the cache was reset, or run while a load by layers failed: its pages may not be
+    what they should, save none."""
     lookup: tuple[float, int, int] | None = None
     """When it was looked up, how many blocks were asked about, how many were there."""
     chosen: tuple[int, int] | None = None
@@ -183,6 +187,8 @@ class Planner:
         self._held_blocks = 0
         self._reports: dict[int, SaveReport] = {}
         self._next_job = 0
+        self._failures_heard = 0
+        self._tainted: set[str] = set()
         self.salt = ""
         self.counters = Counters()
 
@@ -334,6 +340,7 @@ class Planner:
                 )
         orders, self._orders = self._orders, StepOrders()
         orders.salt = self.salt
+        orders.failures_heard = self._failures_heard
         # A request that is past its prompt brings one token a step.
         prompt_tokens = sum(tokens for tokens in scheduled_tokens.values() if tokens > 1)
         all_tokens = sum(scheduled_tokens.values())
@@ -380,8 +387,14 @@ class Planner:
         bad_block_ids: set[int],
         loads: LoadReport | None = None,
         step: int = 0,
+        failures: int = 0,
     ) -> None:
         """Takes in what the workers reported after a step."""
+        if failures > self._failures_heard:
+            self._failures_heard = failures
+            self._tainted.update(self._tracked)
+            for tracked in self._tracked.values():
+                tracked.stale = True
         tokens, seconds = self._choice.step_ended(self._now(), step)
         self.counters.add("computed_tokens", tokens)
         self.counters.add("computed_seconds", seconds)
@@ -434,6 +447,7 @@ class Planner:
     def finished(self, request: EngineRequest, block_ids: Sequence[int]) -> None:
         """The request ended: orders what was not saved yet and forgets it."""
         tracked = self._tracked.pop(request.request_id, None)
+        self._tainted.discard(request.request_id)
         if tracked is not None:
             self._let_go(tracked)
             self._unqueue(tracked)
@@ -462,4 +476,5 @@ class Planner:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             tracked = self._tracked[request.request_id] = Tracked(request, self._numbers())
+            tracked.stale = bool(self._tainted)
         return tracked

@@ -15,6 +15,9 @@
 | traffic_class      | 0       | your number for this engine's traffic: 1, 2, and 3 and above |
 |                    |         | are learned apart by the node; 0: not said                   |
 | handover           | false   | another engine reads what this one saves once, soon          |
+| load               | async   | async, or layers: each layer is waited for when it is used,  |
+|                    |         | see :class:`LoadWay`                                         |
+| any_version        | false   | run under a vLLM that this was not tried with, too           |
 
 An unknown key is an error: a misspelt one would otherwise be a silent default.
 """
@@ -84,6 +87,19 @@ class Mode(enum.Enum):
         return min(self, other, key=list(Mode).index)
 
 
+class LoadWay(enum.Enum):
+    """How a request gets what is stored of its prompt."""
+
+    ASYNC = "async"
+    """It waits outside the batch until all of it is there; the others run on. The right way where
+    several requests run: nobody but the request waits."""
+    LAYERS = "layers"
+    """It runs at once, and each layer's KV is waited for when that layer is computed. What hides
+    the load is the compute of the same step (the rest of the prompt, and what others compute), and
+    what does not fit under it the whole batch waits for: for one long request at a time. One rank
+    (no tensor or pipeline parallelism), pages in host memory."""
+
+
 class SettingsError(kvar.ConfigError):
     """The connector cannot start like this; the message names the setting and what to write."""
 
@@ -102,6 +118,8 @@ class Settings:
     choice: Override
     traffic_class: int = 0
     handover: bool = False
+    load: LoadWay = LoadWay.ASYNC
+    any_version: bool = False
 
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, Any]) -> Settings:
@@ -126,6 +144,8 @@ class Settings:
             choice=_one_of(Override, extra, "choice", Override.AUTO),
             traffic_class=_traffic_class(extra),
             handover=_flag(extra, "handover"),
+            load=_one_of(LoadWay, extra, "load", LoadWay.ASYNC),
+            any_version=_flag(extra, "any_version"),
         )
 
 

@@ -5,7 +5,13 @@ What must always be true:
 * every order gets its answer, also when the store is away or a call raises: a load's request is
   reported as received (with its bad pages), a save's job is reported, or the engine would wait
   for ever;
-* a page is reported as loaded only if the client verified its bytes.
+* a page is reported as loaded only if the client verified its bytes;
+* what was computed on pages that a load by layers failed to fill is never saved.
+
+A load by layers is part of its step: it starts before the forward pass, each layer is waited for
+when it is computed (the only place where something here waits, up to the load's deadline), and the
+step knows at its end what did not come. Whatever was computed meanwhile may be wrong. So the saves
+of that step, and those that the scheduler ordered before it heard of the failure, are turned down.
 """
 
 from __future__ import annotations
@@ -17,8 +23,8 @@ from dataclasses import dataclass, field
 
 import kvar
 from kvar.vllm.link import Link
-from kvar.vllm.orders import LoadOrder, LoadReport, SaveOrder, SaveReport
-from kvar.vllm.pages import Pages, Transfer
+from kvar.vllm.orders import LayersReport, LoadOrder, LoadReport, SaveOrder, SaveReport
+from kvar.vllm.pages import DirectPages, LayeredTransfer, Pages, Transfer
 from kvar.vllm.planner import Counters
 
 logger = logging.getLogger("vllm.kvar")
@@ -38,6 +44,14 @@ class _Load:
 
 
 @dataclass
+class _LayeredLoad:
+    order: LoadOrder
+    transfer: LayeredTransfer
+    waited: float = 0.0
+    complete: bool = True
+
+
+@dataclass
 class _Save:
     order: SaveOrder
     transfer: Transfer
@@ -51,6 +65,7 @@ class Ended:
     bad_block_ids: set[int] = field(default_factory=set)
     reports: dict[int, SaveReport] = field(default_factory=dict)
     loads: LoadReport = field(default_factory=LoadReport)
+    layers: LayersReport = field(default_factory=LayersReport)
 
 
 class Mover:
@@ -80,6 +95,9 @@ class Mover:
         self._handover = handover
         self._loads: list[_Load] = []
         self._saves: list[_Save] = []
+        self._layered: list[_LayeredLoad] = []
+        self._failed_at_start: list[LoadOrder] = []
+        self.failures = 0
         self._ended = Ended()
         self._load_ended = float("-inf")
         self.counters = Counters()
@@ -103,6 +121,74 @@ class Mover:
                 self._link.failed(error)
         self._ended.loaded.add(order.request_id)
         self._ended.bad_block_ids.update(order.block_ids)
+
+    def start_layers(self, order: LoadOrder, salt: str) -> None:
+        """Starts a load by layers; it is over by :meth:`finish_layers`."""
+        client = self._link.client()
+        if client is not None and isinstance(self._pages, DirectPages):
+            try:
+                transfer = self._pages.load_layers(
+                    client,
+                    self._ids(order.hashes, salt),
+                    order.block_ids,
+                    self._deadline_ms,
+                    order.depth,
+                    order.request,
+                )
+                self._layered.append(_LayeredLoad(order, transfer))
+                return
+            except kvar.KvarError as error:
+                self._link.failed(error)
+        self._failed_at_start.append(order)
+
+    def wait_layer(self, layer: int) -> None:
+        """Waits for this layer of the loads of this step, up to their deadline."""
+        for load in self._layered:
+            # What is lost stays lost: nothing is gained by waiting for the rest of it here.
+            if load.complete:
+                began = time.monotonic()
+                load.complete = load.transfer.wait_layer(layer)
+                load.waited += time.monotonic() - began
+
+    def finish_layers(self) -> None:
+        """Ends the loads by layers of this step."""
+        if not self._layered and not self._failed_at_start:
+            return
+        failed = bool(self._failed_at_start)
+        ended = self._ended
+        loaded = set(ended.layers.loaded)
+        for order in self._failed_at_start:
+            loaded.add(order.request_id)
+            ended.bad_block_ids.update(order.block_ids)
+        for load in self._layered:
+            began = time.monotonic()
+            words = load.transfer.finish()
+            load.waited += time.monotonic() - began
+            loaded.add(load.order.request_id)
+            pairs = zip(load.order.block_ids, words, strict=True)
+            bad = {block for block, word in pairs if word != "hit"}
+            ended.bad_block_ids.update(bad)
+            failed = failed or bool(bad)
+            away = [word for word in words if word in AWAY]
+            if away:
+                self._link.failed(away[0])
+            self._count_others("load", words, ("hit",))
+            seconds = load.transfer.seconds()
+            self.counters.add("load_seconds", seconds)
+            self.counters.add("layered_load_seconds", seconds)
+            self.counters.add("layered_wait_seconds", load.waited)
+            ended.loads.blocks += words.count("hit")
+            ended.loads.seconds += seconds
+            self.counters.add("loaded_bytes", words.count("hit") * self._bytes_a_block)
+        self._layered.clear()
+        self._failed_at_start.clear()
+        self.failures += failed
+        ended.layers = LayersReport(frozenset(loaded), self.failures)
+
+    def refuse_save(self, order: SaveOrder) -> None:
+        """Turns a save down: its pages may not be what they should."""
+        self.counters.add("save_tainted_blocks", len(order.block_ids))
+        self._ended.reports[order.job] = SaveReport(1, 0, len(order.block_ids))
 
     def start_save(self, order: SaveOrder, salt: str) -> None:
         """Starts one save; its end is in a later :meth:`ended`."""
@@ -158,6 +244,7 @@ class Mover:
             self._ended.reports[save.order.job] = SaveReport(1, stored, len(words) - stored)
             self.counters.add("saved_bytes", stored * self._bytes_a_block)
         ended, self._ended = self._ended, Ended()
+        ended.layers.failures = self.failures
         return ended
 
     def _advance(self, transfer: Transfer, count: int) -> list[str] | None:
@@ -179,7 +266,7 @@ class Mover:
     @property
     def idle(self) -> bool:
         """Whether nothing is under way."""
-        return not self._loads and not self._saves
+        return not self._loads and not self._saves and not self._layered
 
 
 def names(

@@ -1,0 +1,325 @@
+//! Readers that take blocks section by section: few reads of the device, nothing kept for ever, nothing
+//! served that does not hold; and readers that wait for a block that is coming in.
+
+mod shard;
+
+use kvar_base::{ContentCheck, MissReason, Moment, PutOutcome};
+use kvar_engine::{
+    EngineConfig, Event, GetRequest, PutHints, PutRequest, PutTicket, ReadHints, Tier, Touch,
+};
+use kvar_io::sim::SimOptions;
+use shard::{Shard, bytes, config, id};
+use std::time::Duration;
+
+const PAGE: u64 = 4096;
+const SECTION: usize = 64 << 10;
+const DEVICE_BYTES: u64 = 4 << 30;
+const SECTIONS: u16 = 32;
+
+fn roomy() -> EngineConfig {
+    EngineConfig {
+        dram_bytes: 16 << 20,
+        ..config()
+    }
+}
+
+/// A shard with blocks `1..=count` of 2 MiB on the device alone.
+fn on_flash(count: u64) -> Shard {
+    let mut shard = Shard::new(DEVICE_BYTES, roomy());
+    for number in 1..=count {
+        shard.put(number, &[SECTION; SECTIONS as usize], PutHints::default());
+        shard.settle();
+    }
+    let shard = shard.restart();
+    let stat = shard.engine.stat(shard.now, &id(1)).unwrap();
+    assert_eq!(stat.tier, Tier::Flash);
+    shard
+}
+
+fn begin(shard: &mut Shard, number: u64, section: u16, hints: ReadHints) -> u64 {
+    let token = shard.token();
+    let request = GetRequest {
+        id: id(number),
+        sections: Some(section..section + 1),
+        deadline: shard.now.after(Duration::from_secs(1)),
+        touch: Touch::default(),
+    };
+    shard.engine.get_with(shard.now, 0, token, request, hints);
+    token
+}
+
+const GOES_ON: ReadHints = ReadHints {
+    goes_on: true,
+    waits: false,
+};
+
+fn take(shard: &mut Shard, number: u64, section: u16) -> Result<Vec<u16>, MissReason> {
+    let token = begin(shard, number, section, GOES_ON);
+    shard.answer(number, token)
+}
+
+#[test]
+fn a_block_that_is_taken_by_sections_is_read_once_in_stretches() {
+    let mut shard = on_flash(3);
+    let before = shard.counters();
+    for section in 0..SECTIONS {
+        for number in 1..=3 {
+            assert_eq!(take(&mut shard, number, section), Ok(vec![section]));
+        }
+    }
+    let counters = shard.counters();
+    let read = counters.device_read_bytes - before.device_read_bytes;
+    assert_eq!(read, 3 * (PAGE + u64::from(SECTIONS) * SECTION as u64));
+    // 2 MiB in stretches of 256 KiB.
+    assert_eq!(counters.part_reads - before.part_reads, 3 * 8);
+    // All of it was taken: nothing is kept.
+    assert_eq!(shard.status().dram_bytes, 0);
+    assert_eq!(shard.engine.bookkeeping(), 0);
+}
+
+#[test]
+fn sections_that_are_asked_for_at_once_wait_for_one_read() {
+    let mut shard = on_flash(2);
+    let before = shard.counters();
+    for number in 1..=2 {
+        let tokens: Vec<u64> = (0..8)
+            .map(|section| begin(&mut shard, number, section, GOES_ON))
+            .collect();
+        let mut hits = Vec::new();
+        for _ in 0..100 {
+            for event in shard.hear() {
+                if let Event::Get { token, outcome } = event {
+                    let copy = outcome.unwrap();
+                    let section = &copy.sections[0];
+                    let expected = bytes(number, usize::from(section.index), SECTION);
+                    assert!(copy.section(section) == expected);
+                    hits.push((token, section.index));
+                }
+            }
+            shard.leap(Duration::from_micros(100));
+            shard.engine.turn(shard.now);
+        }
+        hits.sort_unstable();
+        assert_eq!(hits, tokens.into_iter().zip(0..8).collect::<Vec<_>>());
+    }
+    let counters = shard.counters();
+    // The first block's layout was not known: its first stretch ends where the directory was not
+    // reckoned with.
+    assert!(counters.part_reads - before.part_reads <= 2 + 3);
+    shard.settle();
+    assert_eq!(shard.engine.bookkeeping(), 0);
+}
+
+#[test]
+fn what_nobody_comes_for_goes() {
+    let mut shard = on_flash(2);
+    assert!(take(&mut shard, 1, 0).is_ok());
+    assert!(shard.status().dram_bytes > 0, "a stretch is held");
+    shard.leap(Duration::from_secs(3));
+    shard.engine.turn(shard.now);
+    // Any call tidies up.
+    assert!(shard.is_there(2));
+    assert_eq!(shard.status().dram_bytes, 0);
+    assert_eq!(take(&mut shard, 1, 1), Ok(vec![1]));
+}
+
+#[test]
+fn no_more_is_held_than_a_share_of_memory() {
+    let mut shard = on_flash(24);
+    for number in 1..=24 {
+        assert!(take(&mut shard, number, 0).is_ok());
+        assert!(shard.status().dram_bytes <= (16 << 20) / 4 + (512 << 10));
+    }
+    for number in 1..=24 {
+        assert_eq!(take(&mut shard, number, 1), Ok(vec![1]), "{number}");
+    }
+}
+
+#[test]
+fn a_removed_block_is_not_served_from_what_is_held() {
+    let mut shard = on_flash(2);
+    assert!(take(&mut shard, 1, 0).is_ok());
+    shard.remove(1);
+    assert_eq!(take(&mut shard, 1, 1), Err(MissReason::Absent));
+    assert_eq!(shard.status().dram_bytes, 0);
+    // The same id, other bytes in fewer sections: nothing of the old copy comes back.
+    assert!(take(&mut shard, 2, 0).is_ok());
+    shard.remove(2);
+    shard.put(2, &[100, 200], PutHints::default());
+    assert_eq!(take(&mut shard, 2, 1), Ok(vec![1]));
+    assert_eq!(take(&mut shard, 2, 2), Err(MissReason::WrongFormat));
+}
+
+#[test]
+fn a_wrong_byte_in_the_middle_of_a_stretch_ends_the_block_there() {
+    let shard = on_flash(2);
+    let image = shard.disk.image();
+    let at = shard::place_of(&image, 1, SECTION);
+    let mut broken = image;
+    broken.flip_bit((at + 2 * SECTION as u64 + 77) * 8);
+    let disk = kvar_io::sim::SimDisk::with_image(broken, SimOptions::default());
+    let mut shard = Shard::open(disk, roomy(), shard.now);
+    assert_eq!(take(&mut shard, 1, 0), Ok(vec![0]));
+    assert_eq!(take(&mut shard, 1, 1), Ok(vec![1]));
+    assert_eq!(take(&mut shard, 1, 2), Err(MissReason::Corrupt));
+    assert_eq!(take(&mut shard, 1, 3), Err(MissReason::Absent));
+    assert_eq!(shard.counters().corrupt, 1);
+    assert_eq!(take(&mut shard, 2, 2), Ok(vec![2]));
+}
+
+#[test]
+fn a_small_block_is_read_whole_at_its_first_section() {
+    let mut shard = Shard::new(DEVICE_BYTES, roomy());
+    for number in [1, 2] {
+        shard.put(number, &[30_000; 6], PutHints::default());
+    }
+    shard.settle();
+    let mut shard = shard.restart();
+    for section in 0..6 {
+        assert_eq!(take(&mut shard, 1, section), Ok(vec![section]));
+    }
+    let before = shard.counters().device_read_bytes;
+    for section in 0..6 {
+        assert_eq!(take(&mut shard, 2, section), Ok(vec![section]));
+    }
+    let read = shard.counters().device_read_bytes - before;
+    assert_eq!(read, PAGE + 6 * 8 * PAGE);
+    assert_eq!(shard.status().dram_blocks, 1);
+}
+
+// ---- waiting ------------------------------------------------------------------------------------
+
+const WAITS: ReadHints = ReadHints {
+    goes_on: false,
+    waits: true,
+};
+
+/// Announces a block whose checks are not known yet.
+fn announce(shard: &mut Shard, number: u64, lengths: &[usize]) -> Result<PutTicket, PutOutcome> {
+    let request = PutRequest {
+        id: id(number),
+        sections: lengths
+            .iter()
+            .map(|len| (*len as u32, ContentCheck(0)))
+            .collect(),
+        hints: PutHints::default(),
+        durable: false,
+        deadline: Moment(u64::MAX),
+    };
+    shard.engine.put_begin(shard.now, &request)
+}
+
+fn fill(ticket: &mut PutTicket, number: u64, section: usize) {
+    let range = ticket.section_range(section);
+    let bytes = bytes(number, section, range.len());
+    ticket.buffer_mut()[range].copy_from_slice(&bytes);
+    let check = ContentCheck::of(&bytes, &id(number), section as u16);
+    ticket.set_check(section, check);
+}
+
+fn heard(shard: &mut Shard, wanted: u64) -> Option<Result<u16, MissReason>> {
+    let events = shard.hear();
+    events.into_iter().find_map(|event| match event {
+        Event::Get { token, outcome } if token == wanted => {
+            Some(outcome.map(|copy| copy.sections[0].index))
+        }
+        _ => None,
+    })
+}
+
+#[test]
+fn whoever_waits_for_an_announced_block_reads_it_at_its_commit() {
+    let mut shard = Shard::new(DEVICE_BYTES, roomy());
+    assert_eq!(
+        begin_and_hear(&mut shard, 1, 0),
+        Some(Err(MissReason::Absent)),
+        "nobody has announced it"
+    );
+    let mut ticket = announce(&mut shard, 1, &[SECTION, 100, SECTION]).unwrap();
+    let first = begin(&mut shard, 1, 0, WAITS);
+    let last = begin(&mut shard, 1, 2, WAITS);
+    assert_eq!(
+        begin_without(&mut shard, 1),
+        Some(Err(MissReason::Absent)),
+        "who does not wait is told at once"
+    );
+    for section in 0..3 {
+        fill(&mut ticket, 1, section);
+        assert_eq!(heard(&mut shard, first), None, "nothing before the commit");
+    }
+    let token = shard.token();
+    shard.engine.put_commit(shard.now, token, ticket);
+    let events = shard.hear();
+    let mut hits: Vec<u64> = Vec::new();
+    for event in events {
+        match event {
+            Event::Get { token, outcome } => {
+                assert!(outcome.is_ok());
+                hits.push(token);
+            }
+            Event::Put { outcome, .. } => assert_eq!(outcome, PutOutcome::Stored),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(hits, [first, last]);
+    assert_eq!(shard.counters().waited_reads, 2);
+    shard.settle();
+    assert_eq!(shard.engine.bookkeeping(), 0);
+}
+
+fn begin_and_hear(shard: &mut Shard, number: u64, section: u16) -> Option<Result<u16, MissReason>> {
+    let token = begin(shard, number, section, WAITS);
+    heard(shard, token)
+}
+
+fn begin_without(shard: &mut Shard, number: u64) -> Option<Result<u16, MissReason>> {
+    let token = begin(shard, number, 0, ReadHints::default());
+    heard(shard, token)
+}
+
+#[test]
+fn an_abort_a_wrong_block_and_a_deadline_end_the_wait() {
+    let mut shard = Shard::new(DEVICE_BYTES, roomy());
+    // Aborted.
+    let ticket = announce(&mut shard, 1, &[SECTION]).unwrap();
+    let waiting = begin(&mut shard, 1, 0, WAITS);
+    shard.engine.put_abort(ticket);
+    assert_eq!(heard(&mut shard, waiting), Some(Err(MissReason::Absent)));
+    // Committed with bytes that are not what was said.
+    let mut ticket = announce(&mut shard, 1, &[SECTION]).unwrap();
+    fill(&mut ticket, 1, 0);
+    ticket.buffer_mut()[5] ^= 1;
+    let waiting = begin(&mut shard, 1, 0, WAITS);
+    let token = shard.token();
+    shard.engine.put_commit(shard.now, token, ticket);
+    assert_eq!(heard(&mut shard, waiting), Some(Err(MissReason::Absent)));
+    // Never ended.
+    let ticket = announce(&mut shard, 1, &[SECTION]).unwrap();
+    let waiting = begin(&mut shard, 1, 0, WAITS);
+    shard.leap(Duration::from_millis(1500));
+    // Any call tidies up.
+    assert!(!shard.is_there(7));
+    assert_eq!(heard(&mut shard, waiting), Some(Err(MissReason::Deadline)));
+    shard.engine.put_abort(ticket);
+    shard.settle();
+    assert_eq!(shard.engine.bookkeeping(), 0);
+}
+
+#[test]
+fn there_are_so_many_who_wait_and_no_more() {
+    let mut shard = Shard::new(DEVICE_BYTES, roomy());
+    let mut ticket = announce(&mut shard, 1, &[SECTION]).unwrap();
+    for _ in 0..1024 {
+        begin(&mut shard, 1, 0, WAITS);
+    }
+    assert_eq!(
+        begin_and_hear(&mut shard, 1, 0),
+        Some(Err(MissReason::Absent))
+    );
+    fill(&mut ticket, 1, 0);
+    let token = shard.token();
+    shard.engine.put_commit(shard.now, token, ticket);
+    let events = shard.hear();
+    let is_hit = |event: &&Event| matches!(event, Event::Get { outcome: Ok(_), .. });
+    assert_eq!(events.iter().filter(is_hit).count(), 1024);
+}
