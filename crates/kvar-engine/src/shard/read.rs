@@ -167,8 +167,8 @@ impl Shard {
         self.read_whole(token, &id, entry, sections, touch);
     }
 
-    /// Reads a block that lies on the device.
-    pub(super) fn read_whole(
+    /// Reads all of a block that lies on the device and is not being read.
+    fn read_whole(
         &mut self,
         token: u64,
         id: &BlockId,
@@ -177,13 +177,6 @@ impl Shard {
         touch: Touch,
     ) {
         let id = *id;
-        if let Some(reading) = self.reading.get_mut(&id) {
-            return reading.waiters.push(Waiter {
-                token,
-                sections,
-                touch,
-            });
-        }
         let (tenant, bytes) = (entry.tenant, entry.len as usize);
         let Some(buffer) = self.reserve_buffer(tenant, bytes, Purpose::Read) else {
             return self.miss(token, MissReason::Overloaded);
@@ -384,7 +377,7 @@ impl Shard {
                 deadline: Moment(u64::MAX),
                 touch: waiter.touch,
             };
-            self.begin_read(waiter.token, request, None);
+            self.begin_read(waiter.token, request, None, false);
         }
     }
 
