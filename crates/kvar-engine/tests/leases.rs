@@ -3,7 +3,10 @@
 mod shard;
 
 use kvar_base::{BlockId, LeaseToken, MissReason, PutOutcome};
-use kvar_engine::{EngineConfig, LEASE_MAX, LeaseGrant, LeaseRequest, PutHints, Tier};
+use kvar_engine::{
+    Demoted, EngineConfig, LEASE_MAX, LeaseGrant, LeaseRequest, PutHints, Standing, Tier,
+};
+use kvar_io::sim::{SimDisk, SimOptions};
 use shard::{Shard, config, id};
 use std::time::Duration;
 
@@ -311,4 +314,53 @@ fn a_corrupt_copy_ends_its_promise() {
     assert_eq!(shard.counters().leased_corrupt, 1);
     assert_eq!(shard.status().leased_flash_bytes, 0);
     assert_eq!(shard.status().leased_blocks, 0);
+}
+
+/// A store that starts full has nowhere to write what is promised on to: it went to the tier below, where
+/// the lease does not reach, and no counter said so.
+#[test]
+fn what_is_promised_and_goes_down_for_want_of_room_is_counted() {
+    let mut shard = Shard::new(24 << 20, small());
+    turn_over(&mut shard, 0, &[]);
+    let oldest = (0..10_000).find(|number| shard.is_there(*number)).unwrap();
+    // Ends of the process, moment after moment, until one comes when no segment is free, open or empty.
+    let mut shard = shard.restart();
+    for number in 100_000..100_010 {
+        shard.put(number, &[LEN], PutHints::default());
+        shard.engine.flush(number);
+        for _ in 0..40 {
+            shard.now = shard.now.after(Duration::from_micros(100));
+            shard.engine.turn(shard.now);
+            shard.hear();
+            let disk = SimDisk::with_image(shard.disk.image(), SimOptions::default());
+            let started = Shard::open(disk, small(), shard.now);
+            if promised_and_gone_below(started, oldest) > 0 {
+                return;
+            }
+        }
+    }
+    panic!("there was always room");
+}
+
+/// Promises the oldest blocks of a shard that has just been started and has a tier below; how many of them
+/// went there, each counted as lost.
+fn promised_and_gone_below(mut shard: Shard, oldest: u64) -> u64 {
+    shard.engine.set_standing(Standing::Above);
+    for number in oldest..oldest + 200 {
+        let client = number % 200;
+        lease(&mut shard, client as u8, client, &[number], LEASE_MAX);
+    }
+    let mut gone = 0;
+    for number in 200_000..200_020 {
+        let _ = shard.try_put(number, &[LEN], PutHints::default());
+        shard.pass(Duration::from_millis(5));
+        for (token, block) in std::mem::take(&mut shard.offers) {
+            let before = shard.status().leased_blocks;
+            shard.engine.demoted(shard.now, token, Demoted::Stored);
+            assert_eq!(shard.engine.lookup(shard.now, &[block.id], 0), [false]);
+            gone += before - shard.status().leased_blocks;
+        }
+    }
+    assert_eq!(shard.counters().leased_dropped, gone);
+    gone
 }

@@ -25,7 +25,7 @@
 
 use crate::promises::Promises;
 use kvar_base::Moment;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -34,6 +34,8 @@ use std::sync::Arc;
 pub(crate) struct Put {
     pub(crate) nonce: u64,
     pub(crate) lengths: Arc<[u32]>,
+    /// What the store calls its bytes.
+    pub(crate) version: u64,
     pub(crate) order: u64,
     pub(crate) committed: Moment,
     pub(crate) turn: u64,
@@ -246,6 +248,8 @@ pub struct Model {
     pub(crate) blocks: BTreeMap<u64, Block>,
     /// Which block was written to a position last.
     pub(crate) positions: HashMap<u32, u64>,
+    /// Which others were written there before.
+    positions_before: HashMap<u32, BTreeSet<u64>>,
     pub(crate) next_order: u64,
     /// Wall time.
     pub(crate) unix_s: u64,
@@ -318,6 +322,7 @@ impl Model {
             block.puts.clear();
         }
         self.positions.clear();
+        self.positions_before.clear();
     }
 
     /// The remove of everything before `order` is durable.
@@ -338,23 +343,41 @@ impl Model {
     }
 
     pub(crate) fn placed(&mut self, number: u64, position: u32) {
-        self.positions.insert(position, number);
+        if let Some(before) = self.positions.insert(position, number) {
+            self.positions_before
+                .entry(position)
+                .or_default()
+                .insert(before);
+        }
         let block = self.block(number);
         (block.on_device, block.position) = (true, Some(position));
     }
 
-    /// The copy at a position is given up; `corrupt` and `excused` say whether for its bytes, and
-    /// whether a fault touched these.
-    pub(crate) fn displaced(&mut self, position: u32, corrupt: bool, excused: bool) -> Verdict {
-        let Some(number) = self.positions.get(&position).copied() else {
-            return if self.lenient {
-                Ok(())
-            } else {
-                Err(format!(
-                    "position {position} is given up and nothing was placed there"
-                ))
-            };
+    /// Blocks on the device that lie at a position, for all that is known: they lay there once, and it is
+    /// not known that they lie elsewhere.
+    pub(crate) fn may_lie_at(&self, position: u32) -> Vec<u64> {
+        let before = self.positions_before.get(&position).into_iter().flatten();
+        let all: BTreeSet<u64> = before
+            .chain(self.positions.get(&position))
+            .copied()
+            .collect();
+        let may_lie_there = |number: &u64| {
+            self.blocks.get(number).is_some_and(|block| {
+                block.on_device && block.position.is_none_or(|known| known == position)
+            })
         };
+        all.into_iter().filter(may_lie_there).collect()
+    }
+
+    /// The copy of a block at a position is given up; `corrupt` and `excused` say whether for its
+    /// bytes, and whether a fault touched these.
+    pub(crate) fn displaced(
+        &mut self,
+        number: u64,
+        position: u32,
+        corrupt: bool,
+        excused: bool,
+    ) -> Verdict {
         let lenient = self.lenient;
         let block = self.block(number);
         if corrupt && !excused && !block.is_in_doubt() && !lenient {
@@ -368,16 +391,6 @@ impl Model {
         (block.on_device, block.position) = (false, None);
         block.evicted();
         Ok(())
-    }
-
-    /// The copy of a block that is in doubt may have been given up: nothing is promised of it any
-    /// more, and nothing is denied.
-    pub(crate) fn perhaps_displaced(&mut self, number: u64) {
-        let block = self.block(number);
-        for put in block.current() {
-            (put.guaranteed, put.given_up) = (false, true);
-        }
-        (block.on_device, block.position) = (false, None);
     }
 
     /// Sections of a block are read (all of them: `None`).

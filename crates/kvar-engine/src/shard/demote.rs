@@ -337,7 +337,9 @@ impl Shard {
             Some(_) => {}
             None => {
                 self.let_go(id, entry.class());
-                self.lose_lease(id);
+                // A lease stays with the copy it was taken on, and there was no room to write this
+                // one on (else it would not have been offered).
+                self.counters.leased_dropped += u64::from(self.lose_lease(id));
             }
         }
     }

@@ -305,6 +305,7 @@ impl Shard {
                 is_below: false,
             },
         );
+        self.answer_by_put(&id);
         self.counters.not_admitted_handover += u64::from(is_awaited);
         if passes {
             self.counters.taken += 1;

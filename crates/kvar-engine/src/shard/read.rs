@@ -2,7 +2,8 @@
 //!
 //! A read that began before a remove ends as Miss(removed); one whose entry moved meanwhile (the
 //! block was rewritten elsewhere) still ends well, since the bytes it read carry the old place in
-//! their check and the segment is not reused while it has readers.
+//! their check and the segment is not reused while it has readers. One whose copy was given up ends
+//! well too, but for itself alone: with the next put of that id nobody waits for it any more.
 //!
 //! ```text
 //!   read ── holds ──────────────────────────────────────> answer
@@ -166,8 +167,8 @@ impl Shard {
         self.read_whole(token, &id, entry, sections, touch);
     }
 
-    /// Reads a block that lies on the device.
-    pub(super) fn read_whole(
+    /// Reads all of a block that lies on the device and is not being read.
+    fn read_whole(
         &mut self,
         token: u64,
         id: &BlockId,
@@ -176,13 +177,6 @@ impl Shard {
         touch: Touch,
     ) {
         let id = *id;
-        if let Some(reading) = self.reading.get_mut(&id) {
-            return reading.waiters.push(Waiter {
-                token,
-                sections,
-                touch,
-            });
-        }
         let (tenant, bytes) = (entry.tenant, entry.len as usize);
         let Some(buffer) = self.reserve_buffer(tenant, bytes, Purpose::Read) else {
             return self.miss(token, MissReason::Overloaded);
@@ -366,6 +360,24 @@ impl Shard {
                 Some(_) => {}
                 None => self.counters.leased_corrupt += u64::from(self.lose_lease(id)),
             }
+        }
+    }
+
+    /// A block was put that was not visible: what is still being read of it is a copy that was given
+    /// up. Who waits for that gets what was put. Else whoever asks later would join that read, and
+    /// what it brings would become resident while the index leads to the put.
+    pub(super) fn answer_by_put(&mut self, id: &BlockId) {
+        let Some(reading) = self.reading.remove(id) else {
+            return;
+        };
+        for waiter in reading.waiters {
+            let request = GetRequest {
+                id: *id,
+                sections: waiter.sections,
+                deadline: Moment(u64::MAX),
+                touch: waiter.touch,
+            };
+            self.begin_read(waiter.token, request, None, false);
         }
     }
 

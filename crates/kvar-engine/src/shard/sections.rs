@@ -24,13 +24,13 @@
 //! section after another is spared (`ahead`).
 
 use super::ahead::{STRETCH_BYTES, Waiter};
-use super::{Copy, Moved, Pending, SectionRef, Shard, Touch};
+use super::{Copy, GetRequest, Moved, Pending, SectionRef, Shard, Touch};
 use crate::dram::Purpose;
 use crate::index::Entry;
 use crate::layout::{ImagePlan, PAGE};
 use kvar_base::FastMap;
 use kvar_base::check::{Place, crc64, version};
-use kvar_base::{BlockId, ContentCheck, MissReason, page_round_up};
+use kvar_base::{BlockId, ContentCheck, MissReason, Moment, page_round_up};
 use kvar_io::{DeviceError, Op};
 use kvar_policy::Tenant;
 use smallvec::SmallVec;
@@ -386,20 +386,20 @@ impl Shard {
             return;
         }
         for Waiter { token, wanted } in self.stretch_ended(&read.id, read.number) {
-            // What ended this read need not end theirs: they may want what it did not reach.
-            match self.find(&read.id).filter(|_| failed.is_none()) {
-                Some((_, entry)) => self.get_sections(token, &read.id, &entry, &wanted),
-                None => self.miss(token, failed.unwrap_or(MissReason::Absent)),
+            if let Some(reason) = failed {
+                self.miss(token, reason);
+                continue;
             }
-        }
-    }
-
-    /// Sections of a block that lies on the device, one after another, for whoever waited.
-    fn get_sections(&mut self, token: u64, id: &BlockId, entry: &Entry, wanted: &Range<u16>) {
-        let is_begun = self.get_held(token, id, entry, wanted)
-            || self.get_part(token, id, entry, wanted, true);
-        if !is_begun {
-            self.read_whole(token, id, *entry, Some(wanted.clone()), Touch::NONE);
+            // What this read brought need not be theirs: they may want what it did not reach, and the
+            // block may be elsewhere by now, or in memory alone.
+            let request = GetRequest {
+                id: read.id,
+                sections: Some(wanted),
+                deadline: Moment(u64::MAX),
+                touch: Touch::NONE,
+            };
+            let found = self.find(&read.id);
+            self.begin_read(token, request, found, true);
         }
     }
 

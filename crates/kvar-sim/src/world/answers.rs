@@ -7,14 +7,10 @@
 use super::{Held, Memory, Step, Violation, Waiting, World, wrong};
 use crate::model::{Now, Presence};
 use crate::payload;
-use crate::promises::Reason;
-use kvar_base::{BlockId, MissReason, Moment, PutOutcome};
-use kvar_engine::{Change, Copy, Displaced, Event};
+use kvar_base::{BlockId, MissReason, PutOutcome};
+use kvar_engine::{Change, Copy, Event};
 use kvar_io::sim::{FaultKind, FaultOn};
 use std::ops::Range;
-
-/// Share of the index in use, in percent, below which no entry should have to make room.
-const BUCKET_LOAD_PERCENT_MIN: u64 = 20;
 
 impl World {
     /// What faults struck since.
@@ -71,7 +67,6 @@ impl World {
         if journal.is_empty() {
             return Ok(());
         }
-        let now = self.now;
         let memory = reserving.as_ref();
         let mut used_bytes = memory.map_or(0, |memory| memory.used_bytes);
         for change in journal {
@@ -151,129 +146,10 @@ impl World {
                     self.hear_left(number, None)?;
                 }
                 Change::Displaced { position, id, why } => {
-                    // After a fault the entry of another block may have led there: it is that one's
-                    // which is gone, and of that one nothing was known to be there.
-                    let whose = id.and_then(|id| self.numbers.get(&id).copied());
-                    let known = self.model.positions.get(&position).copied();
-                    if whose.is_some() && whose != known && !self.harm.is_none() {
-                        self.tally.count("left/device, an entry that a fault left");
-                        self.displaced += 1;
-                        continue;
-                    }
-                    self.hear_displaced(now, position, why)?;
+                    let named = id.map(|id| self.number(&id)).transpose()?;
+                    self.hear_displaced(position, named, why)?;
                 }
             }
-        }
-        Ok(())
-    }
-
-    pub(super) fn hear_displaced(&mut self, now: Moment, position: u32, why: Displaced) -> Step {
-        self.displaced += 1;
-        let status = self.engine().status(now);
-        let mut excused = self.harm.history_lost;
-        match why {
-            Displaced::Bucket => {
-                let number = self.model.positions.get(&position).copied();
-                self.given_up_now.extend(number);
-                self.tally.count("left/device, bucket");
-                if status.flash_blocks * 100 < status.index_entries_max * BUCKET_LOAD_PERCENT_MIN
-                    && !self.model.lenient
-                {
-                    return wrong(format!(
-                        "position {position} lost its index entry although {} of {} are used",
-                        status.flash_blocks, status.index_entries_max
-                    ));
-                }
-            }
-            Displaced::Reclaim => {
-                let number = self.model.positions.get(&position).copied();
-                self.given_up_now.extend(number);
-                self.tally.count("left/device, reclaim");
-                if status.segments_free > 1 && !self.harm.refused {
-                    return wrong(format!(
-                        "position {position} was reclaimed although {} segments are free",
-                        status.segments_free
-                    ));
-                }
-            }
-            Displaced::Demoted => {
-                self.check_is_below(position)?;
-                if status.segments_free > 1 && !self.harm.refused {
-                    return wrong(format!(
-                        "position {position} was reclaimed although {} segments are free",
-                        status.segments_free
-                    ));
-                }
-            }
-            Displaced::Refused => {
-                self.tally.count("left/device, refused");
-                if !self.harm.refused {
-                    return wrong(format!(
-                        "position {position} is given up and the device refused nothing"
-                    ));
-                }
-            }
-            Displaced::Expired => {
-                self.tally.count("left/device, expired");
-                if let Some(number) = self.model.positions.get(&position).copied() {
-                    self.check_over(number, "left the device")?;
-                }
-            }
-            Displaced::Corrupt => {
-                self.tally.count("left/device, corrupt");
-                let pages = self.superblock.segment_pages();
-                let offset = self
-                    .superblock
-                    .offset(0, position / pages, position % pages);
-                let number = self.model.positions.get(&position).copied();
-                let bytes = number.map_or(0, |number| {
-                    let puts = &self.model.block(number).puts;
-                    let stored = puts.iter().map(|put| payload::stored_bytes(&put.lengths));
-                    stored.max().unwrap_or(0)
-                });
-                excused |= self.harm.touched(&(offset..offset + bytes));
-            }
-        }
-        self.note(format!("    gone from position {position}: {why:?}"));
-        // Where history was lost, an entry may lead to where another block was written since: which
-        // of the two it was is not known.
-        if why == Displaced::Corrupt
-            && let Some(number) = self.model.positions.get(&position).copied()
-            && self.is_unknown(number)
-        {
-            self.model.perhaps_displaced(number);
-            return Ok(());
-        }
-        self.model
-            .displaced(position, why == Displaced::Corrupt, excused)?;
-        let Some(number) = self.model.positions.get(&position).copied() else {
-            return Ok(());
-        };
-        let excuse = match why {
-            Displaced::Corrupt | Displaced::Refused => Some(Reason::Corrupt),
-            // With no segment open, right after a start on a full device, there is nowhere to go;
-            // and what no record names any more cannot be carried on.
-            Displaced::Reclaim
-                if self.harm.refused || self.harm.history_touched || !self.has_placed =>
-            {
-                Some(Reason::Dropped)
-            }
-            Displaced::Reclaim | Displaced::Bucket | Displaced::Expired | Displaced::Demoted => {
-                None
-            }
-        };
-        self.hear_left(number, excuse)
-    }
-
-    /// A block left because it is over.
-    fn check_over(&mut self, number: u64, how: &str) -> Step {
-        let presence = self.model.presence(number);
-        let over = matches!(presence, Presence::Over | Presence::ThereOrOver);
-        if !over && !self.is_unknown(number) && !self.model.lenient {
-            let (unix_s, block) = (self.unix_s(), self.model.block(number));
-            return wrong(format!(
-                "block {number} {how} as expired at {unix_s} and is {presence:?}: {block:?}"
-            ));
         }
         Ok(())
     }

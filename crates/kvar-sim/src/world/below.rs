@@ -167,19 +167,14 @@ impl World {
     }
 
     /// An entry is given up because the block is below.
-    pub(super) fn check_is_below(&mut self, position: u32) -> Step {
-        let number = self.model.positions.get(&position).copied();
-        let stored = self.below.as_ref().map(|below| &below.stored);
-        let is_there = number
-            .zip(stored)
-            .is_some_and(|(it, stored)| stored.contains(&it));
+    pub(super) fn check_is_below(&self, position: u32, number: u64) -> Step {
+        let is_there = self.below.as_ref().is_some_and(|below| below.has(number));
         if !is_there && !self.model.lenient {
             return wrong(format!(
-                "position {position} (block {number:?}) is given up for the tier below, which was not said to \
+                "position {position} (block {number}) is given up for the tier below, which was not said to \
                  have it"
             ));
         }
-        self.tally.count("left/device, demoted");
         Ok(())
     }
 }

@@ -3,9 +3,10 @@
 //! What must always be true: a call whose answer comes at once is judged at once.
 
 use super::{OpenPut, PutEnd, Step, Violation, Waiting, WantedPut, World, tenant, wrong};
-use crate::model::{Handover, Presence, Put};
+use crate::model::{Handover, Now, Presence, Put};
 use crate::payload;
 use crate::promises::Reason;
+use kvar_base::check::version;
 use kvar_base::{BlockId, ContentCheck, Moment, PutOutcome, Refusal};
 use kvar_engine::{Event, GetRequest, PutHints, PutRequest, ReadHints, Tier, Touch};
 use std::ops::Range;
@@ -30,7 +31,7 @@ impl World {
         let nonce = writer << 40 | self.next_nonce;
         self.next_nonce += 1;
         let deadline = self.now.after(patience);
-        let sections = lengths
+        let sections: Vec<(u32, ContentCheck)> = lengths
             .iter()
             .enumerate()
             .map(|(at, len)| {
@@ -38,6 +39,7 @@ impl World {
                 (*len, ContentCheck::of(&bytes, &id, at as u16))
             })
             .collect();
+        let version = version(sections.iter().map(|(_, check)| *check));
         // By the put's own number, not by the dice: what is said changes no other step.
         let said = nonce.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
         let hints = PutHints {
@@ -91,6 +93,7 @@ impl World {
                     number,
                     nonce,
                     lengths: lengths.into(),
+                    version,
                     ticket,
                     deadline,
                     hints,
@@ -132,6 +135,7 @@ impl World {
             number,
             nonce,
             lengths,
+            version,
             mut ticket,
             hints,
             durable,
@@ -194,6 +198,7 @@ impl World {
                     unread: vec![true; lengths.len()],
                 }),
                 lengths,
+                version,
                 order,
                 committed: self.now,
                 turn: self.turns,
@@ -329,6 +334,21 @@ impl World {
                 return wrong(format!(
                     "block {number} is said to be in {:?}: {block:?}",
                     stat.tier
+                ));
+            }
+            // Before anybody reads it: what is in memory is of the put that is there.
+            let mut there = match &block.now {
+                Now::Absent => &[][..],
+                Now::Known(nonce) => std::slice::from_ref(nonce),
+                Now::OneOf(nonces) => nonces,
+            }
+            .iter()
+            .filter_map(|nonce| block.put(*nonce));
+            if let Some(version) = stat.version
+                && !there.any(|put| put.version == version)
+            {
+                return wrong(format!(
+                    "block {number} is in memory as version {version:x}, of no put that is there: {block:?}"
                 ));
             }
         }

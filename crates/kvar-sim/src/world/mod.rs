@@ -9,6 +9,7 @@ mod answers;
 mod below;
 mod calls;
 mod devices;
+mod gone;
 mod lives;
 mod promises;
 mod scrub;
@@ -71,6 +72,7 @@ pub(crate) struct OpenPut {
     pub(crate) number: u64,
     nonce: u64,
     lengths: Arc<[u32]>,
+    version: u64,
     ticket: PutTicket,
     deadline: Moment,
     hints: PutHints,
