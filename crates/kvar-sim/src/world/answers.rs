@@ -298,6 +298,13 @@ impl World {
                 if sections.is_some() {
                     self.tally.count("get/hit of some sections");
                 }
+                // Answered by a put that came while it waited: that is a read of the put, too (of a handover,
+                // maybe its only one). What was there when it was asked was noted then.
+                let block = self.model.block(number);
+                if block.put(nonce).is_some_and(|put| put.order >= puts_before) {
+                    self.tally.count("get/answered by a later put");
+                    self.model.read(number, sections.as_ref());
+                }
                 let block = self.model.block(number);
                 if let Now::OneOf(known) = &block.now {
                     self.tally.count("get/hit after a restart");
