@@ -16,14 +16,18 @@ import kvar
 
 START_S_MAX = 30
 STOP_S_MAX = 60
+# What all tests put into the node they share stays there; one test needs less.
+SHARED_STORE_SIZE = "1GiB"
+OWN_STORE_SIZE = "256MiB"
 
 
 class Node:
     """A node process that a test may stop, kill and start again."""
 
-    def __init__(self, binary: str, folder: Path) -> None:
+    def __init__(self, binary: str, folder: Path, size: str) -> None:
         self._binary = binary
         self._folder = folder
+        self._size = size
         self._process: subprocess.Popen[bytes] | None = None
         self.data = folder / "store.kvar"
         self.key_file = folder / "store.kvar.key"
@@ -33,7 +37,7 @@ class Node:
     def start(self) -> None:
         ready = self._folder / "ready.json"
         ready.unlink(missing_ok=True)
-        command = [self._binary, "serve", "--data", str(self.data), "--size", "1GiB"]
+        command = [self._binary, "serve", "--data", str(self.data), "--size", self._size]
         command += ["--dram", "64MiB", "--shards", "1", "--listen", self.endpoint]
         command += ["--admin", "127.0.0.1:0", "--ready-file", str(ready)]
         with (self._folder / "node.log").open("ab") as log:
@@ -52,6 +56,11 @@ class Node:
             self._process.kill()
             self._process.wait()
             self._process = None
+
+    def end(self) -> None:
+        """Kills it and gives its file back, so that a whole run needs room for few."""
+        self.kill()
+        self.data.unlink(missing_ok=True)
 
     def stop(self) -> None:
         assert self._process is not None
@@ -84,29 +93,33 @@ class Node:
         return kvar.NamespaceKey.from_file(self.key_file)
 
 
-def node_in(folder: Path) -> Node:
+def node_in(folder: Path, size: str) -> Node:
     binary = os.environ.get("KVAR_BIN")
     if not binary:
         pytest.skip("KVAR_BIN names no kvar binary; python/check.sh sets it")
-    return Node(binary, folder)
+    return Node(binary, folder, size)
 
 
 @pytest.fixture(scope="session")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """A node that all tests share; it is neither stopped nor killed by them."""
-    node = node_in(tmp_path_factory.mktemp("node"))
-    node.start()
-    yield node
-    node.kill()
+    node = node_in(tmp_path_factory.mktemp("node"), SHARED_STORE_SIZE)
+    try:
+        node.start()
+        yield node
+    finally:
+        node.end()
 
 
 @pytest.fixture
 def own_node(tmp_path: Path) -> Iterator[Node]:
     """A node for one test, which may treat it badly."""
-    node = node_in(tmp_path)
-    node.start()
-    yield node
-    node.kill()
+    node = node_in(tmp_path, OWN_STORE_SIZE)
+    try:
+        node.start()
+        yield node
+    finally:
+        node.end()
 
 
 @pytest.fixture
