@@ -68,3 +68,48 @@ def test_layers_that_drop_their_kv_are_refused() -> None:
         check(specs=[spec(), spec()])
     with pytest.raises(SettingsError, match="SlidingWindowSpec"):
         check(specs=[spec("SlidingWindowSpec", sliding_window=128)])
+
+
+def test_an_untried_vllm_runs_without_the_store(
+    node: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import logging
+
+    import vllm
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+    from kvar.vllm import KvarConnector
+
+    extra = {"endpoint": node.endpoint, "namespace_key_file": str(node.key_file)}
+    config = SimpleNamespace(
+        # What a tried one would refuse at once.
+        kv_transfer_config=SimpleNamespace(
+            kv_load_failure_policy="fail",
+            kv_connector_extra_config=extra,
+            is_kv_consumer=True,
+            is_kv_producer=True,
+        ),
+        cache_config=SimpleNamespace(
+            enable_prefix_caching=False, block_size=32, prefix_caching_hash_algo="sha256"
+        ),
+        model_config=SimpleNamespace(model="m", dtype="torch.float32"),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
+    )
+    cache = SimpleNamespace(kv_cache_groups=[], hash_block_size=32, num_blocks=8)
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    log = logging.getLogger("vllm.kvar")
+    log.addHandler(caplog.handler)
+    try:
+        worker = KvarConnector(config, KVConnectorRole.WORKER, cache)
+        scheduler = KvarConnector(config, KVConnectorRole.SCHEDULER, cache)
+    finally:
+        log.removeHandler(caplog.handler)
+    assert "off: vLLM 0.99.0 was not tried" in caplog.text
+    # Nothing is taken, nothing said, nothing asked.
+    worker.register_kv_caches({})
+    assert worker.get_handshake_metadata() is None
+    scheduler.set_xfer_handshake_metadata_pp_aware({})
+    request = SimpleNamespace(skip_reading_prefix_cache=False, request_id="r")
+    assert scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
+    worker.shutdown()
+    scheduler.shutdown()

@@ -156,10 +156,12 @@ class KvarConnector(KVConnectorBase_V1):
 
         self._settings = Settings.from_extra_config(transfer.kv_connector_extra_config or {})
         version = str(vllm.__version__)
-        if not is_tried(version) and not self._settings.any_version:
+        self._is_untried = not is_tried(version) and not self._settings.any_version
+        if self._is_untried:
             logger.warning("%s", untried(version))
             self._settings = replace(self._settings, mode=Mode.OFF)
-        refuse_what_cannot_work(vllm_config, kv_cache_config)
+        else:
+            refuse_what_cannot_work(vllm_config, kv_cache_config)
         self._key = kvar.NamespaceKey.from_file(self._settings.namespace_key_file)
         self._link = Link.to(self._settings, introduction(vllm_config, version, role.name.lower()))
         self._block_tokens: int = vllm_config.cache_config.block_size
@@ -210,6 +212,8 @@ class KvarConnector(KVConnectorBase_V1):
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
         """Takes the workers' fingerprint, without which no block can be named."""
+        if self._is_untried:
+            return
         texts = {greeting.text for greeting in metadata.values() if isinstance(greeting, Greeting)}
         if len(texts) != 1 or len(metadata) != self._ranks:
             raise SettingsError(
@@ -308,6 +312,8 @@ class KvarConnector(KVConnectorBase_V1):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Takes the engine's KV memory."""
+        if self._is_untried:
+            return
         # Layers that share another layer's KV appear twice; their bytes are stored once.
         layers = list({layer.data_ptr(): layer for layer in kv_caches.values()}.values())
         blocks = self._kv_cache_config.num_blocks

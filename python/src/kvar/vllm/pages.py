@@ -24,6 +24,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import kvar
@@ -38,6 +39,19 @@ LANE_BLOCKS = 16
 
 # Lanes in all: while one is copied, another is on the link, for loads and saves at once.
 LANES = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Blocks of one prompt, and the engine's pages that are theirs."""
+
+    client: kvar.Client
+    ids: Sequence[bytes]
+    blocks: Sequence[int]
+    """Numbers of the pages, one a block."""
+    deadline_ms: int
+    depth: int
+    """Place of the first block in its chain."""
 
 
 class Transfer(Protocol):
@@ -68,26 +82,10 @@ class Pages(Protocol):
 
     page_shape: tuple[int, ...]
 
-    def load(
-        self,
-        client: kvar.Client,
-        ids: Sequence[bytes],
-        blocks: Sequence[int],
-        deadline_ms: int,
-        depth: int,
-        request: int,
-    ) -> Transfer:
+    def load(self, batch: Batch, request: int) -> Transfer:
         """Starts filling pages."""
 
-    def save(
-        self,
-        client: kvar.Client,
-        ids: Sequence[bytes],
-        blocks: Sequence[int],
-        deadline_ms: int,
-        depth: int,
-        hints: kvar.PutHints,
-    ) -> Transfer:
+    def save(self, batch: Batch, hints: kvar.PutHints) -> Transfer:
         """Starts storing pages."""
 
 
@@ -160,65 +158,41 @@ class DirectPages:
         self._layers = [_as_bytes(layer).reshape(-1).numpy() for layer in layers]
         self._page_bytes = self._layers[0].size // layers[0].shape[0]
 
-    def load(
-        self,
-        client: kvar.Client,
-        ids: Sequence[bytes],
-        blocks: Sequence[int],
-        deadline_ms: int,
-        depth: int,
-        request: int,
-    ) -> Transfer:
+    def load(self, batch: Batch, request: int) -> Transfer:
         """Starts filling pages."""
-        pending = client.submit_get_pages(
-            ids,
+        pending = batch.client.submit_get_pages(
+            batch.ids,
             self._layers,
-            blocks,
+            batch.blocks,
             self._page_bytes,
-            deadline_ms=deadline_ms,
-            depth=depth,
+            deadline_ms=batch.deadline_ms,
+            depth=batch.depth,
             request=request,
         )
         return _Pending(pending)
 
-    def load_layers(
-        self,
-        client: kvar.Client,
-        ids: Sequence[bytes],
-        blocks: Sequence[int],
-        deadline_ms: int,
-        depth: int,
-        request: int,
-    ) -> LayeredTransfer:
+    def load_layers(self, batch: Batch, request: int) -> LayeredTransfer:
         """Starts filling pages, the first layer of all of them first."""
-        get = client.submit_get_layers(
-            ids,
+        get = batch.client.submit_get_layers(
+            batch.ids,
             self._layers,
-            blocks,
+            batch.blocks,
             self._page_bytes,
-            deadline_ms=deadline_ms,
-            depth=depth,
+            deadline_ms=batch.deadline_ms,
+            depth=batch.depth,
             request=request,
         )
         return _Layered(get)
 
-    def save(
-        self,
-        client: kvar.Client,
-        ids: Sequence[bytes],
-        blocks: Sequence[int],
-        deadline_ms: int,
-        depth: int,
-        hints: kvar.PutHints,
-    ) -> Transfer:
+    def save(self, batch: Batch, hints: kvar.PutHints) -> Transfer:
         """Starts storing pages."""
-        pending = client.submit_put_pages(
-            ids,
+        pending = batch.client.submit_put_pages(
+            batch.ids,
             self._layers,
-            blocks,
+            batch.blocks,
             self._page_bytes,
-            deadline_ms=deadline_ms,
-            depth=depth,
+            deadline_ms=batch.deadline_ms,
+            depth=batch.depth,
             hints=hints,
         )
         return _Pending(pending)
@@ -242,29 +216,13 @@ class StagedPages:
         memory = torch.empty(shape, dtype=torch.uint8, pin_memory=on_device)
         self.free = [Lane(self, memory[lane]) for lane in range(LANES)]
 
-    def load(
-        self,
-        client: kvar.Client,
-        ids: Sequence[bytes],
-        blocks: Sequence[int],
-        deadline_ms: int,
-        depth: int,
-        request: int,
-    ) -> Transfer:
+    def load(self, batch: Batch, request: int) -> Transfer:
         """Starts filling pages."""
-        return _StagedLoad(self, client, ids, blocks, deadline_ms, depth, request)
+        return _StagedLoad(self, batch, request)
 
-    def save(
-        self,
-        client: kvar.Client,
-        ids: Sequence[bytes],
-        blocks: Sequence[int],
-        deadline_ms: int,
-        depth: int,
-        hints: kvar.PutHints,
-    ) -> Transfer:
+    def save(self, batch: Batch, hints: kvar.PutHints) -> Transfer:
         """Starts storing pages, once what the engine has launched so far is done."""
-        return _StagedSave(self, client, ids, blocks, deadline_ms, depth, hints)
+        return _StagedSave(self, batch, hints)
 
 
 class Lane:
@@ -339,24 +297,10 @@ class _Piece:
 class _Staged(ABC):
     """What loads and saves through lanes share: pieces take lanes as they come free."""
 
-    def __init__(
-        self,
-        pages: StagedPages,
-        client: kvar.Client,
-        ids: Sequence[bytes],
-        blocks: Sequence[int],
-        deadline_ms: int,
-        depth: int,
-        request: int,
-    ) -> None:
+    def __init__(self, pages: StagedPages, batch: Batch) -> None:
         self.pages = pages
-        self.client = client
-        self.ids = ids
-        self.blocks = blocks
-        self.deadline_ms = deadline_ms
-        self.depth = depth
-        self.request = request
-        self.words = [""] * len(ids)
+        self.batch = batch
+        self.words = [""] * len(batch.ids)
         self._next = 0
         self._pieces: list[_Piece] = []
 
@@ -366,13 +310,13 @@ class _Staged(ABC):
             if self.push(piece):
                 self._pieces.remove(piece)
                 self.pages.free.append(piece.lane)
-        while self._next < len(self.ids) and self.pages.free:
-            count = min(LANE_BLOCKS, len(self.ids) - self._next)
+        while self._next < len(self.words) and self.pages.free:
+            count = min(LANE_BLOCKS, len(self.words) - self._next)
             piece = _Piece(self.pages.free.pop(), self._next, count)
             self._next += count
             self._pieces.append(piece)
             self.begin(piece)
-        return self.words if self._next == len(self.ids) and not self._pieces else None
+        return self.words if self._next == len(self.words) and not self._pieces else None
 
     def ended_at(self) -> float:
         """Now: a piece ends when it is pushed."""
@@ -388,24 +332,28 @@ class _Staged(ABC):
 
     def ids_of(self, piece: _Piece) -> Sequence[bytes]:
         """The ids of a piece."""
-        return self.ids[piece.first : piece.first + piece.count]
+        return self.batch.ids[piece.first : piece.first + piece.count]
 
     def blocks_of(self, piece: _Piece) -> Sequence[int]:
         """The engine's pages of a piece."""
-        return self.blocks[piece.first : piece.first + piece.count]
+        return self.batch.blocks[piece.first : piece.first + piece.count]
 
 
 class _StagedLoad(_Staged):
     """store -> lane -> pages."""
 
+    def __init__(self, pages: StagedPages, batch: Batch, request: int) -> None:
+        super().__init__(pages, batch)
+        self.request = request
+
     def begin(self, piece: _Piece) -> None:
-        piece.pending = self.client.submit_get_pages(
+        piece.pending = self.batch.client.submit_get_pages(
             self.ids_of(piece),
             piece.lane.sections,
             range(piece.count),
             self.pages.page_bytes,
-            deadline_ms=self.deadline_ms,
-            depth=self.depth + piece.first,
+            deadline_ms=self.batch.deadline_ms,
+            depth=self.batch.depth + piece.first,
             request=self.request,
         )
 
@@ -426,17 +374,8 @@ class _StagedLoad(_Staged):
 class _StagedSave(_Staged):
     """pages -> lane -> store."""
 
-    def __init__(
-        self,
-        pages: StagedPages,
-        client: kvar.Client,
-        ids: Sequence[bytes],
-        blocks: Sequence[int],
-        deadline_ms: int,
-        depth: int,
-        hints: kvar.PutHints,
-    ) -> None:
-        super().__init__(pages, client, ids, blocks, deadline_ms, depth, hints.request)
+    def __init__(self, pages: StagedPages, batch: Batch, hints: kvar.PutHints) -> None:
+        super().__init__(pages, batch)
         self.hints = hints
         self.computed: Any = None
         if pages.stream is not None:
@@ -453,13 +392,13 @@ class _StagedSave(_Staged):
         if piece.pending is None:
             if not _is_done(piece.event):
                 return False
-            piece.pending = self.client.submit_put_pages(
+            piece.pending = self.batch.client.submit_put_pages(
                 self.ids_of(piece),
                 piece.lane.sections,
                 range(piece.count),
                 self.pages.page_bytes,
-                deadline_ms=self.deadline_ms,
-                depth=self.depth + piece.first,
+                deadline_ms=self.batch.deadline_ms,
+                depth=self.batch.depth + piece.first,
                 hints=self.hints,
             )
         if not piece.pending.done():

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import kvar
 from kvar.vllm.link import Link
 from kvar.vllm.orders import LayersReport, LoadOrder, LoadReport, SaveOrder, SaveReport
-from kvar.vllm.pages import DirectPages, LayeredTransfer, Pages, Transfer
+from kvar.vllm.pages import Batch, DirectPages, LayeredTransfer, Pages, Transfer
 from kvar.vllm.planner import Counters
 
 logger = logging.getLogger("vllm.kvar")
@@ -107,14 +107,7 @@ class Mover:
         client = self._link.client()
         if client is not None:
             try:
-                transfer = self._pages.load(
-                    client,
-                    self._ids(order.hashes, salt),
-                    order.block_ids,
-                    self._deadline_ms,
-                    order.depth,
-                    order.request,
-                )
+                transfer = self._pages.load(self._batch(client, order, salt), order.request)
                 self._loads.append(_Load(order, transfer, time.monotonic()))
                 return
             except kvar.KvarError as error:
@@ -127,14 +120,7 @@ class Mover:
         client = self._link.client()
         if client is not None and isinstance(self._pages, DirectPages):
             try:
-                transfer = self._pages.load_layers(
-                    client,
-                    self._ids(order.hashes, salt),
-                    order.block_ids,
-                    self._deadline_ms,
-                    order.depth,
-                    order.request,
-                )
+                transfer = self._pages.load_layers(self._batch(client, order, salt), order.request)
                 self._layered.append(_LayeredLoad(order, transfer))
                 return
             except kvar.KvarError as error:
@@ -195,26 +181,21 @@ class Mover:
         client = self._link.client()
         if client is not None:
             try:
-                transfer = self._pages.save(
-                    client,
-                    self._ids(order.hashes, salt),
-                    order.block_ids,
-                    self._deadline_ms,
-                    order.depth,
-                    kvar.PutHints(
-                        request=order.request,
-                        traffic_class=self._traffic_class,
-                        handover=self._handover,
-                    ),
+                hints = kvar.PutHints(
+                    request=order.request,
+                    traffic_class=self._traffic_class,
+                    handover=self._handover,
                 )
+                transfer = self._pages.save(self._batch(client, order, salt), hints)
                 self._saves.append(_Save(order, transfer))
                 return
             except kvar.KvarError as error:
                 self._link.failed(error)
         self._ended.reports[order.job] = SaveReport(1, 0, len(order.block_ids))
 
-    def _ids(self, hashes: Sequence[bytes], salt: str) -> list[bytes]:
-        return names(self._key, hashes, self._fingerprint_text, salt, self._head_slice)
+    def _batch(self, client: kvar.Client, order: LoadOrder | SaveOrder, salt: str) -> Batch:
+        ids = names(self._key, order.hashes, self._fingerprint_text, salt, self._head_slice)
+        return Batch(client, ids, order.block_ids, self._deadline_ms, order.depth)
 
     def ended(self) -> Ended:
         """Pushes everything along and hands over what has ended since the last call."""
