@@ -31,7 +31,7 @@ mod target_error;
 mod threads;
 
 pub use device::{Completion, Device, DeviceError, Op};
-pub use memory::{Arena, Buffer, Shared};
+pub use memory::{Arena, ArenaWatch, Buffer, Shared};
 pub use open::{DeviceOptions, IoEngine, open_device};
 pub use probe::{WRITES_BYTES_MAX, WRITES_BYTES_MIN, WriteProbe, probe_writes};
 pub use ring::{Ring, RingRefused};

@@ -13,7 +13,8 @@
 //! for 4 KiB, used is that of the first page): freezing takes no memory, and a block's read none but
 //! the block's own.
 //!
-//! Memory is taken from the system when first touched; an untouched arena costs address space.
+//! Memory is taken from the system when first touched, or before by whoever calls
+//! [`ArenaWatch::prefault`]; an untouched arena costs address space.
 #![allow(unsafe_code)] // slices into the mapping; each block says why it holds
 
 use kvar_base::PAGE_BYTES;
@@ -22,9 +23,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 const PAGE: usize = PAGE_BYTES as usize;
+
+/// What [`ArenaWatch::prefault`] takes from the system at once: some milliseconds' worth.
+const PREFAULT_BYTES: usize = 4 << 20;
 
 /// A piece of device-ready memory. Clones are handles to the same piece.
 #[derive(Clone)]
@@ -36,11 +40,11 @@ struct Inner {
     free: Mutex<FreeRuns>,
     /// Handles of the frozen buffer that starts at a page.
     handles: Box<[AtomicU32]>,
-    // Keeps `base` mapped; never touched through this field.
-    _map: MmapMut,
+    // Keeps `base` mapped; its bytes are never touched through this field.
+    map: MmapMut,
 }
 
-// SAFETY: `base` points into `_map`, which lives as long as `Inner`. Bytes are reached only
+// SAFETY: `base` points into `map`, which lives as long as `Inner`. Bytes are reached only
 // through `Buffer`s, whose page runs never overlap (FreeRuns hands a page out once), so threads
 // never share a byte that one of them can write.
 unsafe impl Send for Inner {}
@@ -65,7 +69,7 @@ impl Arena {
             len,
             free,
             handles: zeroes(len / PAGE),
-            _map: map,
+            map,
         })))
     }
 
@@ -110,6 +114,12 @@ impl Arena {
         self.0.base
     }
 
+    /// A handle that does not keep the memory.
+    #[must_use]
+    pub fn watch(&self) -> ArenaWatch {
+        ArenaWatch(Arc::downgrade(&self.0))
+    }
+
     /// Whether `other` is a handle to the same memory.
     #[must_use]
     pub fn is_same(&self, other: &Self) -> bool {
@@ -125,6 +135,33 @@ impl fmt::Debug for Arena {
             self.allocated_bytes(),
             self.bytes()
         )
+    }
+}
+
+/// A handle to an arena that somebody else keeps.
+pub struct ArenaWatch(Weak<Inner>);
+
+impl ArenaWatch {
+    /// Takes the memory from the system before it is needed: clearing a fresh page costs whoever
+    /// touches it first more than filling it (0.1 to 3.5 s a GiB). Changes no byte. Returns when all
+    /// is there, when the arena is gone, or when the system says no, which is no harm: Linux before
+    /// 5.14 does not know the question, and memory that is short is refused to its first user.
+    pub fn prefault(&self) {
+        for from in (0..).step_by(PREFAULT_BYTES) {
+            let Some(arena) = self.0.upgrade() else {
+                return;
+            };
+            if from >= arena.len {
+                return;
+            }
+            let len = PREFAULT_BYTES.min(arena.len - from);
+            let asked = arena
+                .map
+                .advise_range(memmap2::Advice::PopulateWrite, from, len);
+            if asked.is_err() {
+                return;
+            }
+        }
     }
 }
 
@@ -393,6 +430,34 @@ mod tests {
         drop(other.try_thaw().unwrap());
         assert_eq!(arena.allocated_bytes(), 0);
         assert!(arena.allocate(9 * PAGE).is_none());
+    }
+
+    #[test]
+    fn prefaulting_takes_all_memory_and_changes_none() {
+        let arena = Arena::new(3 * PREFAULT_BYTES / 2).unwrap();
+        let mut buffer = arena.allocate(PAGE).unwrap();
+        buffer.as_mut_slice().fill(7);
+        assert!(resident_bytes(&arena) < arena.bytes());
+        let watch = arena.watch();
+        watch.prefault();
+        assert_eq!(resident_bytes(&arena), arena.bytes());
+        assert!(buffer.as_slice().iter().all(|byte| *byte == 7));
+        drop((arena, buffer));
+        watch.prefault();
+    }
+
+    /// Bytes of the arena that are in memory, by the kernel's map of this process.
+    fn resident_bytes(arena: &Arena) -> usize {
+        let from = arena.as_ptr() as u64;
+        let until = from + arena.bytes() as u64;
+        let pagemap = std::fs::File::open("/proc/self/pagemap").unwrap();
+        let is_there = |page: &u64| {
+            let mut entry = [0; 8];
+            let place = page / PAGE as u64 * 8;
+            std::os::unix::fs::FileExt::read_exact_at(&pagemap, &mut entry, place).unwrap();
+            u64::from_le_bytes(entry) >> 63 == 1
+        };
+        (from..until).step_by(PAGE).filter(is_there).count() * PAGE
     }
 
     /// Whoever lets go last gives the pages back, once, on whichever thread that is; and of those

@@ -209,6 +209,8 @@ pub struct Config {
     pub missing_device: MissingDevice,
     /// Payload kept in memory, over all shards.
     pub dram: ByteSize,
+    /// Whether that memory is taken from the system at start, and not when it is first used.
+    pub prefault: bool,
     /// Shards, one thread each; `None` takes what the device was made with, or one a core.
     pub shards: Option<NonZeroU32>,
     /// Where clients connect.
@@ -305,6 +307,7 @@ impl Default for Config {
             missing_device: MissingDevice::Start,
             size: None,
             dram: ByteSize(0),
+            prefault: false,
             shards: None,
             listen: blank,
             admin: blank,

@@ -90,6 +90,8 @@ pub(crate) struct OpenShard {
     pub(crate) superblock: Arc<Superblock>,
     pub(crate) config: EngineConfig,
     pub(crate) io_engine: IoEngine,
+    /// Whether its memory is taken from the system once it is loaded.
+    pub(crate) prefault: bool,
     pub(crate) progress: Arc<Progress>,
     pub(crate) watch: Arc<Watch>,
     pub(crate) keeper: Sender<Event>,
@@ -140,6 +142,7 @@ impl OpenShard {
         let post = post.clone();
         let name = format!("kvar-load-{}-{}", self.device, self.number);
         let spawn = std::thread::Builder::new().name(name);
+        let memory = self.prefault.then(|| arena.watch());
         let body = move || {
             let result = catch_unwind(AssertUnwindSafe(|| self.load(arena)));
             let result = result.unwrap_or_else(|panic| {
@@ -148,6 +151,11 @@ impl OpenShard {
                 Err(LoadFailed::Defect(text))
             });
             post.send(key.thread, Mail::Loaded(key, result.map(Box::new)));
+            if let Some(memory) = memory {
+                // Of this thread alone; refused, it only takes more from those who serve.
+                let _ = rustix::process::nice(19);
+                memory.prefault();
+            }
         };
         spawn
             .spawn(body)

@@ -354,3 +354,27 @@ fn a_node_with_an_idle_client_sleeps() {
         "the client used {own} of 200 ticks with nothing to do"
     );
 }
+
+/// The first touch of fresh memory costs more than what is put there: puts should not pay for it.
+#[test]
+fn memory_is_taken_at_start_unless_told_not_to() {
+    const DRAM_BYTES: u64 = 128 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let place = Place::new(dir.path()).with(&["--dram", "128MiB"]);
+    let server = place.clone().with(&["--prefault", "false"]).serve();
+    assert!(
+        server.resident_bytes() < DRAM_BYTES,
+        "memory nobody used was taken"
+    );
+    assert_eq!(server.stop(), 0);
+    let server = place.serve();
+    let until = Instant::now() + PATIENCE;
+    while server.resident_bytes() < DRAM_BYTES {
+        let taken = server.resident_bytes();
+        assert!(
+            Instant::now() < until,
+            "{taken} of {DRAM_BYTES} bytes taken"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

@@ -77,6 +77,20 @@ pub const SETTINGS: &[Setting] = &[
         },
     },
     Setting {
+        key: "prefault",
+        default: "true",
+        form: "true or false",
+        help: "Takes the memory of dram from the system at start, in the background, and not when a \
+               put first needs it: the first puts are as fast as later ones, and memory that is not \
+               there is missed at once. false leaves what is never used to others.",
+        is_switch: false,
+        is_list: false,
+        set: |config, text| {
+            config.prefault = yes_no(text)?;
+            Ok(())
+        },
+    },
+    Setting {
         key: "shards",
         default: "auto",
         form: "number or \"auto\"",
@@ -250,11 +264,7 @@ pub const SETTINGS: &[Setting] = &[
         is_switch: true,
         is_list: false,
         set: |config, text| {
-            config.discard = match text {
-                "true" => true,
-                "false" => false,
-                _ => return Err(format!("{text:?} is neither true nor false")),
-            };
+            config.discard = yes_no(text)?;
             Ok(())
         },
     },
@@ -456,6 +466,11 @@ pub const SETTINGS: &[Setting] = &[
 pub(super) fn size(text: &str) -> Result<ByteSize, String> {
     text.parse()
         .map_err(|error: kvar_base::ByteSizeError| error.to_string())
+}
+
+fn yes_no(text: &str) -> Result<bool, String> {
+    text.parse()
+        .map_err(|_| format!("{text:?} is neither true nor false"))
 }
 
 fn duration(text: &str) -> Result<Duration, String> {

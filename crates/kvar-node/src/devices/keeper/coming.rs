@@ -80,6 +80,7 @@ impl Keeper {
                 superblock: superblock.clone(),
                 config: config.clone(),
                 io_engine: self.config.io_engine,
+                prefault: self.config.prefault,
                 progress: Arc::new(Progress::default()),
                 watch,
                 keeper: self.sender.clone(),
