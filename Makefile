@@ -3,6 +3,9 @@
 # make test      every test but the engines'
 # make e2e       stock vLLM on this machine's CPU, killed and restarted, against the same prompts
 # make e2e-lmcache   stock vLLM over the real LMCache server over a node, all killed and restarted
+# make scenario-random | scenario-chat | scenario-sharing | scenario-outages | scenarios
+#                stock vLLM with and without kvar on real input: tables, plots, bench/scenarios/out/report.html
+#                (SCENARIO_ARGS goes to it; --quick is a short form)
 # make bench     engine against fio, links against plain sockets
 # make bench-peers   the engine beside foyer and fjall: same values, same folder, same run (BENCH_ARGS goes to it)
 # make bench-peers-net  a node beside Mooncake Store and Redis over TCP: rates, latencies, CPU, a plot (root; BENCH_ARGS goes to it)
@@ -10,7 +13,7 @@
 # make lint      what CI refuses
 SHELL := /bin/bash
 
-.PHONY: run test e2e e2e-lmcache bench bench-peers bench-peers-net bench-lmcache lint tools
+.PHONY: run test e2e e2e-lmcache scenarios bench bench-peers bench-peers-net bench-lmcache lint tools
 
 run:
 	@ONCE=$(ONCE) scripts/run.sh
@@ -26,6 +29,11 @@ e2e-lmcache: tools
 
 bench-lmcache: tools
 	@e2e/lmcache.sh bench $(BENCH_ARGS)
+
+scenario-%: tools
+	@bench/scenarios/run.sh $* $(SCENARIO_ARGS)
+
+scenarios: scenario-all
 
 bench: tools
 	@scripts/bench.sh

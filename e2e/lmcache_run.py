@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from prompts import Prompt, PromptMaker
-from servers import Answer, Engine, Node, Server, say
+from servers import Answer, Engine, Node, Server, cpu_arguments, say
 
 HERE = Path(__file__).parent
 BLOCK_TOKENS = 32
@@ -121,7 +121,12 @@ class Run:
         self.node = Node(arguments.kvar, folder / "store.kvar", folder / "node.log")
         self.lmcache = LMCache(python, overlay, folder / "lmcache.log")
         self.engine = Engine(
-            python, arguments.model, overlay, BLOCK_TOKENS, folder, folder / "vllm.log"
+            python,
+            arguments.model,
+            overlay,
+            cpu_arguments(BLOCK_TOKENS),
+            folder,
+            folder / "vllm.log",
         )
         maker = PromptMaker(AutoTokenizer.from_pretrained(arguments.model))
         self.warm_up = [

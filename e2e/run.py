@@ -30,7 +30,7 @@ from types import FrameType
 
 import report
 from prompts import Prompt, PromptMaker
-from servers import Answer, Engine, Node, kvar_transfer, say
+from servers import Answer, Engine, Node, cpu_arguments, kvar_transfer, say
 
 HERE = Path(__file__).parent
 BLOCK_TOKENS = 32
@@ -76,7 +76,7 @@ class Run:
             Path(sys.executable),
             arguments.model,
             arguments.overlay,
-            BLOCK_TOKENS,
+            cpu_arguments(BLOCK_TOKENS),
             folder,
             folder / "vllm.log",
         )

@@ -109,9 +109,12 @@ def _group_exists(group: int) -> bool:
 class Node(Server):
     """One kvar node on a file."""
 
-    def __init__(self, binary: Path, data: Path, log: Path) -> None:
+    def __init__(
+        self, binary: Path, data: Path, log: Path, *, size: str = "4GiB", dram: str = "2GiB"
+    ) -> None:
         super().__init__("the node", log)
         self._binary = binary
+        self._size = ["--size", size, "--dram", dram]
         self.data = data
         self.key_file = data.with_name(data.name + ".key")
         self._ready_file = data.with_name("ready.json")
@@ -121,9 +124,17 @@ class Node(Server):
     def start(self) -> None:
         """Starts the node and waits until it serves. A second start keeps the endpoint."""
         self._ready_file.unlink(missing_ok=True)
-        command = [str(self._binary), "serve", "--data", str(self.data), "--size", "4GiB"]
-        command += ["--dram", "2GiB", "--shards", "1", "--listen", self.endpoint]
-        command += ["--admin", "127.0.0.1:0", "--ready-file", str(self._ready_file)]
+        command = [str(self._binary), "serve", "--data", str(self.data), *self._size]
+        command += [
+            "--shards",
+            "1",
+            "--listen",
+            self.endpoint,
+            "--admin",
+            "127.0.0.1:0",
+            "--ready-file",
+            str(self._ready_file),
+        ]
         # Or it removes damaged blocks in the background before a slow engine has met one.
         command += ["--scrub", "0"]
         started = time.monotonic()
@@ -229,35 +240,50 @@ def kvar_transfer(node: Node) -> dict[str, Any]:
     }
 
 
+def cpu_arguments(block_tokens: int) -> list[str]:
+    """Of vLLM on a CPU, for the small model."""
+    arguments = ["--dtype", "float32", "--enforce-eager", "--block-size", str(block_tokens)]
+    arguments += ["--max-model-len", "9216", "--max-num-seqs", "4"]
+    arguments += ["--kv-cache-memory-bytes", str(1 << 30)]
+    return [*arguments, "--disable-hybrid-kv-cache-manager"]
+
+
 class Engine(Server):
-    """Stock vLLM on the CPU, with a connector."""
+    """Stock vLLM, with a connector."""
 
     def __init__(
         self,
         python: Path,
         model: Path,
         overlay: Path | str,
-        block_tokens: int,
+        arguments: Sequence[str],
         folder: Path,
         log: Path,
+        name: str = "vLLM",
     ) -> None:
-        super().__init__("vLLM", log)
+        super().__init__(name, log)
         self._python = python
         self._model = model
         self._overlay = str(overlay)
-        self._block_tokens = block_tokens
+        self._arguments = arguments
         self._folder = folder
         self._socket = folder / "engine.sock"
 
-    def start(self, transfer: dict[str, Any]) -> None:
-        """Starts vLLM with this ``--kv-transfer-config`` and waits until it answers."""
+    def _listening(self) -> list[str]:
+        """Where it is to listen, as arguments."""
+        self._socket.unlink(missing_ok=True)
+        return ["--uds", str(self._socket)]
+
+    def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
+        return UnixConnection(self._socket, timeout_s)
+
+    def start(self, transfer: dict[str, Any] | None) -> None:
+        """Starts vLLM with this ``--kv-transfer-config`` or none; waits until it answers."""
         command = [str(self._python), "-m", "vllm.entrypoints.openai.api_server"]
-        command += ["--uds", str(self._socket), "--model", str(self._model)]
-        command += ["--served-model-name", "model", "--dtype", "float32", "--enforce-eager"]
-        command += ["--block-size", str(self._block_tokens), "--max-model-len", "9216"]
-        command += ["--max-num-seqs", "4", "--kv-cache-memory-bytes", str(1 << 30)]
-        command += ["--disable-hybrid-kv-cache-manager"]
-        command += ["--kv-transfer-config", json.dumps(transfer)]
+        command += ["--served-model-name", "model", "--model", str(self._model)]
+        command += [*self._listening(), *self._arguments]
+        if transfer is not None:
+            command += ["--kv-transfer-config", json.dumps(transfer)]
         environment = dict(os.environ)
         environment |= {
             "PYTHONPATH": self._overlay,
@@ -269,7 +295,6 @@ class Engine(Server):
             "VLLM_RPC_BASE_PATH": str(self._folder),
             "HF_HUB_OFFLINE": "1",
         }
-        self._socket.unlink(missing_ok=True)
         started = time.monotonic()
         said = started
         self.spawn(command, environment)
@@ -277,12 +302,14 @@ class Engine(Server):
             self.check_running()
             now = time.monotonic()
             if now - started > ENGINE_START_S_MAX:
-                raise SystemExit(f"vLLM is not up after {ENGINE_START_S_MAX} s; see {self.log}")
+                raise SystemExit(
+                    f"{self.name} is not up after {ENGINE_START_S_MAX} s; see {self.log}"
+                )
             if now - said > SAY_EVERY_S:
                 said = now
-                say(f"  vLLM is starting ({now - started:.0f} s)")
+                say(f"  {self.name} is starting ({now - started:.0f} s)")
             time.sleep(0.5)
-        say(f"vLLM up after {time.monotonic() - started:.0f} s")
+        say(f"{self.name} up after {time.monotonic() - started:.0f} s")
 
     def _healthy(self) -> bool:
         try:
@@ -294,7 +321,7 @@ class Engine(Server):
     def _call(
         self, method: str, path: str, body: object | None, timeout_s: float
     ) -> tuple[int, bytes]:
-        connection = UnixConnection(self._socket, timeout_s)
+        connection = self._connection(timeout_s)
         try:
             text = None if body is None else json.dumps(body)
             connection.request(method, path, text, {"Content-Type": "application/json"})
@@ -315,7 +342,7 @@ class Engine(Server):
             "return_tokens_as_token_ids": True,
             "stream": True,
         }
-        connection = UnixConnection(self._socket, ASK_S_MAX)
+        connection = self._connection(ASK_S_MAX)
         words: list[str] = []
         logprobs: list[float] = []
         first_s = math.nan
@@ -355,8 +382,8 @@ class Engine(Server):
         for _ in range(100):
             status, body = self._call("POST", "/reset_prefix_cache", None, 30)
             if status != http.HTTPStatus.OK:
-                raise SystemExit(f"vLLM answered {status} to /reset_prefix_cache")
+                raise SystemExit(f"{self.name} answered {status} to /reset_prefix_cache")
             if not body or json.loads(body).get("success") is not False:
                 return
             time.sleep(0.2)
-        raise SystemExit("vLLM's prefix cache stays in use; see its log")
+        raise SystemExit(f"the prefix cache of {self.name} stays in use; see its log")
