@@ -8,7 +8,8 @@
 ```
 
 Ends with 0 only if every answer equals the cold one (same greedy tokens, logprobs within 1e-4),
-at least 98 % of the prompts' full blocks were external hits by vLLM's own counter, and the damaged
+at least 98 % of the prompts' full blocks were external hits by vLLM's own counter, the connector's
+own account of the same prompts adds up to that (the funnel on vLLM's ``/metrics``), and the damaged
 store was noticed and changed nothing. Times are shown and never judged: CI machines are busy.
 
 Between tiers vLLM's own cache must be empty, or it would answer itself: it is killed, or (quick
@@ -28,6 +29,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+import funnel
 import report
 from prompts import Prompt, PromptMaker
 from servers import Answer, Engine, Node, cpu_arguments, kvar_transfer, say
@@ -158,6 +160,14 @@ class Run:
         if share < HIT_SHARE_MIN:
             self.wrong.append(f"{tier}: {share:.1%} of the full blocks were external hits")
 
+    def check_funnel(self) -> None:
+        """The connector's own account of the prompts asked since vLLM was started."""
+        asked = [*self.warm_up * 2, *self.prompts]
+        metrics = funnel.Metrics(self.engine.metrics())
+        for line in funnel.told(metrics):
+            say(f"  {line}")
+        self.wrong += funnel.wrong_with(metrics, sum(len(prompt.tokens) for prompt in asked))
+
     def _ask_counted(self, prompt: Prompt) -> tuple[int, Answer]:
         before = self.engine.counter("external_prefix_cache_hits")
         answer = self.engine.ask(prompt.tokens, ANSWER_TOKENS)
@@ -224,6 +234,7 @@ class Run:
         self.engine.kill()
         self.start_engine()
         self.tier_phase("dram")
+        self.check_funnel()
 
         if self.quick:
             self.node.stop()

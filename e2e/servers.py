@@ -374,8 +374,12 @@ class Engine(Server):
 
     def counter(self, name: str) -> float:
         """One of vLLM's own counters."""
+        return sum_samples(self.metrics(), rf"^vllm:{name}_total\b")
+
+    def metrics(self) -> str:
+        """All of its metrics."""
         _, text = self._call("GET", "/metrics", None, 30)
-        return sum_samples(text.decode(), rf"^vllm:{name}_total\b")
+        return text.decode()
 
     def forget_local_cache(self) -> None:
         """Empties vLLM's own prefix cache; retried while saves still hold pages."""

@@ -17,7 +17,7 @@ from conftest import Node, until
 
 import kvar
 from kvar.vllm.link import Link
-from kvar.vllm.orders import LoadOrder, SaveOrder, SaveReport
+from kvar.vllm.orders import FailedLoad, LoadOrder, SaveOrder, SaveReport
 from kvar.vllm.pages import LANE_BLOCKS, LANES, DirectPages, StagedPages, pages_of
 from kvar.vllm.settings import Mode, Settings, SettingsError
 from kvar.vllm.worker import Ended, Mover, chain_names
@@ -78,6 +78,7 @@ def run_dry(mover: Mover) -> Ended:
         ended = mover.ended()
         total.loaded.update(ended.loaded)
         total.bad_block_ids.update(ended.bad_block_ids)
+        total.failed.update(ended.failed)
         total.reports.update(ended.reports)
         return mover.idle
 
@@ -113,6 +114,8 @@ def test_pages_come_back_into_other_pages(node: Node, link: Link, kind: str, bac
     loader.start_load(LoadOrder("r", [*hashes, missing], [*given, count], 0), "")
     ended = run_dry(loader)
     assert (ended.loaded, ended.bad_block_ids) == ({"r"}, {count})
+    assert ended.failed == {"r": FailedLoad(count, "absent")}
+    assert loader.counters.take()["load_missed_blocks:absent"] == 1
     for layer in range(LAYERS):
         # Staged pages travel in logical order, so that both kinds mean the same here.
         assert torch.equal(target[layer][given], source[layer][taken])
@@ -230,6 +233,7 @@ def test_a_node_that_dies_costs_one_failure_and_is_found_again(own_node: Node) -
     worker.start_save(SaveOrder(2, [b"i"], [3], 0), "")
     ended = run_dry(worker)
     assert (ended.loaded, ended.bad_block_ids) == ({"r"}, {2})
+    assert ended.failed["r"].position == 0
     assert ended.reports == {2: SaveReport(1, 0, 1)}
     link.lookup([bytes(32)], 1000)
     assert link.client() is None
@@ -250,8 +254,10 @@ def test_a_node_that_hangs_is_left_alone_after_the_first_deadline(own_node: Node
     own_node.pause()
     started = time.monotonic()
     assert link.lookup([bytes(32)], 100) is None
+    assert link.why_unanswered() == "lookup_deadline"
     for _ in range(100):
         assert link.lookup([bytes(32)], 100) is None
+    assert link.why_unanswered() == "store_away"
     assert time.monotonic() - started < 1
     own_node.resume()
     until(lambda: link.lookup([bytes(32)], 5000) == 0)

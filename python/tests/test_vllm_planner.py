@@ -8,8 +8,15 @@ from dataclasses import dataclass, field
 import pytest
 
 from kvar.vllm.choice import EXPLORE_EVERY, Choice, Override
-from kvar.vllm.orders import LoadReport, SaveReport, StepOrders, merge_reports
-from kvar.vllm.planner import LOOKUP_REUSE_S, WAIT_S_MAX, Found, Planner
+from kvar.vllm.orders import (
+    FailedLoad,
+    LoadReport,
+    SaveReport,
+    StepOrders,
+    merge_failed,
+    merge_reports,
+)
+from kvar.vllm.planner import LOOKUP_REUSE_S, WAIT_S_MAX, Found, Planner, Unanswered
 from kvar.vllm.settings import Mode
 
 BLOCK = 32
@@ -50,7 +57,9 @@ class Lease:
 class Bench:
     """A planner with a store and a pool that count."""
 
-    def __init__(self, *, ranks: int = 1, pool: int = 1000, loads: bool = True) -> None:
+    def __init__(
+        self, *, ranks: int = 1, pool: int = 1000, loads: bool = True, by_layers: bool = False
+    ) -> None:
         self.mode = Mode.LOAD
         self.leases: list[Lease] = []
         self.numbers = 0
@@ -73,17 +82,18 @@ class Bench:
             numbers=self.number,
             choice=self.choice,
             mode=lambda: self.mode,
+            by_layers=by_layers,
         )
 
     def number(self) -> int:
         self.numbers += 1
         return self.numbers
 
-    def lookup(self, hashes: Sequence[bytes], request: int, lease_s: float) -> Found | None:
+    def lookup(self, hashes: Sequence[bytes], request: int, lease_s: float) -> Found | Unanswered:
         assert request > 0
         self.lookups += 1
         if self.away:
-            return None
+            return Unanswered("store_away")
         found = 0
         while found < len(hashes) and hashes[found] in self.stored:
             found += 1
@@ -109,9 +119,12 @@ class Bench:
         *,
         reports: dict[int, SaveReport] | None = None,
         loaded: Sequence[str] = (),
-        bad: Sequence[int] = (),
+        lost_from: int | None = None,
     ) -> None:
-        self.planner.worker_said(reports=reports or {}, loaded=loaded, bad_block_ids=set(bad))
+        failed = (
+            {} if lost_from is None else {name: FailedLoad(lost_from, "evicted") for name in loaded}
+        )
+        self.planner.worker_said(reports=reports or {}, loaded=loaded, failed=failed)
 
 
 def pages(count: int, first: int = 1) -> list[int]:
@@ -229,6 +242,13 @@ def test_ranks_that_report_together_are_added_up() -> None:
     assert merged == {1: SaveReport(2, 3, 1), 2: SaveReport(1, 5, 0)}
 
 
+def test_ranks_that_lose_different_blocks_have_lost_the_first_of_them() -> None:
+    mine = {"a": FailedLoad(3, "absent"), "b": FailedLoad(0, "corrupt")}
+    theirs = {"a": FailedLoad(1, "deadline"), "c": FailedLoad(2, "evicted")}
+    merged = merge_failed(mine, theirs)
+    assert merged == mine | theirs == merge_failed(theirs, mine)
+
+
 def test_the_end_of_a_request_saves_what_filled_last() -> None:
     bench = Bench()
     request = Request("a", num_tokens=32)
@@ -257,16 +277,14 @@ def test_a_request_aborted_while_it_loads_saves_nothing() -> None:
     assert bench.holds == {}
 
 
-@pytest.mark.parametrize(("bad", "kept"), [([1], 0), ([3], 2), ([2, 3], 1)])
-def test_a_failed_load_is_not_tried_again_and_its_blocks_are_saved_anew(
-    bad: list[int], kept: int
-) -> None:
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_a_failed_load_is_not_tried_again_and_its_blocks_are_saved_anew(kept: int) -> None:
     bench = Bench()
     request = Request("a", num_tokens=100)
     bench.stored = set(request.block_hashes)
     bench.planner.allocated(request, pages(4), bench.planner.matched(request, 0))
     bench.planner.step({}, lambda _: None)
-    bench.say(loaded=["a"], bad=bad)
+    bench.say(loaded=["a"], lost_from=kept)
     taken = bench.planner.counters.take()
     assert taken["failed_load_tokens"] == (3 - kept) * BLOCK
     assert taken.get("loaded_tokens", 0) == kept * BLOCK
@@ -334,7 +352,7 @@ def test_what_was_computed_while_a_load_by_layers_failed_is_never_saved() -> Non
         bench.planner.allocated(request, pages(3), 0)
     assert bench.step(one, 32, pages(3)).failures_heard == 0
     # The worker says so in the output of the step, with the pages that it lost.
-    bench.planner.worker_said(reports={}, loaded=["a"], bad_block_ids={2}, failures=1)
+    bench.planner.worker_said(reports={}, loaded=["a"], failed={}, failures=1)
     for request in (one, two):
         orders = bench.step(request, 64, pages(3))
         assert (orders.saves, orders.failures_heard) == ([], 1)
@@ -400,7 +418,7 @@ def test_a_lease_ends_with_its_request_however_it_ends(end: str) -> None:
         bench.planner.finished(loading(bench), pages(4))
     else:
         loading(bench)
-        bench.say(loaded=["a"], bad=[1])
+        bench.say(loaded=["a"], lost_from=0)
     assert bench.leases == []
     bench.now += 5
     bench.planner.step({}, lambda _: None)
@@ -441,7 +459,7 @@ def test_nothing_is_leased_that_is_not_loaded() -> None:
     # A failed load is not tried again, so nothing is promised to it.
     other = Bench()
     failed = loading(other)
-    other.say(loaded=["a"], bad=[1])
+    other.say(loaded=["a"], lost_from=0)
     other.planner.matched(failed, 0)
     assert other.leases == []
 
@@ -468,7 +486,7 @@ def seen(bench: Bench, *, computed_a_s: float, loaded_a_s: float) -> None:
     bench.planner.worker_said(
         reports={orders.saves[0].job: SaveReport(1, len(orders.saves[0].block_ids), 0)},
         loaded=(),
-        bad_block_ids=set(),
+        failed={},
         loads=LoadReport(1, BLOCK / loaded_a_s),
         step=orders.step,
     )

@@ -9,8 +9,9 @@
 
 Parts, from the top: ``connector`` speaks vLLM; ``planner`` decides (scheduler process), ``worker``
 moves (worker process), ``orders`` is what passes between them; ``pages`` knows the engine's
-memory, ``link`` the store; ``settings`` and ``fingerprint`` say what is checked and what is named.
-vLLM and torch are imported by ``connector`` only, when it is first asked for.
+memory, ``link`` the store; ``settings`` and ``fingerprint`` say what is checked and what is named;
+``metrics``, ``funnel`` and ``stats`` what is counted. vLLM and torch are imported by ``connector``
+and ``stats`` only, when the connector is first asked for.
 """
 
 from __future__ import annotations

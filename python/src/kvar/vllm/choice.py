@@ -82,6 +82,8 @@ class Chosen:
     """How many of its tokens to load."""
     explores: bool = False
     """Loaded against the choice, to know."""
+    computes: bool = False
+    """None of them, since computing is sooner; otherwise the rest would come too late."""
 
 
 class Choice:
@@ -151,7 +153,7 @@ class Choice:
             self._computes = load_s > compute_s * ADVANTAGE
         if self._computes:
             if self._eligible % EXPLORE_EVERY:
-                return Chosen(0)
+                return Chosen(0, computes=True)
             return Chosen(max(self._in_time(tokens, block_tokens), block_tokens), explores=True)
         return Chosen(self._in_time(tokens, block_tokens))
 

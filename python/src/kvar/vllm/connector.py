@@ -37,7 +37,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorWorkerMetadata,
 )
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
@@ -50,16 +49,30 @@ import kvar
 from kvar.vllm.choice import Choice
 from kvar.vllm.fingerprint import config_digest, fingerprint_text, model_name
 from kvar.vllm.introduction import introduction, is_tried, untried
-from kvar.vllm.link import Link
-from kvar.vllm.orders import LayersReport, LoadReport, SaveReport, StepOrders, merge_reports
+from kvar.vllm.link import AWAY, Link
+from kvar.vllm.metrics import HookTimes, merge
+from kvar.vllm.orders import (
+    FailedLoad,
+    LayersReport,
+    LoadReport,
+    SaveReport,
+    StepOrders,
+    merge_failed,
+    merge_reports,
+)
 from kvar.vllm.pages import DirectPages, pages_of
-from kvar.vllm.planner import Found, Planner
+from kvar.vllm.planner import Found, Planner, Unanswered
 from kvar.vllm.settings import LoadWay, Mode, Settings, SettingsError
+from kvar.vllm.stats import KvarPromMetrics, KvarStats
 from kvar.vllm.worker import Ended, Mover, chain_names
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+        KVConnectorPromMetrics,
+        KVConnectorStats,
+    )
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.block_pool import BlockPool
@@ -88,18 +101,21 @@ class Reports(KVConnectorWorkerMetadata):
         loads: LoadReport,
         step: int = 0,
         layers: LayersReport | None = None,
+        failed: dict[str, FailedLoad] | None = None,
     ) -> None:
         self.reports = reports
         self.loads = loads
         self.step = step
         self.layers = layers if layers is not None else LayersReport()
+        self.failed = failed if failed is not None else {}
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Reports:
         """Adds another rank's reports."""
         assert isinstance(other, Reports)
         reports = merge_reports(self.reports, other.reports)
         loads, step = self.loads + other.loads, max(self.step, other.step)
-        return Reports(reports, loads, step, self.layers + other.layers)
+        failed = merge_failed(self.failed, other.failed)
+        return Reports(reports, loads, step, self.layers + other.layers, failed)
 
 
 class Greeting(KVConnectorHandshakeMetadata):
@@ -107,28 +123,6 @@ class Greeting(KVConnectorHandshakeMetadata):
 
     def __init__(self, text: str) -> None:
         self.text = text
-
-
-class KvarStats(KVConnectorStats):
-    """Token counts of a logging interval; all of them add up."""
-
-    def reset(self) -> None:
-        """Starts again at nothing."""
-        self.data.clear()
-
-    def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
-        """Adds another interval, rank or role."""
-        for name, value in other.data.items():
-            self.data[name] = self.data.get(name, 0) + value
-        return self
-
-    def reduce(self) -> dict[str, int | float]:
-        """The figures of the log line."""
-        return {f"kvar_{name}": round(value, 3) for name, value in sorted(self.data.items())}
-
-    def is_empty(self) -> bool:
-        """Whether there is nothing to say."""
-        return not self.data
 
 
 class KvarConnector(KVConnectorBase_V1):
@@ -181,6 +175,8 @@ class KvarConnector(KVConnectorBase_V1):
         self._mover: Mover | None = None
         self._ended = Ended()
         self._layer_numbers: dict[str, int] = {}
+        self._hooks = HookTimes(role.name.lower())
+        self._step_computes = False
         mode = self._settings.mode
         self._planner = Planner(
             block_tokens=self._block_tokens,
@@ -196,6 +192,7 @@ class KvarConnector(KVConnectorBase_V1):
                 override=self._settings.choice, deadline_s=self._settings.deadline_ms / 1000
             ),
             lease_s=self._settings.lease_ms / 1000,
+            by_layers=self._by_layers,
         )
         logger.info(
             "kvar: %s of namespace %s at %s, mode %s, key %s",
@@ -238,32 +235,43 @@ class KvarConnector(KVConnectorBase_V1):
 
     def _stored_positions(
         self, hashes: Sequence[bytes], request: int, lease_s: float
-    ) -> Found | None:
+    ) -> Found | Unanswered:
         if self._text is None or self._link.client() is None:
-            return None
+            return Unanswered(AWAY)
         ids = chain_names(self._key, hashes, self._text, self._planner.salt, self._ranks)
         deadline_ms = self._settings.lookup_deadline_ms
         if lease_s:
             leased = self._link.lookup_leased(ids, deadline_ms, lease_s, request)
-            return None if leased is None else Found(leased[0] // self._ranks, leased[1])
-        found = self._link.lookup(ids, deadline_ms, request)
-        return None if found is None else Found(found // self._ranks)
+            if leased is not None:
+                return Found(leased[0] // self._ranks, leased[1])
+        else:
+            found = self._link.lookup(ids, deadline_ms, request)
+            if found is not None:
+                return Found(found // self._ranks)
+        return Unanswered(self._link.why_unanswered())
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
         """How much of the prompt is in the store beyond what the engine has itself."""
-        if request.skip_reading_prefix_cache:
+        if self._is_untried:
             return 0, False
-        tokens = self._planner.matched(request, num_computed_tokens)
+        with self._hooks("get_num_new_matched_tokens"):
+            if request.skip_reading_prefix_cache:
+                self._planner.passed_over(request)
+                return 0, False
+            tokens = self._planner.matched(request, num_computed_tokens)
         return tokens, tokens > 0 and not self._by_layers
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
         """Orders the load, now that there are pages to load into."""
-        block_ids = blocks.get_block_ids()[0] if num_external_tokens else []
-        self._planner.allocated(request, block_ids, num_external_tokens)
+        if self._is_untried:
+            return
+        with self._hooks("update_state_after_alloc"):
+            block_ids = blocks.get_block_ids()[0] if num_external_tokens else []
+            self._planner.allocated(request, block_ids, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """The orders of this step."""
@@ -273,20 +281,24 @@ class KvarConnector(KVConnectorBase_V1):
             groups = state.get_block_ids(request_id) if state is not None else None
             return groups[0] if groups else None
 
-        return Orders(self._planner.step(scheduler_output.num_scheduled_tokens, block_ids_of))
+        with self._hooks("build_connector_meta"):
+            orders = self._planner.step(scheduler_output.num_scheduled_tokens, block_ids_of)
+            self._step_computes = self._step_computes or orders.tokens > 0
+            return Orders(orders)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         """Takes in what the workers reported."""
-        meta = connector_output.kv_connector_worker_meta
-        said = meta if isinstance(meta, Reports) else Reports({}, LoadReport())
-        self._planner.worker_said(
-            reports=said.reports,
-            loads=said.loads,
-            step=said.step,
-            failures=said.layers.failures,
-            loaded={*(connector_output.finished_recving or ()), *said.layers.loaded},
-            bad_block_ids=connector_output.invalid_block_ids,
-        )
+        with self._hooks("update_connector_output"):
+            meta = connector_output.kv_connector_worker_meta
+            said = meta if isinstance(meta, Reports) else Reports({}, LoadReport())
+            self._planner.worker_said(
+                reports=said.reports,
+                loads=said.loads,
+                step=said.step,
+                failures=said.layers.failures,
+                loaded={*(connector_output.finished_recving or ()), *said.layers.loaded},
+                failed=said.failed,
+            )
 
     def request_finished(
         self, request: Request, block_ids: list[int]
@@ -381,10 +393,17 @@ class KvarConnector(KVConnectorBase_V1):
         """What the scheduler needs to name the same blocks."""
         return Greeting(self._text) if self._text is not None else None
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """A step begins, with these orders."""
+        self._hooks.step_began()
+        super().bind_connector_metadata(connector_metadata)
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         """Starts the loads of this step."""
         orders = self._step_orders()
-        if self._mover is not None and orders is not None:
+        if self._mover is None or orders is None:
+            return
+        with self._hooks("start_load_kv"):
             start = self._mover.start_layers if self._by_layers else self._mover.start_load
             for order in orders.loads:
                 start(order, orders.salt)
@@ -394,7 +413,8 @@ class KvarConnector(KVConnectorBase_V1):
         if self._by_layers and self._mover is not None:
             number = self._layer_numbers.get(layer_name)
             if number is not None:
-                self._mover.wait_layer(number)
+                with self._hooks("wait_for_layer_load"):
+                    self._mover.wait_layer(number)
 
     def save_kv_layer(
         self,
@@ -410,13 +430,14 @@ class KvarConnector(KVConnectorBase_V1):
         orders = self._step_orders()
         if self._mover is None or orders is None:
             return
-        self._mover.finish_layers()
-        may_save = orders.failures_heard == self._mover.failures
-        for order in orders.saves:
-            if may_save:
-                self._mover.start_save(order, orders.salt)
-            else:
-                self._mover.refuse_save(order)
+        with self._hooks("wait_for_save"):
+            self._mover.finish_layers()
+            may_save = orders.failures_heard == self._mover.failures
+            for order in orders.saves:
+                if may_save:
+                    self._mover.start_save(order, orders.salt)
+                else:
+                    self._mover.refuse_save(order)
 
     def _step_orders(self) -> StepOrders | None:
         metadata = self._connector_metadata
@@ -425,7 +446,8 @@ class KvarConnector(KVConnectorBase_V1):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose load has ended, well or not."""
         if self._mover is not None:
-            self._ended = self._mover.ended()
+            with self._hooks("get_finished"):
+                self._ended = self._mover.ended()
         return None, self._ended.loaded or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -437,8 +459,12 @@ class KvarConnector(KVConnectorBase_V1):
         orders = self._step_orders()
         step = orders.step if orders is not None else 0
         ended = self._ended
-        says = step or ended.reports or ended.loads.blocks or ended.layers.loaded
-        return Reports(ended.reports, ended.loads, step, ended.layers) if says else None
+        says: object = (
+            step or ended.reports or ended.loads.blocks or ended.layers.loaded or ended.failed
+        )
+        if not says:
+            return None
+        return Reports(ended.reports, ended.loads, step, ended.layers, ended.failed)
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
@@ -448,10 +474,14 @@ class KvarConnector(KVConnectorBase_V1):
     # ---- both ----
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        """Counts since the last call."""
-        data = self._planner.counters.take()
+        """Counts since the last call, which each side makes once a step."""
+        data: dict[str, Any] = dict(self._planner.counters.take())
+        orders = self._step_orders()
         if self._mover is not None:
             data.update(self._mover.counters.take())
+        computed = self._step_computes or (orders is not None and orders.tokens > 0)
+        merge(data, self._hooks.step_ended(computed=computed))
+        self._step_computes = False
         return KvarStats(data=data) if data else None
 
     @classmethod
@@ -460,6 +490,17 @@ class KvarConnector(KVConnectorBase_V1):
     ) -> KVConnectorStats | None:
         """Counts as they come out of another process."""
         return KvarStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[Any], type[Any]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics | None:
+        """The counts as metrics of the API server's own endpoint."""
+        return KvarPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
         """Lets go of the node; calls under way end by their deadlines."""

@@ -33,6 +33,11 @@ RETRY_LAST_S = 5.0
 # What the first connection may take, at engine start or from the retry thread; both can wait.
 CONNECT_TIMEOUT_MS = 1_000
 
+# Why a lookup was not answered, in the words of kvar.vllm.funnel.
+AWAY = "store_away"
+LATE = "lookup_deadline"
+FAILED = "lookup_failed"
+
 # Asked about to see whether the node answers; ids are hashes, and no hash is all zeros.
 NOBODYS_ID = bytes(32)
 
@@ -67,6 +72,7 @@ class Link:
         self._client: kvar.Client | None = None
         self._up = False
         self._mode = Mode.LOAD
+        self._why_unanswered = AWAY
         self._closed = threading.Event()
         self._retry: threading.Thread | None = None
 
@@ -128,12 +134,23 @@ class Link:
         """How many leading blocks are there; None if the store is away or does not say in time."""
         client = self.client()
         if client is None:
+            self._why_unanswered = AWAY
             return None
+        begun = time.monotonic()
         try:
             return client.lookup(ids, deadline_ms=deadline_ms, request=request)
         except kvar.KvarError as error:
-            self.failed(error)
+            self._not_answered(error, begun, deadline_ms)
             return None
+
+    def why_unanswered(self) -> str:
+        """Why the last lookup that got no answer got none."""
+        return self._why_unanswered
+
+    def _not_answered(self, error: kvar.KvarError, begun: float, deadline_ms: int) -> None:
+        in_time = (time.monotonic() - begun) * 1000 < deadline_ms
+        self._why_unanswered = FAILED if in_time else LATE
+        self.failed(error)
 
     def lookup_leased(
         self, ids: Sequence[bytes], deadline_ms: int, ttl_s: float, request: int = 0
@@ -145,12 +162,13 @@ class Link:
         """
         client = self.client()
         if client is None:
+            self._why_unanswered = AWAY
             return None
         begun = time.monotonic()
         try:
             lease = client.lookup_leased(ids, ttl_s=ttl_s, deadline_ms=deadline_ms, request=request)
         except kvar.KvarError as error:
-            self.failed(error)
+            self._not_answered(error, begun, deadline_ms)
             return None
         found = lease.leading
         if lease.reason == "overloaded":

@@ -4,6 +4,7 @@
 scheduler                                 worker (one a rank)
   StepOrders{loads, saves, salt}   --->     starts them in the background
   SaveReports{job -> SaveReport}   <---     ends of saves; loads end through vLLM's own channel
+  FailedLoad by request            <---     from where on a load brought nothing, and why
   LoadReport, step                 <---     how fast loads were; which step has ended
 ```
 
@@ -13,6 +14,7 @@ plain data and know nothing of vLLM, so that they can be tested without it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -54,6 +56,8 @@ class StepOrders:
     """Names a step whose end the scheduler wants to hear of; 0: it does not."""
     failures_heard: int = 0
     """Steps with failed loads by layers that the scheduler knew of when it ordered this."""
+    tokens: int = 0
+    """Computed in this step; 0: it only looks after loads and saves."""
 
 
 @dataclass
@@ -86,6 +90,16 @@ class LayersReport:
         return LayersReport(self.loaded | other.loaded, max(self.failures, other.failures))
 
 
+@dataclass(frozen=True)
+class FailedLoad:
+    """Where a load stopped being whole: what comes behind that place is of no use."""
+
+    position: int
+    """Of the first block that did not come, counted from the load's first."""
+    reason: str
+    """Its outcome."""
+
+
 @dataclass
 class LoadReport:
     """What the loads that ended brought, to see how fast the store is."""
@@ -98,6 +112,18 @@ class LoadReport:
     def __add__(self, other: LoadReport) -> LoadReport:
         """Adds another rank's."""
         return LoadReport(self.blocks + other.blocks, max(self.seconds, other.seconds))
+
+
+def merge_failed(
+    mine: Mapping[str, FailedLoad], theirs: Mapping[str, FailedLoad]
+) -> dict[str, FailedLoad]:
+    """Adds two ranks' failed loads: a request has what all ranks have."""
+    merged = dict(mine)
+    for request_id, failed in theirs.items():
+        known = merged.get(request_id)
+        if known is None or failed.position < known.position:
+            merged[request_id] = failed
+    return merged
 
 
 def merge_reports(

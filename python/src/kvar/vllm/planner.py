@@ -33,12 +33,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from kvar.vllm.choice import Choice
-from kvar.vllm.orders import LoadOrder, LoadReport, SaveOrder, SaveReport, StepOrders
+from kvar.vllm.choice import Choice, Chosen
+from kvar.vllm.funnel import Funnel
+from kvar.vllm.metrics import Counters
+from kvar.vllm.orders import FailedLoad, LoadOrder, LoadReport, SaveOrder, SaveReport, StepOrders
 from kvar.vllm.settings import Mode
 
 # A request that finds no free memory is asked about in every step. Its answer stays good for half
@@ -75,6 +77,14 @@ class Found:
     """Leading positions that are stored on all ranks."""
     lease: StoreLease | None = None
     """The promise that they stay; None where there is none."""
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """A lookup that said nothing."""
+
+    reason: str
+    """Why, as the funnel counts it."""
 
 
 class EngineRequest(Protocol):
@@ -117,35 +127,18 @@ class Tracked:
     what they should, save none."""
     lookup: tuple[float, int, int] | None = None
     """When it was looked up, how many blocks were asked about, how many were there."""
-    chosen: tuple[int, int] | None = None
+    chosen: tuple[int, Chosen] | None = None
     """Of so many stored tokens to load so many: decided once for each lookup."""
     lease: StoreLease | None = None
     leased_since: float = 0.0
     renewed: float = 0.0
 
 
-@dataclass
-class Counters:
-    """Token counts since they were last taken."""
-
-    values: dict[str, float] = field(default_factory=dict)
-
-    def add(self, name: str, amount: float) -> None:
-        """Adds to one counter."""
-        if amount:
-            self.values[name] = self.values.get(name, 0) + amount
-
-    def take(self) -> dict[str, float]:
-        """All counters; they start again at nothing."""
-        taken, self.values = self.values, {}
-        return taken
-
-
 class Planner:
     """The scheduler-side state of a connector.
 
-    ``lookup`` answers how many leading positions of a chain of engine hashes are stored, or None
-    if the store cannot say right now; it is given the prompt's number, and for how many seconds
+    ``lookup`` answers how many leading positions of a chain of engine hashes are stored, or why the
+    store cannot say right now; it is given the prompt's number, and for how many seconds
     what it finds is to stay (0: not at all). ``hold`` and ``release`` keep pages from being reused.
     ``loads`` and ``saves`` are what this engine may do at all, ``mode`` what it is to do now.
     """
@@ -158,11 +151,12 @@ class Planner:
         ranks: int,
         loads: bool,
         saves: bool,
-        lookup: Callable[[Sequence[bytes], int, float], Found | None],
+        lookup: Callable[[Sequence[bytes], int, float], Found | Unanswered],
         hold: Callable[[Sequence[int]], None],
         release: Callable[[Sequence[int]], None],
         choice: Choice,
         lease_s: float = 2.0,
+        by_layers: bool = False,
         mode: Callable[[], Mode] = lambda: Mode.LOAD,
         now: Callable[[], float] = time.monotonic,
         numbers: Callable[[], int] = time.time_ns,
@@ -178,6 +172,7 @@ class Planner:
         self._release = release
         self._choice = choice
         self._lease_s = lease_s
+        self._by_layers = by_layers
         self._now = now
         self._numbers = numbers
         self._tracked: dict[str, Tracked] = {}
@@ -191,6 +186,7 @@ class Planner:
         self._tainted: set[str] = set()
         self.salt = ""
         self.counters = Counters()
+        self._funnel = Funnel(self.counters)
 
     @property
     def _loads(self) -> bool:
@@ -202,27 +198,59 @@ class Planner:
 
     def matched(self, request: EngineRequest, computed_tokens: int) -> int:
         """Tokens beyond ``computed_tokens`` that can be loaded. Asked once or many times."""
+        usable = self._usable_blocks(request)
+        self._enter(request, usable, computed_tokens)
         if not self._mode().looks_up:
+            self._funnel.to(request.request_id, "looked_up", 0, "mode_off")
             self._leave(request)
             return 0
         tracked = self._track(request)
         tracked.local_blocks = computed_tokens // self._block_tokens
-        # The last token is always computed: its logits are what the request is after.
-        usable = min((request.num_tokens - 1) // self._block_tokens, len(request.block_hashes))
         stored = self._stored_blocks(tracked, usable)
-        if stored is None:
+        if isinstance(stored, Unanswered):
+            self._funnel.to(request.request_id, "looked_up", 0, stored.reason)
             # Not knowing is no reason to send again what was saved when it was computed.
             tracked.saved_blocks = tracked.local_blocks
             self._let_go(tracked)
             return 0
         tracked.saved_blocks = stored
-        if not self._loads or tracked.barred or stored <= tracked.local_blocks:
-            self._let_go(tracked)
-            return 0
-        tokens = self._chosen(tracked, (stored - tracked.local_blocks) * self._block_tokens)
+        self._funnel.to(request.request_id, "looked_up", usable * self._block_tokens, "")
+        present = max(stored - tracked.local_blocks, 0) * self._block_tokens
+        self._funnel.to(request.request_id, "present", present, "absent")
+        tokens, reason = self._wanted(tracked, present)
+        self._funnel.to(request.request_id, "chosen", tokens, reason)
         if not tokens:
             self._let_go(tracked)
         return tokens
+
+    def passed_over(self, request: EngineRequest) -> None:
+        """The engine asks about a request that wants nothing from any cache."""
+        self._enter(request, self._usable_blocks(request), 0)
+        self._funnel.to(request.request_id, "looked_up", 0, "opted_out")
+
+    def _usable_blocks(self, request: EngineRequest) -> int:
+        # The last token is always computed: its logits are what the request is after.
+        return min((request.num_tokens - 1) // self._block_tokens, len(request.block_hashes))
+
+    def _enter(self, request: EngineRequest, usable: int, computed_tokens: int) -> None:
+        full_blocks = max(usable, 0) * self._block_tokens
+        self._funnel.begin(request.request_id, request.num_tokens, full_blocks, computed_tokens)
+
+    def _wanted(self, tracked: Tracked, tokens: int) -> tuple[int, str]:
+        """How many of these stored tokens to load, and why not the others."""
+        if not self._may_load:
+            return 0, "role"
+        if not self._loads:
+            return 0, "mode"
+        if tracked.barred:
+            return 0, "barred"
+        if not tokens:
+            return 0, ""
+        if tracked.chosen is None or tracked.chosen[0] != tokens:
+            tracked.chosen = (tokens, self._choice.choose(tokens, self._block_tokens))
+            self.counters.add("explored_requests", tracked.chosen[1].explores)
+        chosen = tracked.chosen[1]
+        return chosen.tokens, "recompute" if chosen.computes else "too_late"
 
     def _leave(self, request: EngineRequest) -> None:
         """Nothing is asked for it; what an earlier lookup found is let go."""
@@ -232,15 +260,7 @@ class Planner:
             tracked.chosen = None
             self._let_go(tracked)
 
-    def _chosen(self, tracked: Tracked, tokens: int) -> int:
-        """How many of these stored tokens come sooner by loading them."""
-        if tracked.chosen is None or tracked.chosen[0] != tokens:
-            chosen = self._choice.choose(tokens, self._block_tokens)
-            tracked.chosen = (tokens, chosen.tokens)
-            self.counters.add("explored_requests", chosen.explores)
-        return tracked.chosen[1]
-
-    def _stored_blocks(self, tracked: Tracked, usable: int) -> int | None:
+    def _stored_blocks(self, tracked: Tracked, usable: int) -> int | Unanswered:
         if usable <= 0:
             return 0
         if tracked.lookup is not None:
@@ -249,9 +269,9 @@ class Planner:
                 return known
         lease_s = self._lease_s if self._loads and not tracked.barred else 0.0
         found = self._lookup(tracked.request.block_hashes[:usable], tracked.number, lease_s)
-        if found is None:
+        if isinstance(found, Unanswered):
             self.counters.add("failed_lookups", 1)
-            return None
+            return found
         found_now = found.positions
         self._take(tracked, found.lease)
         tracked.lookup = (self._now(), usable, found_now)
@@ -294,13 +314,17 @@ class Planner:
 
     def allocated(self, request: EngineRequest, block_ids: Sequence[int], tokens: int) -> None:
         """The request has its pages; ``tokens`` of them are to be loaded (0: none)."""
+        if tokens <= 0:
+            self._funnel.book(request.request_id)
+        else:
+            self._funnel.ordered(request.request_id, tokens)
         is_known = request.request_id in self._tracked
         if tokens <= 0 and not is_known and not self._mode().looks_up:
             return
         tracked = self._track(request)
         tracked.lookup = None
         if tracked.chosen is not None:
-            self.counters.add("recompute_tokens", tracked.chosen[0] - tracked.chosen[1])
+            self.counters.add("recompute_tokens", tracked.chosen[0] - tracked.chosen[1].tokens)
             tracked.chosen = None
         if tokens <= 0:
             if tracked.loading is None:
@@ -344,6 +368,7 @@ class Planner:
         # A request that is past its prompt brings one token a step.
         prompt_tokens = sum(tokens for tokens in scheduled_tokens.values() if tokens > 1)
         all_tokens = sum(scheduled_tokens.values())
+        orders.tokens = all_tokens
         orders.step = self._choice.step_began(self._now(), prompt_tokens, all_tokens)
         return orders
 
@@ -384,7 +409,7 @@ class Planner:
         *,
         reports: Mapping[int, SaveReport],
         loaded: Iterable[str],
-        bad_block_ids: set[int],
+        failed: Mapping[str, FailedLoad],
         loads: LoadReport | None = None,
         step: int = 0,
         failures: int = 0,
@@ -415,30 +440,36 @@ class Planner:
             tokens_a_rank = self._block_tokens / self._ranks
             self.counters.add("saved_tokens", total.stored_blocks * tokens_a_rank)
             self.counters.add("unsaved_tokens", total.failed_blocks * tokens_a_rank)
-        if bad_block_ids:
-            for tracked in self._tracked.values():
-                self._note_failed_load(tracked, bad_block_ids)
+        for request_id, failure in failed.items():
+            tracked_or_none = self._tracked.get(request_id)
+            if tracked_or_none is not None:
+                self._note_failed_load(tracked_or_none, failure)
         for request_id in loaded:
             done = self._tracked.get(request_id)
             if done is not None and done.loading is not None:
-                self.counters.add("loaded_tokens", len(done.loading) * self._block_tokens)
+                kept = len(done.loading) * self._block_tokens
+                self.counters.add("loaded_tokens", kept)
+                self._funnel.to(request_id, "loaded", kept, "")
                 done.loading = None
                 self._unqueue(done)
+                if self._by_layers:
+                    self._funnel.book(request_id)
             if done is not None:
                 self._let_go(done)
 
-    def _note_failed_load(self, tracked: Tracked, bad_block_ids: set[int]) -> None:
-        if tracked.loading is None:
+    def _note_failed_load(self, tracked: Tracked, failure: FailedLoad) -> None:
+        # Another rank may have lost more of it, or told of it before.
+        if tracked.loading is None or failure.position >= len(tracked.loading):
             return
-        for index, block_id in enumerate(tracked.loading):
-            if block_id in bad_block_ids:
-                lost = len(tracked.loading) - index
-                self.counters.add("failed_load_tokens", lost * self._block_tokens)
-                del tracked.loading[index:]
-                tracked.barred = True
-                # The bad copy is gone from the store; what is computed instead takes its place.
-                tracked.saved_blocks = tracked.local_blocks + index
-                return
+        lost = len(tracked.loading) - failure.position
+        self.counters.add("failed_load_tokens", lost * self._block_tokens)
+        del tracked.loading[failure.position :]
+        kept = len(tracked.loading)
+        request_id = tracked.request.request_id
+        self._funnel.to(request_id, "loaded", kept * self._block_tokens, failure.reason)
+        tracked.barred = True
+        # The bad copy is gone from the store; what is computed instead takes its place.
+        tracked.saved_blocks = tracked.local_blocks + kept
 
     def _unqueue(self, tracked: Tracked) -> None:
         self._choice.queued_tokens -= tracked.queued_tokens
@@ -446,6 +477,7 @@ class Planner:
 
     def finished(self, request: EngineRequest, block_ids: Sequence[int]) -> None:
         """The request ended: orders what was not saved yet and forgets it."""
+        self._funnel.finished(request.request_id)
         tracked = self._tracked.pop(request.request_id, None)
         self._tainted.discard(request.request_id)
         if tracked is not None:

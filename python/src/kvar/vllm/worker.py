@@ -23,9 +23,16 @@ from dataclasses import dataclass, field
 
 import kvar
 from kvar.vllm.link import Link
-from kvar.vllm.orders import LayersReport, LoadOrder, LoadReport, SaveOrder, SaveReport
+from kvar.vllm.metrics import Counters
+from kvar.vllm.orders import (
+    FailedLoad,
+    LayersReport,
+    LoadOrder,
+    LoadReport,
+    SaveOrder,
+    SaveReport,
+)
 from kvar.vllm.pages import Batch, DirectPages, LayeredTransfer, Pages, Transfer
-from kvar.vllm.planner import Counters
 
 logger = logging.getLogger("vllm.kvar")
 
@@ -34,6 +41,9 @@ STORED = ("stored", "exists", "in_progress")
 
 # Said by the client when the node is: gone, or mute.
 AWAY = ("unreachable", "deadline")
+
+# What becomes of a load that was not even begun.
+STORE_AWAY = "store_away"
 
 
 @dataclass
@@ -63,6 +73,7 @@ class Ended:
 
     loaded: set[str] = field(default_factory=set)
     bad_block_ids: set[int] = field(default_factory=set)
+    failed: dict[str, FailedLoad] = field(default_factory=dict)
     reports: dict[int, SaveReport] = field(default_factory=dict)
     loads: LoadReport = field(default_factory=LoadReport)
     layers: LayersReport = field(default_factory=LayersReport)
@@ -113,7 +124,7 @@ class Mover:
             except kvar.KvarError as error:
                 self._link.failed(error)
         self._ended.loaded.add(order.request_id)
-        self._ended.bad_block_ids.update(order.block_ids)
+        self._note_misses(order, [STORE_AWAY] * len(order.block_ids))
 
     def start_layers(self, order: LoadOrder, salt: str) -> None:
         """Starts a load by layers; it is over by :meth:`finish_layers`."""
@@ -145,20 +156,16 @@ class Mover:
         loaded = set(ended.layers.loaded)
         for order in self._failed_at_start:
             loaded.add(order.request_id)
-            ended.bad_block_ids.update(order.block_ids)
+            self._note_misses(order, [STORE_AWAY] * len(order.block_ids))
         for load in self._layered:
             began = time.monotonic()
             words = load.transfer.finish()
             load.waited += time.monotonic() - began
             loaded.add(load.order.request_id)
-            pairs = zip(load.order.block_ids, words, strict=True)
-            bad = {block for block, word in pairs if word != "hit"}
-            ended.bad_block_ids.update(bad)
-            failed = failed or bool(bad)
+            failed = self._note_misses(load.order, words) or failed
             away = [word for word in words if word in AWAY]
             if away:
                 self._link.failed(away[0])
-            self._count_others("load", words, ("hit",))
             seconds = load.transfer.seconds()
             self.counters.add("load_seconds", seconds)
             self.counters.add("layered_load_seconds", seconds)
@@ -205,9 +212,7 @@ class Mover:
                 continue
             self._loads.remove(load)
             self._ended.loaded.add(load.order.request_id)
-            pairs = zip(load.order.block_ids, words, strict=True)
-            self._ended.bad_block_ids.update(block for block, word in pairs if word != "hit")
-            self._count_others("load", words, ("hit",))
+            self._note_misses(load.order, words)
             ended_at = load.transfer.ended_at()
             self.counters.add("load_seconds", ended_at - load.started)
             self.counters.add("loaded_bytes", words.count("hit") * self._bytes_a_block)
@@ -220,7 +225,9 @@ class Mover:
             if words is None:
                 continue
             self._saves.remove(save)
-            self._count_others("save", words, STORED)
+            for word in words:
+                if word not in STORED:
+                    self.counters.add("save_refused_blocks", 1, word)
             stored = sum(word in STORED for word in words)
             self._ended.reports[save.order.job] = SaveReport(1, stored, len(words) - stored)
             self.counters.add("saved_bytes", stored * self._bytes_a_block)
@@ -239,10 +246,17 @@ class Mover:
             self._link.failed(away[0])
         return words
 
-    def _count_others(self, what: str, words: Sequence[str], good: Sequence[str]) -> None:
-        for word in words:
-            if word not in good:
-                self.counters.add(f"{what}_{word}_blocks", 1)
+    def _note_misses(self, order: LoadOrder, words: Sequence[str]) -> bool:
+        """Whether some blocks of a load did not come; which, and why, is kept to be told."""
+        failed = None
+        for position, (block, word) in enumerate(zip(order.block_ids, words, strict=True)):
+            if word != "hit":
+                failed = failed or FailedLoad(position, word)
+                self._ended.bad_block_ids.add(block)
+                self.counters.add("load_missed_blocks", 1, word)
+        if failed is not None:
+            self._ended.failed[order.request_id] = failed
+        return failed is not None
 
     @property
     def idle(self) -> bool:
