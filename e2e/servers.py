@@ -236,7 +236,7 @@ class Engine(Server):
         self,
         python: Path,
         model: Path,
-        overlay: Path | str,
+        overlay: str,
         block_tokens: int,
         folder: Path,
         log: Path,
@@ -244,7 +244,7 @@ class Engine(Server):
         super().__init__("vLLM", log)
         self._python = python
         self._model = model
-        self._overlay = str(overlay)
+        self._overlay = overlay
         self._block_tokens = block_tokens
         self._folder = folder
         self._socket = folder / "engine.sock"
