@@ -10,7 +10,7 @@ use kvar_client::{
 };
 use kvar_node::KeyFile;
 use std::time::{Duration, Instant};
-use support::{PATIENCE, Place, client};
+use support::{PATIENCE, Place, client, until};
 
 const SECTION: u32 = 40_000;
 const SECTIONS: usize = 12;
@@ -84,14 +84,6 @@ fn whole_is(client: &Client, number: u32) -> Result<(), MissReason> {
     }
 }
 
-fn comes_true(what: &str, mut is_true: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !is_true() {
-        assert!(Instant::now() < end, "never: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
 #[test]
 fn blocks_are_read_by_layers_from_memory_and_from_the_device() {
     let dir = tempfile::tempdir().unwrap();
@@ -101,7 +93,7 @@ fn blocks_are_read_by_layers_from_memory_and_from_the_device() {
     for link in [LinkChoice::Shm, LinkChoice::Tcp] {
         let client = client(&server, link);
         reads_whole(&get(&client, 0..20), 0);
-        comes_true("twenty hits", || client.stats().hits == 20);
+        until("twenty hits", || client.stats().hits == 20);
     }
     assert_eq!(server.stop(), 0);
     // Cold: stretches of 256 KiB instead of twelve sections each.
@@ -225,7 +217,7 @@ fn a_put_by_layers_that_is_not_committed_leaves_nothing() {
     let wrong = PutOutcome::Refused(Refusal::WrongFormat);
     assert_eq!(begin(3, 5, PATIENCE).commit().wait(), [wrong]);
     let layers = begin(4, SECTIONS, Duration::from_millis(100));
-    comes_true("the deadline", || layers.is_done());
+    until("the deadline", || layers.is_done());
     let late = PutOutcome::Refused(Refusal::Deadline);
     assert_eq!(layers.commit().wait(), [late]);
     // Neither did the links break, nor is the writer thought to be gone.
@@ -233,7 +225,7 @@ fn a_put_by_layers_that_is_not_committed_leaves_nothing() {
     for number in 1..=4 {
         assert_eq!(whole_is(&reader, number), Err(MissReason::Absent));
         // Nor does what was begun stand in the way of another.
-        comes_true("the id is free again", || {
+        until("the id is free again", || {
             let put = PutItem::of_pieces(id(number), block(number));
             reader.put(vec![put]) == [PutOutcome::Stored]
         });
@@ -242,7 +234,7 @@ fn a_put_by_layers_that_is_not_committed_leaves_nothing() {
     let mut layers = begin(9, 3, PATIENCE);
     layers.section(3, sources(&[9], 3)).unwrap();
     drop((layers, writer));
-    comes_true("the id is free again", || {
+    until("the id is free again", || {
         reader.put(vec![PutItem::of_pieces(id(9), block(9))]) == [PutOutcome::Stored]
     });
 }
@@ -300,7 +292,7 @@ fn waits(
 
 /// Whoever waits for it really waits.
 fn is_announced(reader: &Client, number: u32) {
-    comes_true("the block is announced", || {
+    until("the block is announced", || {
         let waited = waits(reader, number, Duration::from_millis(20)).wait();
         waited[0].miss() == Some(MissReason::Deadline)
     });
