@@ -21,9 +21,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from harness import arguments_of, out_folder, script
 from servers import Node, say
 
-HERE = Path(__file__).parent
 OPERATIONS = ("Store", "Load")
 RUN_S_MAX = 300
 # On either side of an interval.
@@ -92,15 +92,12 @@ def interval(ordered: list[float]) -> tuple[float, float]:
 
 def main() -> int:
     """Runs the pairs and prints the medians."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kvar", type=Path, required=True, help="the kvar binary")
-    parser.add_argument("--overlay", required=True, help="PYTHONPATH of kvar and LMCache")
+    parser = arguments_of(__doc__)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--kib", type=int, default=1024, help="of an object")
     parser.add_argument("--keys", type=int, default=16, help="objects of a batch; 4 are in flight")
     arguments = parser.parse_args()
-    out = HERE / "out"
-    out.mkdir(exist_ok=True)
+    out = out_folder()
     folder = Path(tempfile.mkdtemp(prefix="lmcache-bench-", dir=out))
     bench = Bench(arguments, folder)
     runs: dict[str, list[dict[str, float]]] = {"kvar": [], "fs_native": []}
@@ -141,8 +138,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        say("interrupted; everything was stopped")
-        sys.exit(130)
+    script(main)

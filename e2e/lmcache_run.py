@@ -19,7 +19,6 @@ import argparse
 import http
 import json
 import os
-import shutil
 import socket
 import sys
 import tempfile
@@ -29,10 +28,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from harness import arguments_of, judge, out_folder, script
 from prompts import Prompt, PromptMaker
 from servers import Answer, Engine, Node, Server, cpu_arguments, say
 
-HERE = Path(__file__).parent
 BLOCK_TOKENS = 32
 # LMCache's default; an object of this model is 9 MiB then, more than a block may be.
 CHUNK_TOKENS = 256
@@ -245,39 +244,20 @@ class Run:
 
 def main() -> int:
     """Runs everything; the exit code is the verdict."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kvar", type=Path, required=True, help="the kvar binary")
+    parser = arguments_of(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="the model's folder")
-    parser.add_argument("--overlay", required=True, help="PYTHONPATH of kvar and LMCache")
     parser.add_argument("--keep", action="store_true", help="keep logs also on success")
     arguments = parser.parse_args()
-    out = HERE / "out"
-    out.mkdir(exist_ok=True)
-    if shutil.disk_usage(out).free < FREE_BYTES_MIN:
-        raise SystemExit(f"{FREE_BYTES_MIN >> 30} GiB are needed free in {out}")
+    out = out_folder(FREE_BYTES_MIN)
     folder = Path(tempfile.mkdtemp(prefix="lmcache-", dir=out))
     run = Run(arguments, folder)
-    fine = False
-    try:
+
+    def phases() -> None:
         run.all_phases()
         (out / "lmcache.json").write_text(json.dumps(run.figures, indent=1) + "\n")
-        for problem in run.wrong:
-            print(f"WRONG: {problem}")
-        fine = not run.wrong
-        print("all as it should be" if fine else f"{len(run.wrong)} problems")
-    finally:
-        run.close()
-        if fine and not arguments.keep:
-            shutil.rmtree(folder)
-        else:
-            run.node.data.unlink(missing_ok=True)
-            say(f"logs are kept in {folder}")
-    return 0 if fine else 1
+
+    return judge(run, phases, folder, keep=arguments.keep)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        say("interrupted; everything was stopped")
-        sys.exit(130)
+    script(main)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -31,10 +30,10 @@ from types import FrameType
 
 import funnel
 import report
+from harness import HERE, arguments_of, judge, out_folder, script
 from prompts import Prompt, PromptMaker
 from servers import Answer, Engine, Node, cpu_arguments, kvar_transfer, say
 
-HERE = Path(__file__).parent
 BLOCK_TOKENS = 32
 ANSWER_TOKENS = 8
 LENGTHS_TOKENS = [512, 1024, 2048, 4096, 8192]
@@ -280,19 +279,13 @@ class Run:
 
 def main() -> int:
     """Runs everything; the exit code is the verdict."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kvar", type=Path, required=True, help="the kvar binary")
+    parser = arguments_of(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="the model's folder")
-    parser.add_argument("--overlay", type=Path, required=True, help="where the wheel was unpacked")
     parser.add_argument("--quick", action="store_true", help="two lengths, fewer restarts (for CI)")
-    parser.add_argument("--keep", action="store_true", help="keep logs and store also on success")
+    parser.add_argument("--keep", action="store_true", help="keep logs also on success")
     arguments = parser.parse_args()
 
-    out = HERE / "out"
-    out.mkdir(exist_ok=True)
-    free = shutil.disk_usage(out).free
-    if free < FREE_BYTES_MIN:
-        raise SystemExit(f"{free >> 30} GiB free in {out}, {FREE_BYTES_MIN >> 30} needed")
+    out = out_folder(FREE_BYTES_MIN)
     fits = len(str(out)) < SOCKET_FOLDER_CHARACTERS_MAX
     folder = Path(tempfile.mkdtemp(prefix="run-", dir=out if fits else None))
 
@@ -303,34 +296,20 @@ def main() -> int:
         signal.signal(number, end)
     started = time.monotonic()
     run = Run(arguments, folder)
-    fine = False
-    try:
+
+    def phases() -> None:
         run.all_phases()
         summaries = report.summarise(run.rows)
         report.write_json(summaries, run.rows, HERE / "results.json", out / "details.json")
         report.plot(summaries, HERE / "ttft.png")
         print(report.table(summaries))
-        for problem in run.wrong:
-            print(f"WRONG: {problem}")
-        fine = not run.wrong
         print(
-            f"{'all as it should be' if fine else f'{len(run.wrong)} problems'} after "
             f"{time.monotonic() - started:.0f} s; load now {os.getloadavg()[0]:.1f}; "
             "figures in e2e/results.json, plot in e2e/ttft.png"
         )
-    finally:
-        run.close()
-        if fine and not arguments.keep:
-            shutil.rmtree(folder)
-        else:
-            run.node.data.unlink(missing_ok=True)
-            say(f"logs are kept in {folder}")
-    return 0 if fine else 1
+
+    return judge(run, phases, folder, keep=arguments.keep)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        say("interrupted; everything was stopped")
-        sys.exit(130)
+    script(main)

@@ -255,7 +255,7 @@ class Engine(Server):
         self,
         python: Path,
         model: Path,
-        overlay: Path | str,
+        overlay: str,
         arguments: Sequence[str],
         folder: Path,
         log: Path,
@@ -264,7 +264,7 @@ class Engine(Server):
         super().__init__(name, log)
         self._python = python
         self._model = model
-        self._overlay = str(overlay)
+        self._overlay = overlay
         self._arguments = arguments
         self._folder = folder
         self._socket = folder / "engine.sock"

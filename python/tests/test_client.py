@@ -146,12 +146,17 @@ def test_buffers_of_any_item_type_are_used_in_place(client: kvar.Client, name: N
     assert back == numbers
 
 
+def layers_of(page: int, count: int) -> list[bytearray]:
+    """Memory of so many layers of ten pages; every page is of one byte, which no other has."""
+    return [
+        bytearray(b"".join(bytes([16 * layer + n]) * page for n in range(10)))
+        for layer in range(count)
+    ]
+
+
 def test_pages_of_layers_travel_as_blocks(client: kvar.Client, name: Name) -> None:
     page, layer_count = 4096, 3
-    layers = [
-        bytearray(b"".join(bytes([16 * layer + n]) * page for n in range(10)))
-        for layer in range(layer_count)
-    ]
+    layers = layers_of(page, layer_count)
     ids = [name(n) for n in range(4)]
     assert client.put_pages(ids, layers, [7, 2, 9, 0], page) == ["stored"] * 4
     empty = [bytearray(10 * page) for _ in range(layer_count)]
@@ -170,10 +175,7 @@ def test_pages_of_layers_travel_as_blocks(client: kvar.Client, name: Name) -> No
 
 def test_layers_come_one_after_another(client: kvar.Client, name: Name) -> None:
     page, layer_count = 40_000, 6
-    layers = [
-        bytearray(b"".join(bytes([16 * layer + n]) * page for n in range(10)))
-        for layer in range(layer_count)
-    ]
+    layers = layers_of(page, layer_count)
     ids = [name(n) for n in range(4)]
     assert client.put_pages(ids, layers, [7, 2, 9, 0], page) == ["stored"] * 4
     empty = [bytearray(10 * page) for _ in range(layer_count)]

@@ -4,7 +4,7 @@ mod peer;
 
 use kvar_base::{BlockId, MissReason, NamespaceKey, PutOutcome, Refusal};
 use kvar_client::*;
-use peer::{LIMITS, Peer, key};
+use peer::{LIMITS, Peer, key, until};
 use proptest::prelude::*;
 use std::net::TcpListener;
 use std::sync::mpsc::channel;
@@ -326,11 +326,10 @@ fn names_are_looked_up() {
         ..config(&peer)
     })
     .unwrap();
-    let end = Instant::now() + Duration::from_secs(20);
-    while client.put(vec![PutItem::of_bytes(id(1), vec![1])]) != [PutOutcome::Stored] {
-        assert!(Instant::now() < end, "{:?}", client.last_error());
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    let what = std::fmt::from_fn(|f| write!(f, "a put: {:?}", client.last_error()));
+    until(what, || {
+        client.put(vec![PutItem::of_bytes(id(1), vec![1])]) == [PutOutcome::Stored]
+    });
     let nowhere = ClientConfig::new("no-such-host.invalid:7411", key());
     let found = Client::connect(ClientConfig {
         connect_timeout: Duration::from_secs(10),

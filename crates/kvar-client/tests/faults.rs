@@ -5,15 +5,11 @@ mod peer;
 
 use kvar_base::{BlockId, MissReason, PutOutcome, Refusal};
 use kvar_client::*;
-use peer::{LIMITS, Mood, Peer, key};
+use peer::{LIMITS, Mood, Peer, SLACK, key, until};
 use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 const DEADLINE: Duration = Duration::from_millis(150);
-
-/// How much later than its deadline a call may be seen to end here, where a build may hold both
-/// cores. (The client itself is late by a timer's millisecond.)
-const SLACK: Duration = Duration::from_millis(700);
 
 fn config(peer: &Peer) -> ClientConfig {
     ClientConfig {
@@ -43,16 +39,14 @@ fn get(client: &Client, n: u64) -> Option<MissReason> {
 
 /// Asks until the node is well again for this client.
 fn heals(client: &Client) {
-    let end = Instant::now() + Duration::from_secs(20);
-    while get(client, 1).is_some() {
-        assert!(
-            Instant::now() < end,
-            "does not heal: {:?} {:?}",
-            client,
-            client.last_error()
-        );
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let what = std::fmt::from_fn(|f| write!(f, "a get of {client:?}: {:?}", client.last_error()));
+    until(what, || get(client, 1).is_none());
+}
+
+/// Puts block 1 until the node takes it.
+fn takes_puts(client: &Client, len: usize) {
+    let what = std::fmt::from_fn(|f| write!(f, "a put of {client:?}: {:?}", client.last_error()));
+    until(what, || put(client, 1, len) == PutOutcome::Stored);
 }
 
 /// A client of a node that holds block 1 (100 KB).
@@ -229,17 +223,12 @@ fn a_dead_node_is_unreachable_at_once_and_found_again_when_restarted() {
     let peer = Peer::start();
     let client = with_block(&peer);
     let address = peer.kill();
-    let end = Instant::now() + Duration::from_secs(10);
-    while client.breaker() == BreakerState::Closed {
+    until("the breaker opens", || {
         assert_eq!(get(&client, 1), Some(MissReason::Unreachable));
-        assert!(Instant::now() < end, "the breaker stays closed");
-    }
+        client.breaker() != BreakerState::Closed
+    });
     let peer = Peer::start_with(address, LIMITS);
-    let end = Instant::now() + Duration::from_secs(20);
-    while put(&client, 1, 100_000) != PutOutcome::Stored {
-        assert!(Instant::now() < end, "{:?}", client.last_error());
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    takes_puts(&client, 100_000);
     assert_eq!(get(&client, 1), None);
     assert_eq!(client.stats().connects, 2);
     drop(peer);
@@ -258,11 +247,7 @@ fn a_lazy_client_needs_no_node_to_begin_with() {
         Some(ClientError::Unreachable(_))
     ));
     let _peer = Peer::start_with(address, LIMITS);
-    let end = Instant::now() + Duration::from_secs(20);
-    while put(&client, 1, 10) != PutOutcome::Stored {
-        assert!(Instant::now() < end, "{:?}", client.last_error());
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    takes_puts(&client, 10);
 }
 
 #[test]
@@ -381,11 +366,7 @@ fn closing_a_client_ends_its_calls_and_frees_their_buffers() {
     let item = || PutItem::of_pieces(id(5), Held(std::sync::Arc::clone(&bytes)));
     let puts = client.submit_put(vec![item(), item()], options);
     let gets = client.submit_get(vec![GetItem::to_vec(id(1))], options);
-    let end = Instant::now() + Duration::from_secs(20);
-    while peer.asked() < before + 3 {
-        assert!(Instant::now() < end, "nothing is asked");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    until("all three are asked", || peer.asked() >= before + 3);
     drop(client);
     assert!(puts.is_done() && gets.is_done());
     assert_eq!(puts.wait(), [PutOutcome::Refused(Refusal::Unreachable); 2]);

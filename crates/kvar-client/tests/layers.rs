@@ -5,14 +5,9 @@ mod peer;
 
 use kvar_base::{BlockId, MissReason, PutOutcome};
 use kvar_client::*;
-use peer::{LIMITS, Mood, Peer, key};
+use peer::{LIMITS, Mood, PATIENCE, Peer, SLACK, key};
 use proptest::prelude::*;
 use std::time::{Duration, Instant};
-
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// As in `faults`.
-const SLACK: Duration = Duration::from_millis(700);
 
 fn client(peer: &Peer) -> Client {
     let config = ClientConfig {

@@ -5,11 +5,9 @@ mod peer;
 use kvar_base::{BlockId, MissReason};
 use kvar_client::*;
 use kvar_wire::IDS_MAX;
-use peer::{Mood, Peer, key};
+use peer::{Mood, PATIENCE, Peer, key, until};
 use std::time::{Duration, Instant};
 
-/// Long enough for a machine that compiles beside the test; a hang still fails.
-const PATIENCE: Duration = Duration::from_secs(20);
 const TTL: Duration = Duration::from_secs(30);
 
 fn ids(count: usize) -> Vec<BlockId> {
@@ -24,15 +22,6 @@ fn client(peer: &Peer) -> Client {
         ..ClientConfig::new(&peer.address.to_string(), key())
     })
     .unwrap()
-}
-
-/// Waits for what happens on the other side.
-fn comes_true(what: &str, is_true: impl Fn() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !is_true() {
-        assert!(Instant::now() < end, "never: {what}");
-        std::thread::sleep(Duration::from_millis(1));
-    }
 }
 
 /// The node granted the lease and its answer never came: it would hold the blocks for half a minute,
@@ -51,10 +40,10 @@ fn a_lease_of_which_the_answer_is_lost_is_given_back() {
         peer.set(mood);
         let options = CallOptions::within(Duration::from_millis(300));
         let lost = client.submit_lookup_leased(ids.clone(), TTL, options);
-        comes_true("the node grants it", || peer.leases_asked().len() == 2);
+        until("the node grants it", || peer.leases_asked().len() == 2);
         let lost = lost.wait();
         assert_eq!((lost.leading, lost.lease), (0, None), "{mood:?}");
-        comes_true("it is given back", || peer.leases() == 1);
+        until("it is given back", || peer.leases() == 1);
         peer.set(Mood::Well);
     }
 }
@@ -124,12 +113,12 @@ fn a_lease_stood_on_when_the_link_broke_that_was_to_end_it() {
     peer.set(Mood::Mute);
     let options = CallOptions::within(Duration::from_millis(300));
     let lost = client.submit_lookup_leased(ids.clone(), TTL, options);
-    comes_true("the node grants it", || peer.leases() == 2);
+    until("the node grants it", || peer.leases() == 2);
     // Takes the next word, which is the release or right before it, and hangs up.
     peer.set(Mood::Close);
     assert_eq!(lost.wait().lease, None);
-    comes_true("the link breaks", || client.stats().links_lost > 0);
+    until("the link breaks", || client.stats().links_lost > 0);
     assert_eq!(peer.leases(), 2);
     peer.set(Mood::Well);
-    comes_true("it is given back", || peer.leases() == 1);
+    until("it is given back", || peer.leases() == 1);
 }

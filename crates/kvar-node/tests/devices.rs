@@ -8,9 +8,8 @@ use kvar_node::{Config, DataPath, Node, NodeHandle};
 use kvar_wire::*;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
-use support::store::{PATIENCE, device, devices, remove, stop, wait_for};
-use support::{Peer, bytes_of, http, key_of, post_devices, start, store};
+use support::store::{device, devices, remove, stop};
+use support::{Peer, bytes_of, http, key_of, post_devices, start, store, until};
 
 /// Settings of a node with a file for each name.
 fn config(dir: &Path, names: &[&str]) -> Config {
@@ -269,9 +268,9 @@ fn a_device_that_dies_is_fenced_and_the_node_goes_on() {
     let path = dir.path().join("b");
     let file = std::fs::File::options().write(true).open(&path).unwrap();
     let mut peer = Peer::greet(&node);
-    let until = Instant::now() + PATIENCE;
     let mut asked = ids.iter().cycle();
-    while device(&node, &path)["state"] != "failed" {
+    let what = std::fmt::from_fn(|f| write!(f, "it fails: {}", device(&node, &path)));
+    until(what, || {
         let id = asked.next().unwrap();
         // Again and again: a write of the engine's makes a file of it, which reads as zeros.
         file.set_len(0).unwrap();
@@ -282,9 +281,8 @@ fn a_device_that_dies_is_fenced_and_the_node_goes_on() {
                 "{reason}"
             ),
         }
-        assert!(Instant::now() < until, "{}", device(&node, &path));
-        std::thread::sleep(Duration::from_millis(10));
-    }
+        device(&node, &path)["state"] == "failed"
+    });
     let lost = device(&node, &path);
     assert!(
         lost["reason"].as_str().unwrap().contains("does not answer"),
@@ -360,7 +358,7 @@ fn the_last_device_is_not_fenced_and_memory_serves_on() {
         file.set_len(0).unwrap();
         assert!(peer.get(*id).is_err());
     }
-    wait_for("the keeper's verdict", || {
+    until("the keeper's verdict", || {
         let found = device(&node, &path);
         let why = found["reason"].as_str().unwrap_or_default();
         why.contains("does not answer")

@@ -9,9 +9,9 @@ use kvar_wire::*;
 use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::{Duration, Instant};
-use support::store::{PATIENCE, device, remove, stop};
-use support::{Peer, bytes_of, http, post_devices, start, store};
+use std::time::Instant;
+use support::store::{device, remove, stop};
+use support::{PATIENCE, Peer, bytes_of, http, post_devices, start, store, until};
 
 const LEN: usize = 20_000;
 
@@ -201,11 +201,8 @@ fn what_is_removed_while_it_moves_stays_removed() {
         std::thread::scope(|scope| {
             let removing = scope.spawn(|| remove(&node, &ids));
             // Gone everywhere, and not acknowledged: the keeper has not heard of it.
-            let until = Instant::now() + PATIENCE;
             for id in &ids {
-                while get(&mut peer, *id).is_ok() {
-                    assert!(Instant::now() < until, "it is not removed");
-                }
+                until("it is removed", || get(&mut peer, *id).is_err());
             }
             assert!(!removing.is_finished());
             gate.open();
@@ -238,11 +235,8 @@ fn a_device_that_was_leaving_leaves_on_after_a_restart() {
         again.0 == 409 && why.contains("leaving already"),
         "{again:?}"
     );
-    let until = Instant::now() + PATIENCE;
-    while device(&node, &path)["moved"]["blocks"].as_u64() < Some(3) {
-        assert!(Instant::now() < until, "nothing moves");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let moved = || device(&node, &path)["moved"]["blocks"].as_u64();
+    until("three blocks have moved", || moved() >= Some(3));
     stop(node);
     let node = start(&config);
     wait_until_gone(&node, &path, || {});

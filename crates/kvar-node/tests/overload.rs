@@ -8,7 +8,7 @@ use kvar_wire::*;
 use serde_json::Value;
 use std::io::Write as _;
 use std::time::{Duration, Instant};
-use support::{Peer, bytes_of, config, http, start};
+use support::{Peer, bytes_of, config, http, start, until};
 
 fn ids(count: usize) -> Vec<BlockId> {
     let key = NamespaceKey::new([9; 32]);
@@ -60,7 +60,7 @@ fn bytes_that_wait_for_a_slow_link_are_taken_back_when_their_time_is_over() {
     get.deadline_us = PATIENCE.as_micros() as u64;
     peer.send(request, &get);
     // It reads nothing until its time is over: the socket is full long before.
-    std::thread::sleep(PATIENCE * 2);
+    until("its time is over", || overdue(&node, "link") > 0);
     let mut answered = vec![0; COUNT];
     let (mut hits, mut late) = (0_u64, 0_u64);
     for _ in 0..COUNT {

@@ -8,7 +8,7 @@ use kvar_wire::*;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
-use support::{Peer, bytes_of, config, start};
+use support::{Peer, bytes_of, config, start, until};
 
 fn ids(count: usize) -> Vec<BlockId> {
     let key = kvar_base::NamespaceKey::new([9; 32]);
@@ -144,21 +144,17 @@ fn blocks_behind_a_gap_are_not_held() {
         (answer.leading, answer.reason),
         (4, Some(MissReason::Absent))
     );
+    // Long before the lease ends.
     let begun = Instant::now();
-    while leased_blocks(&node) != 4 {
-        assert!(
-            begun.elapsed() < Duration::from_secs(10),
-            "{} blocks are held",
-            leased_blocks(&node)
-        );
-    }
+    let held = std::fmt::from_fn(|f| write!(f, "as many are held: {}", leased_blocks(&node)));
+    until(&held, || leased_blocks(&node) == 4);
+    assert!(begun.elapsed() < Duration::from_secs(10));
     assert!(release(&mut peer, token));
     // Nothing is promised: there is no lease.
     let answer = ask_lease(&mut peer, &lease(&ids, token, 1, 30_000));
     assert_eq!((answer.leading, answer.lasts_ms), (0, 0));
-    while leased_blocks(&node) != 0 {
-        assert!(begun.elapsed() < Duration::from_secs(10));
-    }
+    until(&held, || leased_blocks(&node) == 0);
+    assert!(begun.elapsed() < Duration::from_secs(10));
     assert!(!release(&mut peer, token));
 }
 
@@ -223,14 +219,10 @@ fn a_block_with_a_time_to_live_ends_by_itself() {
         (now + 3500..now + 3605).contains(&expires),
         "{expires} {now}"
     );
-    while peer.get(ids[0]).is_ok() {
-        assert!(put.elapsed() < Duration::from_secs(10), "it lives on");
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    assert!(
-        put.elapsed() >= Duration::from_millis(1900),
-        "it ended early"
-    );
+    until("it ends", || peer.get(ids[0]).is_err());
+    let lived = put.elapsed();
+    let (early, late) = (Duration::from_millis(1900), Duration::from_secs(10));
+    assert!((early..late).contains(&lived), "it lived for {lived:?}");
     assert_eq!(peer.get(ids[0]), Err(MissReason::Expired));
     // Over a restart too.
     drop(peer);
@@ -238,16 +230,13 @@ fn a_block_with_a_time_to_live_ends_by_itself() {
     node.wait();
     let node = start(&settings);
     let mut peer = Peer::greet(&node);
-    let begun = Instant::now();
-    loop {
-        match peer.get(ids[1]) {
-            Err(MissReason::Loading) => {
-                assert!(begun.elapsed() < Duration::from_secs(20), "it loads on");
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            outcome => break assert!(outcome.is_ok(), "{outcome:?}"),
+    until("it is loaded", || match peer.get(ids[1]) {
+        Err(MissReason::Loading) => false,
+        outcome => {
+            assert!(outcome.is_ok(), "{outcome:?}");
+            true
         }
-    }
+    });
     assert_eq!(peer.get(ids[0]), Err(MissReason::Expired));
 }
 
@@ -283,12 +272,8 @@ fn times_to_live_follow_a_clock_that_is_set() {
     }
     assert!(ids.iter().all(|id| peer.get(*id).is_ok()));
     ahead_s.store(2 * 3600, Ordering::SeqCst);
-    let begun = Instant::now();
     for id in &ids {
-        while peer.get(*id).is_ok() {
-            assert!(begun.elapsed() < Duration::from_secs(20), "it lives on");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        until("it ends", || peer.get(*id).is_err());
         assert_eq!(peer.get(*id), Err(MissReason::Expired));
     }
     // What is put now lives for an hour of the new time.

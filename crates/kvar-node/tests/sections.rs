@@ -5,8 +5,7 @@ mod support;
 
 use kvar_base::{BlockId, ContentCheck, MissReason, PutOutcome, Refusal};
 use kvar_wire::*;
-use std::time::Duration;
-use support::{Peer, config, start};
+use support::{Peer, config, start, until};
 
 const LENGTHS: [u32; 3] = [5000, 70_000, 1];
 
@@ -167,9 +166,9 @@ fn what_does_not_fit_ends_the_link_and_frees_the_id() {
         assert!(failure.text.contains(words), "{words}: {}", failure.text);
         drop(peer);
         let mut other = Peer::greet(&node);
-        while other.put(id(1), &[b"other"], false) == PutOutcome::InProgress {
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        until("the id is free again", || {
+            other.put(id(1), &[b"other"], false) != PutOutcome::InProgress
+        });
         let request = other.number();
         other.send(
             request,

@@ -4,8 +4,7 @@ mod support;
 
 use kvar_base::{BlockId, MissReason, PutOutcome, Refusal};
 use kvar_wire::*;
-use std::time::Duration;
-use support::{Peer, bytes_of, config, key_of, start};
+use support::{Peer, bytes_of, config, key_of, start, until};
 
 fn ids(count: usize) -> Vec<BlockId> {
     let key = kvar_base::NamespaceKey::new([9; 32]);
@@ -271,16 +270,13 @@ fn a_put_that_never_sends_its_bytes_ends_and_leaves_room_for_another() {
     std::io::Write::write_all(&mut dying.stream, &head).unwrap();
     std::io::Write::write_all(&mut dying.stream, &bytes[..100_000]).unwrap();
     drop(dying);
-    let until = std::time::Instant::now() + Duration::from_secs(10);
-    loop {
+    until("the id is free again", || {
         match other.put(id, &[&bytes], false) {
-            PutOutcome::Stored => break,
-            PutOutcome::InProgress if std::time::Instant::now() < until => {
-                std::thread::yield_now();
-            }
+            PutOutcome::Stored => true,
+            PutOutcome::InProgress => false,
             outcome => panic!("{outcome:?}"),
         }
-    }
+    });
     assert!(other.get(id) == Ok(bytes));
 }
 

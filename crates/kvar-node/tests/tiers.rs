@@ -8,9 +8,8 @@ use kvar_node::{Config, DataPath, DeviceTier, Node, NodeHandle};
 use kvar_wire::*;
 use serde_json::{Value, json};
 use std::path::Path;
-use std::time::{Duration, Instant};
-use support::store::{PATIENCE, device, ids, remove, stop, wait_for};
-use support::{Peer, bytes_of, http, post_devices, start, store};
+use support::store::{device, ids, remove, stop};
+use support::{PATIENCE, Peer, bytes_of, http, post_devices, start, store, until};
 
 const LEN: usize = 64 << 10;
 /// Blocks: the fast device holds a third of them, the big one all.
@@ -49,17 +48,13 @@ fn counters(node: &NodeHandle, name: &str) -> u64 {
 fn fill(node: &NodeHandle, ids: &[BlockId]) {
     let mut peer = Peer::greet(node);
     for (number, id) in ids.iter().enumerate() {
-        let until = Instant::now() + PATIENCE;
-        loop {
+        until("there is room in memory", || {
             match peer.put(*id, &[&bytes_of(id, LEN)], false) {
-                PutOutcome::Stored => break,
-                PutOutcome::Refused(Refusal::Busy) => {
-                    assert!(Instant::now() < until, "memory stays full");
-                    std::thread::sleep(Duration::from_millis(2));
-                }
+                PutOutcome::Stored => true,
+                PutOutcome::Refused(Refusal::Busy) => false,
                 outcome => panic!("{outcome:?}"),
             }
-        }
+        });
         if number % 64 == 0 {
             flush(&mut peer);
         }
@@ -70,18 +65,16 @@ fn fill(node: &NodeHandle, ids: &[BlockId]) {
 /// Everything is on a device; asked again where a device goes meanwhile.
 fn flush(peer: &mut Peer) {
     let deadline_us = PATIENCE.as_micros() as u64;
-    let until = Instant::now() + PATIENCE;
-    loop {
-        match peer.ask(&Flush { deadline_us }) {
-            Message::FlushAnswer(answer) => match answer.finished {
-                Finished::Done(_) => return,
-                Finished::Failed(text) => assert!(text.contains("try again"), "{text}"),
-                other => panic!("{other:?}"),
-            },
+    until("a flush is through", || {
+        let Message::FlushAnswer(answer) = peer.ask(&Flush { deadline_us }) else {
+            panic!("something else is answered");
+        };
+        match answer.finished {
+            Finished::Done(_) => true,
+            Finished::Failed(text) if text.contains("try again") => false,
             other => panic!("{other:?}"),
         }
-        assert!(Instant::now() < until, "a flush fails for ever");
-    }
+    });
 }
 
 fn lookup(node: &NodeHandle, ids: &[BlockId], leading_only: bool) -> LookupAnswer {
@@ -216,7 +209,7 @@ fn a_lease_over_both_tiers_promises_the_whole_chain_and_gives_back_what_is_behin
         (answer.leading, answer.reason),
         (13, Some(MissReason::Absent))
     );
-    wait_for("what is behind the gap is given back", || {
+    until("what is behind the gap is given back", || {
         leased(&node) == 40
     });
     stop(node);
@@ -290,7 +283,7 @@ fn either_tier_may_go_and_come() {
     let offered = counters(&node, "offered");
     std::thread::scope(|scope| {
         let filling = scope.spawn(|| fill(&node, &more));
-        wait_for("blocks go down again", || {
+        until("blocks go down again", || {
             counters(&node, "offered") > offered
         });
         let retire = json!({ "action": "retire", "device": big, "now": true });
@@ -322,7 +315,7 @@ fn either_tier_may_go_and_come() {
         (200, &"leaving".into()),
         "{answer}"
     );
-    wait_for("the fast device has left", || {
+    until("the fast device has left", || {
         device(&node, &fast)["state"] == "retired"
     });
     assert_eq!(present(&node, &last).len(), last.len());

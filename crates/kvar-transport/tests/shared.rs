@@ -462,16 +462,12 @@ fn a_bell_that_rings_for_ever_keeps_nobody() {
     assert!(begun.elapsed() < PATIENCE);
 }
 
-/// Says to a child process of this test binary where its parent listens.
-const PARENT: &str = "KVAR_TEST_PARENT";
+/// Says to a test that it is the client, and where the node listens.
+const CLIENT: &str = "KVAR_TEST_NODE";
 
-/// Not a test: the client that `a_killed_client_is_gone_at_once` starts as a process of its own and kills.
-#[test]
-fn child_process() {
-    let Ok(parent) = std::env::var(PARENT) else {
-        return;
-    };
-    let stream = std::net::TcpStream::connect(parent).unwrap();
+/// The client that is killed: it sends more than the ring takes, so that it is in the middle of it then.
+fn send_half(node: &str) {
+    let stream = std::net::TcpStream::connect(node).unwrap();
     let mut tcp = stream.try_clone().unwrap();
     let (place, secret) = (place(), [8; 16]);
     let meeting = Meeting::open(&place, secret).unwrap();
@@ -484,7 +480,6 @@ fn child_process() {
     let len = 10 << 20;
     run((link, end), |link, told| {
         if matches!(told, Told::Begin) {
-            // More than the ring takes, so that it is in the middle of it when it is killed.
             let head = harness::frame(b"half", len);
             link.push(&head, 1, Bytes::whole(vec![6; len])).unwrap();
         }
@@ -492,12 +487,17 @@ fn child_process() {
     });
 }
 
+/// The client is a process of its own: this test once more, told that it is the client.
 #[test]
 fn a_killed_client_is_gone_at_once_and_gives_everything_back() {
+    if let Ok(node) = std::env::var(CLIENT) {
+        return send_half(&node);
+    }
     let mut listener = Listener::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let this_test = "a_killed_client_is_gone_at_once_and_gives_everything_back";
     let mut child = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "child_process", "--nocapture"])
-        .env(PARENT, listener.local_addr().to_string())
+        .args(["--exact", this_test, "--nocapture"])
+        .env(CLIENT, listener.local_addr().to_string())
         .stdout(std::process::Stdio::null())
         .spawn()
         .unwrap();

@@ -26,11 +26,12 @@ use kvar_base::{BlockId, MissReason, NamespaceKey};
 use kvar_client::{CallOptions, Client, ClientConfig, GetItem, GetOutcome, LinkChoice, PutItem};
 use kvar_node::KeyFile;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::time::{Duration, Instant};
 use support::proxy::{Mood, Proxy};
 use support::random::{Random, bytes_of, is_one_put};
-use support::{PATIENCE, Place, Server};
+use support::{Place, Server, until};
 
 /// Calls of the short form: what two cores do in well under a minute, the server's part included.
 const CALLS: u64 = 100_000;
@@ -113,6 +114,8 @@ struct World {
     calls: AtomicU64,
     nonces: AtomicU64,
     is_over: AtomicBool,
+    /// Times that each watchdog has woken up.
+    rounds: [AtomicU64; WORKERS.len()],
     /// Counts lives of the node, before each ends and after the next has begun.
     lives: AtomicU64,
     stalls: Mutex<Vec<(Instant, Instant)>>,
@@ -125,13 +128,19 @@ impl World {
 
     /// Whether this machine ran late, for as long as a call did, while it was under way.
     fn was_stalled(&self, from: Instant, to: Instant) -> bool {
+        // A watchdog writes its stall down when it wakes up, which may be after this thread did.
+        let rounds = self.rounds.each_ref().map(|rounds| rounds.load(SeqCst));
+        until("every watchdog has woken up since", || {
+            let mut both = self.rounds.iter().zip(rounds);
+            both.all(|(now, then)| now.load(SeqCst) > then)
+        });
         let stalls = self.stalls.lock().unwrap();
         let overlaps = |(begun, ended): &&(Instant, Instant)| *begun <= to && *ended >= from;
         stalls.iter().rev().take(1000).any(|stall| overlaps(&stall))
     }
 
-    /// Sleeps a little again and again, and notes when that took long.
-    fn watch(&self) {
+    /// Sleeps a little again and again, and notes when that took long: what it measures is the sleep.
+    fn watch(&self, rounds: &AtomicU64) {
         let nap = Duration::from_millis(1);
         while !self.is_over.load(Relaxed) {
             let begun = Instant::now();
@@ -140,7 +149,17 @@ impl World {
             if ended - begun > nap + STALL {
                 self.stalls.lock().unwrap().push((begun, ended));
             }
+            rounds.fetch_add(1, SeqCst);
         }
+    }
+}
+
+/// Sends the watchdogs home, also when something else has failed.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
     }
 }
 
@@ -169,8 +188,6 @@ impl Worker<'_> {
         if over > GRACE {
             self.tally.latest_us = self.tally.latest_us.max(over.as_micros() as u64);
             let unserved = self.unserved().saturating_sub(unserved_before);
-            // A watchdog writes its stall down when it wakes up, which may be after this thread did.
-            std::thread::sleep(Duration::from_millis(20));
             if over.saturating_sub(unserved) <= GRACE || self.world.was_stalled(begun, ended) {
                 self.tally.late_excused += 1;
             } else {
@@ -334,6 +351,15 @@ impl Worker<'_> {
     }
 }
 
+impl Drop for Worker<'_> {
+    /// Nobody waits for the calls of a worker that has failed.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.world.calls.fetch_max(self.world.calls_max, Relaxed);
+        }
+    }
+}
+
 /// Does one thing after another to node and network until all calls are made; the server that is left.
 fn do_harm(world: &World, proxies: &[Proxy], mut server: Server, seed: u64) -> (Server, u64) {
     let mut random = Random(seed | 1);
@@ -352,6 +378,7 @@ fn do_harm(world: &World, proxies: &[Proxy], mut server: Server, seed: u64) -> (
             }
             1 | 2 => {
                 server.signal("-STOP");
+                // How long a fault lasts, here and below: a timetable, and no wait for anything.
                 std::thread::sleep(time);
                 server.signal("-CONT");
             }
@@ -403,6 +430,7 @@ fn calls_under_faults_are_never_wrong_never_late_and_break_no_promise() {
         calls: AtomicU64::new(0),
         nonces: AtomicU64::new(1),
         is_over: AtomicBool::new(false),
+        rounds: Default::default(),
         lives: AtomicU64::new(0),
         stalls: Mutex::new(Vec::new()),
     };
@@ -433,15 +461,17 @@ fn calls_under_faults_are_never_wrong_never_late_and_break_no_promise() {
     let workers: Vec<Worker<'_>> = (0..WORKERS.len()).map(worker).collect();
     let (mut sum, mut grown) = (Tally::default(), 0);
     let (mut server, faults) = std::thread::scope(|scope| {
-        for _ in WORKERS {
-            scope.spawn(|| world.watch());
+        let _over = Over(&world.is_over);
+        for rounds in &world.rounds {
+            scope.spawn(|| world.watch(rounds));
         }
         let workers: Vec<_> = workers
             .into_iter()
             .map(|worker| scope.spawn(|| worker.run()))
             .collect();
         let memory = scope.spawn(|| {
-            // After a fifth of the calls everything that is kept has been asked for once.
+            // After a fifth of the calls everything that is kept has been asked for once. Every call
+            // ends by its deadline, and with a worker that fails all of them (`Drop`).
             while world.calls.load(Relaxed) < calls_max / 5 {
                 std::thread::sleep(Duration::from_millis(10));
             }
@@ -456,7 +486,6 @@ fn calls_under_faults_are_never_wrong_never_late_and_break_no_promise() {
             sum.add(&worker.join().unwrap());
         }
         grown = memory.join().unwrap();
-        world.is_over.store(true, Relaxed);
         harmed
     });
     let stalls = world.stalls.lock().unwrap().len();
@@ -477,18 +506,15 @@ fn calls_under_faults_are_never_wrong_never_late_and_break_no_promise() {
     assert!(grown < 64 << 20, "this process has grown by {grown}");
 
     // All is well again: what is put is there, and nothing is left open but the clients' links.
-    let client = worker(0).client;
+    let last = worker(0);
+    let client = &last.client;
     let id = world.id(u64::MAX);
-    let until = Instant::now() + PATIENCE;
-    let is_there = || {
+    let what = std::fmt::from_fn(|f| write!(f, "a block is there: {}", server.place.log()));
+    until(what, || {
         let bytes = bytes_of(u64::MAX, 1, 5000);
         client.put(vec![PutItem::of_bytes(id, bytes.clone())]);
         client.get(vec![GetItem::to_vec(id)])[0].bytes() == Some(&bytes[..])
-    };
-    while !is_there() {
-        assert!(Instant::now() < until, "{}", server.place.log());
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    });
     let status = server.json("status", &[]);
     let bound = status["memory_bytes_bound"].as_u64().unwrap();
     let resident = server.resident_bytes();

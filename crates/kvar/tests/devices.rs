@@ -6,7 +6,7 @@ mod support;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
-use support::{Loop, PATIENCE, Place, Server, fails, finish, kvar};
+use support::{Loop, PATIENCE, Place, Server, fails, finish, kvar, until};
 
 /// Loop devices of 96 MiB, each with the file behind it.
 fn loops(dir: &Path, names: &[&str]) -> Option<Vec<(Loop, PathBuf)>> {
@@ -230,15 +230,8 @@ fn a_drive_that_dies_in_the_middle_of_a_replay_costs_hits_and_nothing_else() {
     command.args(["--concurrency", "4", "--remove-every", "50"]);
     let running = std::thread::spawn(move || finish(command));
     let stored = || server.json("status", &[])["links"]["puts"]["stored"].as_u64();
-    let until = Instant::now() + PATIENCE;
-    while stored() < Some(2000) {
-        assert!(
-            Instant::now() < until,
-            "the replay does not get going: {}",
-            place.log()
-        );
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    let what = std::fmt::from_fn(|f| write!(f, "the replay is under way: {}", place.log()));
+    until(what, || stored() >= Some(2000));
     let dead = std::fs::File::options()
         .write(true)
         .open(&drives[1].1)

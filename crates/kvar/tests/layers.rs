@@ -9,8 +9,12 @@ use kvar_client::{
     LinkChoice, PutHints, PutItem, PutSource, SectionRefused,
 };
 use kvar_node::KeyFile;
+use std::io::Read as _;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
-use support::{PATIENCE, Place, client};
+use support::{PATIENCE, Place, client, until};
 
 const SECTION: u32 = 40_000;
 const SECTIONS: usize = 12;
@@ -84,14 +88,6 @@ fn whole_is(client: &Client, number: u32) -> Result<(), MissReason> {
     }
 }
 
-fn comes_true(what: &str, mut is_true: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !is_true() {
-        assert!(Instant::now() < end, "never: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
 #[test]
 fn blocks_are_read_by_layers_from_memory_and_from_the_device() {
     let dir = tempfile::tempdir().unwrap();
@@ -101,7 +97,7 @@ fn blocks_are_read_by_layers_from_memory_and_from_the_device() {
     for link in [LinkChoice::Shm, LinkChoice::Tcp] {
         let client = client(&server, link);
         reads_whole(&get(&client, 0..20), 0);
-        comes_true("twenty hits", || client.stats().hits == 20);
+        until("twenty hits", || client.stats().hits == 20);
     }
     assert_eq!(server.stop(), 0);
     // Cold: stretches of 256 KiB instead of twelve sections each.
@@ -225,7 +221,7 @@ fn a_put_by_layers_that_is_not_committed_leaves_nothing() {
     let wrong = PutOutcome::Refused(Refusal::WrongFormat);
     assert_eq!(begin(3, 5, PATIENCE).commit().wait(), [wrong]);
     let layers = begin(4, SECTIONS, Duration::from_millis(100));
-    comes_true("the deadline", || layers.is_done());
+    until("the deadline", || layers.is_done());
     let late = PutOutcome::Refused(Refusal::Deadline);
     assert_eq!(layers.commit().wait(), [late]);
     // Neither did the links break, nor is the writer thought to be gone.
@@ -233,7 +229,7 @@ fn a_put_by_layers_that_is_not_committed_leaves_nothing() {
     for number in 1..=4 {
         assert_eq!(whole_is(&reader, number), Err(MissReason::Absent));
         // Nor does what was begun stand in the way of another.
-        comes_true("the id is free again", || {
+        until("the id is free again", || {
             let put = PutItem::of_pieces(id(number), block(number));
             reader.put(vec![put]) == [PutOutcome::Stored]
         });
@@ -242,7 +238,7 @@ fn a_put_by_layers_that_is_not_committed_leaves_nothing() {
     let mut layers = begin(9, 3, PATIENCE);
     layers.section(3, sources(&[9], 3)).unwrap();
     drop((layers, writer));
-    comes_true("the id is free again", || {
+    until("the id is free again", || {
         reader.put(vec![PutItem::of_pieces(id(9), block(9))]) == [PutOutcome::Stored]
     });
 }
@@ -300,7 +296,7 @@ fn waits(
 
 /// Whoever waits for it really waits.
 fn is_announced(reader: &Client, number: u32) {
-    comes_true("the block is announced", || {
+    until("the block is announced", || {
         let waited = waits(reader, number, Duration::from_millis(20)).wait();
         waited[0].miss() == Some(MissReason::Deadline)
     });
@@ -356,44 +352,41 @@ fn a_reader_that_waits_is_woken_by_the_end_of_the_put_however_it_ends() {
     reads_whole(&by_layers, 4);
 }
 
-/// A writer that is a process of its own and dies in the middle: see the end of the file.
+/// Says to a test that it is the writer, and where the node is: its endpoint and its key file.
+const WRITER: [&str; 2] = ["KVAR_TEST_ENDPOINT", "KVAR_TEST_KEY_FILE"];
+
+/// The writer is a process of its own, so that it can be killed: this test once more, told that it is
+/// the writer.
 #[test]
 fn a_reader_that_waits_for_a_writer_that_is_killed_is_told_at_once() {
+    if let [Some(endpoint), Some(key_file)] = WRITER.map(std::env::var_os) {
+        return begin_and_never_commit(endpoint.to_str().unwrap(), Path::new(&key_file));
+    }
     let dir = tempfile::tempdir().unwrap();
     let server = Place::new(dir.path()).serve();
     let reader = client(&server, LinkChoice::Auto);
-    let me = std::env::current_exe().unwrap();
-    let mut command = std::process::Command::new(me);
-    command.args([
-        "--exact",
-        "the_writer_that_is_killed",
-        "--ignored",
-        "--nocapture",
-    ]);
-    command.env("KVAR_TEST_ENDPOINT", &server.endpoint);
-    command.env("KVAR_TEST_KEY_FILE", &server.key_file);
-    command.stdout(std::process::Stdio::null());
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    let this_test = "a_reader_that_waits_for_a_writer_that_is_killed_is_told_at_once";
+    command.args(["--exact", this_test, "--nocapture"]);
+    command.env(WRITER[0], &server.endpoint);
+    command.env(WRITER[1], &server.key_file);
+    command.stdin(Stdio::piped()).stdout(Stdio::null());
     let mut writer = command.spawn().unwrap();
     is_announced(&reader, 50);
     let waiting = waits(&reader, 50, PATIENCE);
     writer.kill().unwrap();
-    writer.wait().unwrap();
+    assert_eq!(writer.wait().unwrap().signal(), Some(9), "it had ended");
     let begun = Instant::now();
     assert_eq!(waiting.wait().remove(0).miss(), Some(MissReason::Absent));
     assert!(begun.elapsed() < PATIENCE / 4, "{:?}", begun.elapsed());
 }
 
-#[test]
-#[ignore = "a part of another test, which runs it as a process"]
-fn the_writer_that_is_killed() {
-    let Ok(endpoint) = std::env::var("KVAR_TEST_ENDPOINT") else {
-        return;
-    };
-    let key_file = std::env::var("KVAR_TEST_KEY_FILE").unwrap();
-    let key = KeyFile::read(std::path::Path::new(&key_file)).unwrap().key;
-    let client = Client::connect(ClientConfig::new(&endpoint, key)).unwrap();
+/// The killed writer: half a put, until whoever started it is gone.
+fn begin_and_never_commit(endpoint: &str, key_file: &Path) {
+    let key = KeyFile::read(key_file).unwrap().key;
+    let client = Client::connect(ClientConfig::new(endpoint, key)).unwrap();
     let mut layers = client.put_layers(vec![item(50)], CallOptions::within(PATIENCE));
     layers.section(0, sources(&[50], 0)).unwrap();
-    std::thread::sleep(PATIENCE);
+    std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
     drop(layers);
 }

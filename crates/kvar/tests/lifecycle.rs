@@ -4,8 +4,8 @@ mod support;
 
 use std::io::Write as _;
 use std::path::Path;
-use std::time::{Duration, Instant};
-use support::{PATIENCE, Place, Server, fails, finish, kvar, ticks_when_idle, write_trace};
+use std::time::Duration;
+use support::{PATIENCE, Place, Server, fails, finish, kvar, ticks_when_idle, until, write_trace};
 
 fn check_is_clean(place: &Place) {
     let mut check = kvar();
@@ -231,15 +231,10 @@ fn a_kill_loses_nothing_that_was_settled() {
         command.arg("--journal").arg(&journal);
         let running = std::thread::spawn(move || finish(command));
         // Under way first, however busy the machine is; then somewhere in the middle.
-        let until = Instant::now() + PATIENCE;
-        while std::fs::metadata(&journal).map_or(0, |journal| journal.len()) < 20_000 {
-            assert!(
-                Instant::now() < until,
-                "the replay does not get going: {}",
-                place.log()
-            );
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        let what = std::fmt::from_fn(|f| write!(f, "the replay is under way: {}", place.log()));
+        let written = || std::fs::metadata(&journal).map_or(0, |journal| journal.len());
+        until(what, || written() >= 20_000);
+        // When it is killed is the round's own.
         std::thread::sleep(Duration::from_millis(after_ms));
         let (_, flushed_through_us) = server.status_flushed();
         let place = server.kill();

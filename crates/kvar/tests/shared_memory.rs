@@ -8,7 +8,7 @@ use kvar_client::{
     PutItem,
 };
 use std::time::{Duration, Instant};
-use support::{PATIENCE, Place, client, config, ticks_when_idle};
+use support::{PATIENCE, Place, client, config, ticks_when_idle, until};
 
 fn id(number: u32) -> BlockId {
     let mut bytes = [0x5c; 32];
@@ -25,14 +25,6 @@ fn bytes(number: u32, len: usize) -> Vec<u8> {
         word as u8
     };
     (0..len).map(|_| next()).collect()
-}
-
-fn comes_true(what: &str, mut is_true: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !is_true() {
-        assert!(Instant::now() < end, "never: {what}");
-        std::thread::sleep(Duration::from_millis(5));
-    }
 }
 
 /// Every size from one byte to the largest block, read by a client of the other kind as well.
@@ -112,7 +104,7 @@ fn what_cannot_be_shared_stays_on_tcp_and_says_why() {
     assert!(matches!(&refused, ClientError::Busy(_)), "{refused}");
     // What the first gives back the next one gets.
     drop(first);
-    comes_true("a place is free again", || {
+    until("a place is free again", || {
         client(&server, LinkChoice::Auto).stats().link() == "shm"
     });
 }
@@ -138,7 +130,7 @@ fn a_killed_node_is_felt_at_once_and_one_that_comes_back_is_shared_with_again() 
     assert!(begun.elapsed() < PATIENCE / 4, "{:?}", begun.elapsed());
     assert_eq!(client.stats().link(), "none");
     let _server = place.clone().with(&["--listen", &endpoint]).serve();
-    comes_true("the block is read again", || {
+    until("the block is read again", || {
         let results = client.get(vec![GetItem::to_vec(id(1))]);
         results[0].bytes() == Some(&bytes(1, 200_000)[..])
     });
@@ -191,7 +183,7 @@ fn a_place_that_was_given_back_is_never_written_again() {
         }
     }
     // What was under way has come by now, and went nowhere.
-    comes_true("the link is well again", || {
+    until("the link is well again", || {
         let results = client.get(vec![GetItem::to_vec(id(3))]);
         results[0].bytes() == Some(&bytes(3, len)[..])
     });
@@ -241,7 +233,7 @@ fn many_clients_share_memory_each_with_its_own() {
     for thread in threads {
         assert_eq!(thread.join().unwrap(), "shm");
     }
-    comes_true("all links are gone", || {
+    until("all links are gone", || {
         server.json("status", &["--link", "tcp"])["links"]["links_shared"] == 0
     });
 }

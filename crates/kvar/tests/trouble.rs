@@ -7,7 +7,7 @@ mod support;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
-use support::{Loop, PATIENCE, Place, Server, fails, finish, kvar, tool};
+use support::{Loop, Place, Server, fails, finish, kvar, tool, until};
 
 /// A file system of its own, gone with the test.
 struct Mount(PathBuf);
@@ -39,14 +39,6 @@ fn put(server: &Server, dir: &Path, name: &str, byte: u8, len: usize, flags: &[&
     let output = finish(command);
     let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
     value["outcome"].as_str().unwrap_or("none").to_owned()
-}
-
-fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
-    let until = Instant::now() + PATIENCE;
-    while !is_so() {
-        assert!(Instant::now() < until, "never: {what}");
-        std::thread::sleep(Duration::from_millis(100));
-    }
 }
 
 /// The data is a loop device over a sparse file in a small file system, so that writes find it full
@@ -99,7 +91,7 @@ fn a_disk_that_fills_up_while_serving_costs_no_block_that_is_there() {
         let status = server.json("status", &[]);
         status["devices"][0]["trouble"].as_str().map(str::to_owned)
     };
-    wait_for("the trouble shows in the status", || {
+    until("the trouble shows in the status", || {
         trouble(&server).is_some()
     });
     let text = String::from_utf8(server.run("status", &[]).stdout).unwrap();
@@ -113,7 +105,7 @@ fn a_disk_that_fills_up_while_serving_costs_no_block_that_is_there() {
         !metrics.contains("kvar_device_write_errors_total 0\n"),
         "{metrics}"
     );
-    wait_for("the log says it", || {
+    until("the log says it", || {
         place.log().contains("takes no writes")
     });
     // What is in memory is served, and nothing wrong.
@@ -135,10 +127,10 @@ fn a_disk_that_fills_up_while_serving_costs_no_block_that_is_there() {
     }
     // Space comes back, and so does the device.
     std::fs::remove_file(&hog).unwrap();
-    wait_for("a durable put", || {
+    until("a durable put", || {
         put(&server, blocks, "again", 7, 50_000, &["--durable"]) != "busy"
     });
-    wait_for("the trouble is over", || trouble(&server).is_none());
+    until("the trouble is over", || trouble(&server).is_none());
     server.json("flush", &[]);
     let server = server.kill().serve();
     assert!(server.run("get", &["again"]).stdout == vec![7; 50_000]);
@@ -235,7 +227,7 @@ fn a_second_signal_ends_a_stop_at_once() {
     assert_eq!(put(&server, dir.path(), "lost", 1, 50_000, &[]), "stored");
     let begun = Instant::now();
     server.signal("-TERM");
-    wait_for("the first is heard", || {
+    until("the first is heard", || {
         place.log().contains("told to stop:")
     });
     server.signal("-TERM");

@@ -9,7 +9,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How the node answers from now on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +31,7 @@ pub(crate) enum Mood {
     WrongKind,
     /// Answers a request that never was.
     WrongNumber,
-    /// Sends a byte, waits, sends a byte.
+    /// Sends a byte, waits a while, sends a byte.
     Trickle,
     /// Closes as soon as anything is asked.
     Close,
@@ -83,6 +83,22 @@ pub(crate) const LIMITS: Limits = Limits {
     requests_max: 256,
     bytes_max: 64 << 20,
 };
+
+/// Long enough for a machine that compiles beside the test; a hang still fails.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How much later than its deadline a call may be seen to end here, where a build may hold both
+/// cores. (The client itself is late by a timer's millisecond.)
+pub(crate) const SLACK: Duration = Duration::from_millis(700);
+
+/// Waits until it is so.
+pub(crate) fn until(what: impl std::fmt::Display, mut is_so: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < end, "never: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
 
 pub(crate) fn key() -> NamespaceKey {
     NamespaceKey::new([7; 32])
@@ -544,6 +560,7 @@ impl Serving {
             Mood::Cut if !handshake => bytes.truncate(bytes.len() / 2),
             Mood::Trickle => {
                 for byte in bytes {
+                    // What is wrong with this node, and no wait for anything.
                     std::thread::sleep(Duration::from_millis(20));
                     self.stream.write_all(&[byte]).ok()?;
                 }

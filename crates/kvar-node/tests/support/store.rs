@@ -1,15 +1,11 @@
 //! What tests of whole stores ask of a node, again and again.
 
-use super::{Peer, bytes_of, http};
+use super::{PATIENCE, Peer, bytes_of, http};
 use kvar_base::{BlockId, MissReason, NamespaceKey};
 use kvar_node::NodeHandle;
 use kvar_wire::{Finished, Message, Remove};
 use serde_json::Value;
 use std::path::Path;
-use std::time::{Duration, Instant};
-
-/// Long enough for a machine that compiles beside the test; a hang still fails.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Ids of the blocks with these numbers.
 pub(crate) fn ids(from: u32, count: u32) -> Vec<BlockId> {
@@ -58,13 +54,4 @@ pub(crate) fn device(node: &NodeHandle, path: &Path) -> Value {
     let path = path.to_str().unwrap();
     let found = devices(node).into_iter().find(|it| it["path"] == path);
     found.unwrap_or_else(|| panic!("{path} in {:?}", devices(node)))
-}
-
-/// Waits for what other threads of the node do.
-pub(crate) fn wait_for(what: &str, mut is_so: impl FnMut() -> bool) {
-    let until = Instant::now() + PATIENCE;
-    while !is_so() {
-        assert!(Instant::now() < until, "never: {what}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
 }

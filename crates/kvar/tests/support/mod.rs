@@ -14,6 +14,15 @@ use std::time::{Duration, Instant};
 /// Long enough for a machine that compiles beside the test; a hang still fails.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Waits until it is so.
+pub(crate) fn until(what: impl std::fmt::Display, mut is_so: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < end, "never: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
 /// In which idle processes are measured. A tick is 10 ms: in less time one of them more or less
 /// would decide.
 const IDLE_WINDOW: Duration = Duration::from_secs(2);
