@@ -417,6 +417,56 @@ fn what_is_over_or_handed_over_does_not_go_down() {
     }
 }
 
+/// Whether a block is over was asked when it was decided that it goes down. It waits for those before it,
+/// and is read; what had expired by then, or by a clock that was set, was read and offered all the same.
+#[test]
+fn what_is_over_before_its_turn_to_go_down_is_not_offered() {
+    const EXPIRING: u64 = 120;
+    for was_read in [false, true] {
+        let mut tiers = Tiers::new();
+        let hints = PutHints {
+            ttl_s: Some(1000),
+            ..PutHints::default()
+        };
+        // Small ones of one segment: more of them than are on offer at once.
+        for number in 0..EXPIRING {
+            tiers.above.put(number, &[4 << 10], hints);
+            tiers.above.pass(STEP);
+        }
+        let mut number = EXPIRING;
+        let is_going = |above: &Shard| {
+            let read = above.counters().device_read_bytes > 0;
+            read && above.offers.is_empty() != was_read
+        };
+        while !is_going(&tiers.above) {
+            tiers.above.put(number, &[LEN], PutHints::default());
+            tiers.above.pass(STEP);
+            number += 1;
+            assert!(number < 2000, "{:?}", tiers.above.counters());
+        }
+        if was_read {
+            // Of those that wait memory has a copy, so that nothing need be read to offer them.
+            (0..EXPIRING).for_each(|number| drop(tiers.above.get(number, None).unwrap()));
+        }
+        let before = tiers.above.counters();
+        let now = tiers.above.now;
+        // Over, and not for so long that memory forgets them.
+        tiers.above.engine.set_wall_clock(now, 1_001_020);
+        let expiring: Vec<BlockId> = (0..EXPIRING).map(id).collect();
+        for _ in 0..50 {
+            tiers.answer_all(Demoted::Stored);
+            tiers.above.pass(STEP);
+            let mut offered = tiers.above.offers.iter().map(|(_, block)| block.id);
+            assert!(
+                offered.all(|id| !expiring.contains(&id)),
+                "what is over is offered"
+            );
+        }
+        let after = tiers.above.counters();
+        assert!(after.expired > before.expired + 20, "{before:?} {after:?}");
+    }
+}
+
 #[test]
 fn the_limit_of_writes_below_holds() {
     let mut tiers = Tiers::new();

@@ -9,10 +9,10 @@
 //! ```
 //!
 //! What must always be true: a block stays readable here until it is flushed below, and its segment
-//! is not free before; an offer is made of what the index leads to at that moment, and never after a
-//! remove of it; a reclaim ends within [`TIME_MAX`] of its first offer, and sooner when puts wait for
-//! its segment; what is not answered in time is given up here, and nothing more is offered before it is
-//! answered.
+//! is not free before; an offer is made of what the index leads to at that moment, and never of what
+//! was removed or is over; a reclaim ends within [`TIME_MAX`] of its first offer, and sooner when puts
+//! wait for its segment; what is not answered in time is given up here, and nothing more is offered
+//! before it is answered.
 //!
 //! Left to others: whether it is worth a place below (`take`), how it gets there (the caller), what
 //! is kept here (`reclaim`).
@@ -142,7 +142,7 @@ impl Shard {
     }
 
     fn begin_offer(&mut self, id: BlockId, entry: Entry, hints: RecordHints) {
-        if !self.still_leads(&id, &entry) || self.stays(&id) {
+        if !self.may_be_offered(&id, &entry, &hints) {
             return;
         }
         let resident = self.dram.get(&id);
@@ -193,7 +193,7 @@ impl Shard {
             reclaim.descent.is_over
         });
         // What fails its check has lost its entry already.
-        let Some(plan) = plan.filter(|_| self.still_leads(&id, &entry) && !self.stays(&id)) else {
+        let Some(plan) = plan.filter(|_| self.may_be_offered(&id, &entry, &hints)) else {
             return;
         };
         if let Some(why) = is_over {
@@ -207,6 +207,19 @@ impl Shard {
             Ok(copy) => self.offer(id, entry, hints, copy),
             Err(_) => self.drop_not_demoted(&id, &entry, NotDemoted::Failed),
         }
+    }
+
+    /// Whether a block that was to go down when it was decided about still is: it may have left since,
+    /// have been promised, or have expired while it waited or was read. What is over goes now.
+    fn may_be_offered(&mut self, id: &BlockId, entry: &Entry, hints: &RecordHints) -> bool {
+        if !self.still_leads(id, entry) || self.stays(id) {
+            return false;
+        }
+        let is_over = self.is_over(self.now, id, hints.expires_unix_s);
+        if is_over {
+            self.drop_expired(id, entry.position);
+        }
+        !is_over
     }
 
     fn offer(&mut self, id: BlockId, entry: Entry, hints: RecordHints, copy: super::Copy) {
