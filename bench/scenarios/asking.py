@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+from dialogues import Message
 
 ASK_S_MAX = 600
 # An engine that is starting answers nobody; it is asked again until this long is over.
 AWAY_S_MAX = 900
 AWAY_PAUSE_S = 0.25
-
-Message = dict[str, str]
 
 
 class Away(Exception):
@@ -148,39 +147,3 @@ def _take(answer: Answer, ids: list[int], said: dict[str, Any], last: float) -> 
         details = usage.get("prompt_tokens_details") or {}
         answer.cached_tokens = details.get("cached_tokens") or 0
     return last
-
-
-class Ceiling:
-    """What an endless cache that loses nothing and costs no time would find of each prompt.
-
-    Whole blocks only, never the prompt's last token (it is always computed), and of an answer all
-    but the last token, whose KV nobody computed.
-    """
-
-    def __init__(self, block_tokens: int) -> None:
-        self._block_tokens = block_tokens
-        self._known: set[tuple[int, ...]] = set()
-
-    def tokens(self, prompt_ids: Sequence[int]) -> int:
-        """Tokens of this prompt that are known."""
-        whole = (len(prompt_ids) - 1) // self._block_tokens
-        found = 0
-        for chain in self._chains(prompt_ids, whole):
-            if chain not in self._known:
-                break
-            found += self._block_tokens
-        return found
-
-    def learn(self, ids: Sequence[int]) -> None:
-        """These tokens were computed, one after the other."""
-        self._known.update(self._chains(ids, len(ids) // self._block_tokens))
-
-    def _chains(self, ids: Sequence[int], blocks: int) -> list[tuple[int, ...]]:
-        """A name for each leading block, which stands for all that is before it."""
-        chains: list[tuple[int, ...]] = []
-        before = 0
-        for block in range(blocks):
-            here = ids[block * self._block_tokens : (block + 1) * self._block_tokens]
-            chains.append((block, before, hash(tuple(here))))
-            before = hash(chains[-1])
-        return chains

@@ -20,12 +20,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from servers import say
-
-from asking import Answer, Asker, Ceiling, Message, Question
-from dialogues import LANGUAGES, Dialogues, Session
-from engines import Counters, EngineLike, RunningEngine, Stage
+from asking import Answer, Asker, Question
+from ceiling import Ceiling
+from dialogues import LANGUAGES, Dialogues, Message, Session
+from engines import Counters, EngineLike, RunningEngine, Stage, funnel_of
 from facts import load, spread
+from servers import say
 
 NODE_SIZE, NODE_DRAM = "8GiB", "2GiB"
 FREE_GIB = 10
@@ -178,8 +178,11 @@ def run(stage: Stage) -> dict[str, Any]:
     """Both forms in both arms."""
     todo = forms(quick=stage.options.quick)
     found: dict[str, dict[str, Any]] = {form.name: {"form": vars(form)} for form in todo}
+    went: dict[str, Any] = {}
     if stage.options.engine:
-        _run_arm(stage, RunningEngine(stage.options.engine[0]), "kvar", todo, found)
+        running = RunningEngine(stage.options.engine[0])
+        _run_arm(stage, running, "kvar", todo, found)
+        went = funnel_of([running])
     else:
         for arm in ("without", "kvar"):
             engine = stage.new_engine(OWN_CACHE_BYTES, CONTEXT_TOKENS)
@@ -187,8 +190,9 @@ def run(stage: Stage) -> dict[str, Any]:
                 stage.start_node(NODE_SIZE, NODE_DRAM)
             engine.start(stage.transfer() if arm == "kvar" else None)
             _run_arm(stage, engine, arm, todo, found)
+            went = funnel_of([engine])
             engine.kill()
-    return {"forms": found, "wrong": wrong_with(found)}
+    return {"forms": found, "funnel": went, "wrong": wrong_with(found)}
 
 
 def _run_arm(

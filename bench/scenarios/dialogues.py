@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from asking import Message
-
 DIALOGUES = Path(__file__).parent.parent.parent / "e2e" / "prompts" / "dialogues.jsonl"
 LANGUAGES = ("en", "zh")
+
+Message = dict[str, str]
+"""Of the OpenAI chat endpoint: role and content."""
+
 _TURN = re.compile(r"\n(?=(?:User|Assistant): |(?:用户|客服)：)")  # noqa: RUF001
 _SPEAKER = re.compile(r"^(User|Assistant|用户|客服)[:：] ?")  # noqa: RUF001
 

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import funnel
 import servers
 from servers import Node, say, sum_samples
 
@@ -117,6 +118,17 @@ class Counters:
         added = {name: int(now[name] - self._before[name]) for name in self.NAMES}
         self._before = now
         return added
+
+
+def funnel_of(engines: Sequence[EngineLike]) -> dict[str, dict[str, float]]:
+    """Where the tokens of all prompts went since these engines were started, by the connector."""
+    total: dict[str, dict[str, float]] = {"stages": {}, "losses": {}}
+    for engine in engines:
+        found = funnel.funnel(funnel.Metrics(engine.metrics()))
+        for part, counts in zip(total.values(), found, strict=True):
+            for name, tokens in counts.items():
+                part[name] = part.get(name, 0) + tokens
+    return total
 
 
 class Stage:

@@ -26,12 +26,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from servers import kvar_transfer, say
-
 from asking import Answer, Asker, Question
 from dialogues import Dialogues
-from engines import Stage, StartedEngine, wait_until_stored
+from engines import Stage, StartedEngine, funnel_of, wait_until_stored
 from facts import load, spread
+from servers import kvar_transfer, say
 
 NODE_SIZE, NODE_DRAM = "4GiB", "2GiB"
 FREE_GIB = 6
@@ -152,7 +151,8 @@ def run(stage: Stage) -> dict[str, Any]:
     line.phase("engine back")
     line.under_way("node dead", node.kill)
     line.phase("for good")
-    return _told(line) | {"sizes": vars(sizes), "wrong": wrong_with(line)}
+    found = {"sizes": vars(sizes), "wrong": wrong_with(line), "funnel": funnel_of([engine])}
+    return _told(line) | found
 
 
 def _told(line: Line) -> dict[str, Any]:

@@ -33,7 +33,18 @@ def _share(part: float) -> str:
 
 def tables(result: dict[str, Any]) -> list[tuple[str, Table]]:
     """The figures of one scenario, as titled tables."""
-    return _TABLES[result["scenario"]](result)
+    return [*_TABLES[result["scenario"]](result), *_funnel(result)]
+
+
+def _funnel(result: dict[str, Any]) -> list[tuple[str, Table]]:
+    """Where the tokens went: stages, then what was lost on the way, by reason."""
+    stages, losses = result["funnel"].get("stages", {}), result["funnel"].get("losses", {})
+    if not stages:
+        return []
+    body = [[name, "", f"{tokens:.0f}"] for name, tokens in stages.items()]
+    body += [["lost", reason, f"{tokens:.0f}"] for reason, tokens in losses.items()]
+    title = "The hit funnel, with kvar, since the engine was last started (warm-up included)"
+    return [(title, (["stage", "why", "tokens"], body))]
 
 
 def _random(result: dict[str, Any]) -> list[tuple[str, Table]]:

@@ -22,10 +22,16 @@ import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from servers import say
-
-from engines import Counters, EngineLike, RunningEngine, Stage, wait_until_stored
+from engines import (
+    Counters,
+    EngineLike,
+    RunningEngine,
+    Stage,
+    funnel_of,
+    wait_until_stored,
+)
 from facts import load
+from servers import say
 
 NODE_SIZE, NODE_DRAM = "12GiB", "2GiB"
 FREE_GIB = 14
@@ -199,7 +205,7 @@ def run(stage: Stage) -> dict[str, Any]:
     for cell in todo:
         engine.forget_local_cache()
         rows.append(passes.run(cell, "flash"))
-    return {"rows": [asdict(row) for row in rows], "wrong": wrong_with(rows)}
+    return _told(rows, engine)
 
 
 def _run_running(options: argparse.Namespace, todo: list[Cell]) -> dict[str, Any]:
@@ -213,7 +219,12 @@ def _run_running(options: argparse.Namespace, todo: list[Cell]) -> dict[str, Any
         rows.append(passes.run(cell, "own"))
         engine.forget_local_cache()
         rows.append(passes.run(cell, "memory"))
-    return {"rows": [asdict(row) for row in rows], "wrong": wrong_with(rows)}
+    return _told(rows, engine)
+
+
+def _told(rows: list[Row], engine: EngineLike) -> dict[str, Any]:
+    found = {"rows": [asdict(row) for row in rows], "wrong": wrong_with(rows)}
+    return found | {"funnel": funnel_of([engine])}
 
 
 def wrong_with(rows: list[Row]) -> list[str]:

@@ -18,8 +18,6 @@ import time
 from pathlib import Path
 from types import FrameType, ModuleType
 
-from servers import say
-
 import chat
 import facts
 import outages
@@ -27,6 +25,7 @@ import pages
 import random_prompts
 import sharing
 from engines import stage, write_json
+from servers import say
 
 SCENARIOS: dict[str, ModuleType] = {
     "random": random_prompts,

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from servers import say
-
-from asking import Asker, Ceiling, Question
+from asking import Asker, Question
+from ceiling import Ceiling
 from chat import Form, Turn, converse, summary
-from engines import Counters, RunningEngine, Stage, StartedEngine
+from engines import Counters, EngineLike, RunningEngine, Stage, StartedEngine, funnel_of
+from servers import say
 
 NODE_SIZE, NODE_DRAM = "8GiB", "2GiB"
 FREE_GIB = 10
@@ -75,11 +75,14 @@ def run(stage: Stage) -> dict[str, Any]:
         _arm(stage, running, what, "kvar, affinity", by_affinity(), arms)
         _arm(stage, running, what, "kvar, random", spread_at_random(), arms)
         _arm(stage, running, what, "kvar, one", lambda session, turn: 0, arms)
-        return {"arms": arms, "form": vars(what), "wrong": wrong_with(arms)}
+        return _told(arms, what, running)
+    engines: list[StartedEngine] = []
     for store in ("own", "kvar"):
         if store == "kvar":
             stage.start_node(NODE_SIZE, NODE_DRAM)
-        engines: list[StartedEngine] = []
+        for engine in engines:
+            engine.kill()
+        engines = []
         for _ in range(ENGINES):
             engines.append(stage.new_engine(OWN_CACHE_BYTES, CONTEXT_TOKENS))
             engines[-1].start(stage.transfer() if store == "kvar" else None)
@@ -87,14 +90,19 @@ def run(stage: Stage) -> dict[str, Any]:
         _arm(stage, engines, what, f"{store}, random", spread_at_random(), arms)
         if store == "kvar":
             _arm(stage, engines, what, "kvar, one", lambda session, turn: 0, arms)
-        for engine in engines:
-            engine.kill()
-    return {"arms": arms, "form": vars(what), "wrong": wrong_with(arms)}
+    return _told(arms, what, engines)
+
+
+def _told(
+    arms: dict[str, dict[str, Any]], what: Form, engines: Sequence[EngineLike]
+) -> dict[str, Any]:
+    found = {"arms": arms, "form": vars(what), "wrong": wrong_with(arms)}
+    return found | {"funnel": funnel_of(engines)}
 
 
 def _arm(
     stage: Stage,
-    engines: list[StartedEngine] | list[RunningEngine],
+    engines: Sequence[EngineLike],
     what: Form,
     name: str,
     engine_of: Callable[[int, int], int],
