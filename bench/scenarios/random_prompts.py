@@ -35,7 +35,8 @@ from servers import say
 
 NODE_SIZE, NODE_DRAM = "12GiB", "2GiB"
 FREE_GIB = 14
-OWN_CACHE_BYTES = 2 << 30
+# All prompts and answers of the largest cell, for the pass "own".
+OWN_CACHE_BYTES = 1280 << 20
 SEED = 20_240_607
 # Below it the connector may find that computing is sooner than loading: no hit is demanded.
 DEMANDED_TOKENS_MIN = 512
