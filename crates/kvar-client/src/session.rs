@@ -406,7 +406,7 @@ impl Session {
             // A node has nothing to say to whoever waits for a writer, nor to a put that its writer
             // has not finished.
             Work::Get { waits, .. } => *waits,
-            Work::Put { slots } => slots
+            Work::Put { slots, .. } => slots
                 .iter()
                 .any(|slot| slot.put.durable || slot.layers.is_some()),
         };

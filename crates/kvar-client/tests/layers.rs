@@ -206,14 +206,49 @@ fn blocks_of_another_shape_are_of_the_wrong_format_and_disturb_nobody() {
     let ends = layers.finish();
     let wrong = |section| Some((section, MissReason::WrongFormat));
     assert_eq!(ends, [None, wrong(0), wrong(0), wrong(3)]);
-    // Sections of nothing at all, and no blocks.
-    let none = vec![LayerItem::to_vecs(id(0), &[])];
-    let layers = client.submit_get_layers(none, CallOptions::default());
-    assert_eq!(layers.sections(), 0);
-    assert!(layers.wait_all(PATIENCE).is_some());
+    // No blocks.
     let layers = client.submit_get_layers(Vec::new(), CallOptions::default());
     assert_eq!(layers.wait_section(3, Duration::ZERO), Some(Vec::new()));
     assert!(layers.finish().is_empty());
+}
+
+/// Two blocks of no sections took the client's thread down, and with it every call of every clone.
+#[test]
+fn blocks_without_sections_are_of_the_wrong_format_and_the_client_lives_on() {
+    let peer = Peer::start();
+    let client = client(&peer);
+    put(&client, 1, &LENGTHS);
+    let wrong = Some((0, MissReason::WrongFormat));
+    for count in 1..4 {
+        let layers = get(&client, count, &[], CallOptions::default());
+        assert_eq!((layers.sections(), layers.blocks()), (0, count as usize));
+        let misses = layers.wait_all(PATIENCE).expect("in time");
+        assert!(misses.iter().all(|it| *it == Some(MissReason::WrongFormat)));
+        assert_eq!(layers.finish(), vec![wrong; count as usize]);
+    }
+    // The first says how many all have.
+    let mixed = vec![
+        LayerItem::to_vecs(id(1), &[]),
+        LayerItem::to_vecs(id(0), &LENGTHS),
+    ];
+    let layers = client.submit_get_layers(mixed, CallOptions::default());
+    assert_eq!(layers.finish(), [wrong; 2]);
+    let mixed = vec![
+        LayerItem::to_vecs(id(0), &LENGTHS),
+        LayerItem::to_vecs(id(1), &[]),
+    ];
+    let layers = client.submit_get_layers(mixed, CallOptions::default());
+    assert_eq!(layers.finish(), [None, wrong]);
+    // Also where the call ends before it is sent, on the caller's own thread.
+    let layers = get(&client, 2, &[], CallOptions::within(Duration::ZERO));
+    assert_eq!(layers.finish(), [wrong; 2]);
+    let stats = client.stats();
+    assert_eq!(stats.hits, 1, "none of them is a hit");
+    assert_eq!(stats.misses["wrong_format"], 1 + 2 + 3 + 2 + 1 + 2);
+    assert_eq!(
+        get(&client, 1, &LENGTHS, CallOptions::default()).finish(),
+        [None]
+    );
 }
 
 #[test]
