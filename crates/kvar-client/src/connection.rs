@@ -29,6 +29,8 @@ pub(crate) struct Connection {
     pub(crate) bytes_open: u64,
     /// Bytes of puts by layers; not among those.
     pub(crate) announced_open: u64,
+    /// Requests that are puts by layers; among those that are open.
+    pub(crate) announced_requests: u64,
     /// When the node last said anything.
     pub(crate) heard: Moment,
     pub(crate) begun: Moment,
@@ -121,6 +123,7 @@ impl Connection {
             requests_open: 0,
             bytes_open: 0,
             announced_open: 0,
+            announced_requests: 0,
             heard: now,
             begun: now,
             goes_plain: false,

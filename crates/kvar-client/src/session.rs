@@ -1,13 +1,14 @@
 //! The session: calls in, completions out, on one thread; everything in between is here.
 //!
 //! ```text
-//!   submit ─> queues: small | gets | puts ─> dispatch (window of the node) ─> connections
-//!                 ▲                                                               │
-//!                 └──────── deadlines, breaker, reconnect <── exchange.rs <── frames
+//!   submit ─> queues: small | gets | layer puts | puts ─> dispatch (window of the node) ─> connections
+//!                 ▲                                                                            │
+//!                 └─────────────── deadlines, breaker, reconnect <── exchange.rs <───────── frames
 //! ```
 //!
 //! What the node says is handled in `exchange`; here is what this side does by itself. Order of
-//! sending: questions and orders without payload, then reads, then writes.
+//! sending: questions and orders without payload, then reads, then writes. Writes by layers have a
+//! queue of their own, since they may wait for their writers, which whole ones need not wait for.
 
 mod attach;
 mod dispatch;
@@ -80,7 +81,18 @@ pub struct Session {
 struct Queues {
     small: VecDeque<Unit>,
     gets: VecDeque<Unit>,
+    layer_puts: VecDeque<Unit>,
     puts: VecDeque<Unit>,
+}
+
+impl Queues {
+    fn all(&self) -> [&VecDeque<Unit>; 4] {
+        [&self.small, &self.gets, &self.layer_puts, &self.puts]
+    }
+
+    fn are_empty(&self) -> bool {
+        self.all().into_iter().all(VecDeque::is_empty)
+    }
 }
 
 /// Parts `next..end` of a call that have not been sent.
@@ -226,6 +238,9 @@ impl Session {
                         .extend((0..at_once).map(|part| unit(part, part + 1)));
                 }
                 Work::Get { .. } => self.queues.gets.push_back(unit(0, parts)),
+                Work::Put {
+                    by_layers: Some(_), ..
+                } => self.queues.layer_puts.push_back(unit(0, parts)),
                 Work::Put { .. } => self.queues.puts.push_back(unit(0, parts)),
             }
             self.deadlines.push(Reverse((deadline, ticket)));
@@ -467,12 +482,9 @@ impl Session {
 
     /// Ends every call that is not on its way.
     fn end_waiting(&mut self, lost: Lost) {
-        let Queues { small, gets, puts } = std::mem::take(&mut self.queues);
-        let calls: Vec<u64> = [small, gets, puts]
-            .into_iter()
-            .flatten()
-            .map(|u| u.call)
-            .collect();
+        let queues = std::mem::take(&mut self.queues);
+        let units = queues.all().into_iter().flatten();
+        let calls: Vec<u64> = units.map(|unit| unit.call).collect();
         for call in calls {
             self.fence(call);
             self.board.end_call(call, lost);
