@@ -486,6 +486,12 @@ impl Board {
         }
     }
 
+    /// Whether a call is a get that waits for blocks that a writer has announced.
+    pub(crate) fn waits(&self, ticket: u64) -> bool {
+        let work = self.calls.get(&ticket).map(|call| &call.work);
+        matches!(work, Some(Work::Get { waits: true, .. }))
+    }
+
     /// Blocks of a put.
     pub(crate) fn put_count(&self, ticket: u64) -> usize {
         match self.calls.get(&ticket).map(|call| &call.work) {

@@ -33,6 +33,9 @@ pub(crate) struct Connection {
     pub(crate) announced_requests: u64,
     /// When the node last said anything.
     pub(crate) heard: Moment,
+    /// When a get that waited for a writer last ended here without a word: until then the node may
+    /// have let others stand in line behind it.
+    pub(crate) waited: Moment,
     pub(crate) begun: Moment,
     /// Closed by this side for want of memory that the node says it shares: nothing is wrong with the
     /// node, and a new link, which does not ask, is due at once.
@@ -125,6 +128,7 @@ impl Connection {
             announced_open: 0,
             announced_requests: 0,
             heard: now,
+            waited: now,
             begun: now,
             goes_plain: false,
             fault: None,

@@ -402,6 +402,7 @@ impl Session {
             self.deadlines.pop();
             if self.board.calls.contains_key(&call) {
                 let silent = self.is_evidence_of_silence(call, now);
+                self.note_waited(call, now);
                 self.fence(call);
                 self.board.end_call(call, Lost::Deadline);
                 if silent {
@@ -412,8 +413,8 @@ impl Session {
     }
 
     /// Whether the node should have said something to this call by now, and has not to any.
-    fn is_evidence_of_silence(&self, call: u64, now: Moment) -> bool {
-        let Some(call) = self.board.calls.get(&call) else {
+    fn is_evidence_of_silence(&self, ticket: u64, now: Moment) -> bool {
+        let Some(call) = self.board.calls.get(&ticket) else {
             return false;
         };
         let waits_for_device = match &call.work {
@@ -425,14 +426,39 @@ impl Session {
                 .iter()
                 .any(|slot| slot.put.durable || slot.layers.is_some()),
         };
-        let since = call.sent.unwrap_or(call.begun);
         let connections = || self.slots.iter().filter_map(Slot::connection);
+        let mut since = call.sent.unwrap_or(call.begun);
+        if matches!(call.work, Work::Get { .. }) {
+            // Of gets a node asks for so many at a time: these may stand in line behind others that
+            // wait for a writer, or have until a moment ago.
+            let of_call = connections().filter(|link| is_over(link, ticket));
+            for link in of_call {
+                if link.open.values().any(|open| self.board.waits(open.call())) {
+                    return false;
+                }
+                since = since.max(link.waited);
+            }
+        }
         let heard = connections()
             .filter(|c| c.is_open())
             .any(|c| c.heard > since);
         // With a link that stands and nothing sent on it, the window was full: not silence.
         let told = call.sent.is_some() || !connections().any(Connection::is_open);
         !waits_for_device && !heard && told && now.since(since) >= SILENCE_MIN
+    }
+
+    /// A get that waited for a writer ends without a word: those in line behind it have their turn.
+    fn note_waited(&mut self, ticket: u64, now: Moment) {
+        if !self.board.waits(ticket) {
+            return;
+        }
+        for slot in &mut self.slots {
+            if let Slot::Linked(connection) = slot
+                && is_over(connection, ticket)
+            {
+                connection.waited = now;
+            }
+        }
     }
 
     /// Takes a call's buffers back from the links and tells the node that it is over.
@@ -530,4 +556,9 @@ impl Session {
             self.config.endpoint, self.config.connect_timeout,
         ))
     }
+}
+
+/// Whether anything of a call is open on a link.
+fn is_over(connection: &Connection, call: u64) -> bool {
+    connection.open.values().any(|open| open.call() == call)
 }
