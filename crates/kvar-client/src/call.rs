@@ -76,6 +76,8 @@ pub(crate) enum Work {
     },
     Put {
         slots: Vec<PutSlot>,
+        /// The number that its writer knows, if it goes by layers.
+        by_layers: Option<u64>,
     },
 }
 
@@ -332,7 +334,10 @@ impl Board {
                         }
                     })
                     .collect();
-                Work::Put { slots }
+                Work::Put {
+                    slots,
+                    by_layers: None,
+                }
             }
             Request::PutLayers(LayerPutRequest { items, put, ended }) => {
                 self.layer_puts.insert(put, ticket);
@@ -347,7 +352,10 @@ impl Board {
                     }
                 };
                 let slots = items.into_iter().map(slot).collect();
-                Work::Put { slots }
+                Work::Put {
+                    slots,
+                    by_layers: Some(put),
+                }
             }
         };
         let (parts, left) = match &work {
@@ -356,7 +364,7 @@ impl Board {
                 slots.len(),
                 slots.iter().filter(|slot| slot.outcome.is_none()).count(),
             ),
-            Work::Put { slots } => (
+            Work::Put { slots, .. } => (
                 slots.len(),
                 slots.iter().filter(|slot| slot.outcome.is_none()).count(),
             ),
@@ -452,7 +460,7 @@ impl Board {
         let Some(call) = self.calls.get_mut(&ticket) else {
             return;
         };
-        let Work::Put { slots } = &mut call.work else {
+        let Work::Put { slots, .. } = &mut call.work else {
             return;
         };
         let slot = &mut slots[item];
@@ -478,17 +486,23 @@ impl Board {
         }
     }
 
+    /// Whether a call is a get that waits for blocks that a writer has announced.
+    pub(crate) fn waits(&self, ticket: u64) -> bool {
+        let work = self.calls.get(&ticket).map(|call| &call.work);
+        matches!(work, Some(Work::Get { waits: true, .. }))
+    }
+
     /// Blocks of a put.
     pub(crate) fn put_count(&self, ticket: u64) -> usize {
         match self.calls.get(&ticket).map(|call| &call.work) {
-            Some(Work::Put { slots }) => slots.len(),
+            Some(Work::Put { slots, .. }) => slots.len(),
             _ => 0,
         }
     }
 
     pub(crate) fn put_slot(&mut self, ticket: u64, item: usize) -> Option<&mut PutSlot> {
         match &mut self.calls.get_mut(&ticket)?.work {
-            Work::Put { slots } => slots.get_mut(item),
+            Work::Put { slots, .. } => slots.get_mut(item),
             _ => None,
         }
     }
@@ -501,7 +515,7 @@ impl Board {
         let parts = match &call.work {
             Work::Small { replies, .. } => replies.len(),
             Work::Get { slots, .. } => slots.len(),
-            Work::Put { slots } => slots.len(),
+            Work::Put { slots, .. } => slots.len(),
         };
         for part in 0..parts {
             match self.calls.get(&ticket).map(|call| &call.work) {
@@ -584,9 +598,9 @@ impl Board {
                 };
                 Answer::Get(slots.into_iter().map(result).collect())
             }
-            Work::Put { slots } => {
-                if slots.iter().any(|slot| slot.layers.is_some()) {
-                    self.layer_puts.retain(|_, call| *call != ticket);
+            Work::Put { slots, by_layers } => {
+                if let Some(put) = by_layers {
+                    self.layer_puts.remove(&put);
                 }
                 let outcome = |slot: PutSlot| {
                     let lost = PutOutcome::Refused(Refusal::Unreachable);
@@ -601,5 +615,38 @@ impl Board {
             ticket: Ticket(ticket),
             answer,
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kvar_wire::PutHints;
+
+    /// One of no blocks stayed on the board's list for as long as the client lived.
+    #[test]
+    fn a_put_by_layers_that_ends_at_once_leaves_nothing_on_the_board() {
+        let mut board = Board::new(Arc::default(), SystemClock::default());
+        let item = |length| LayerPutItem {
+            id: BlockId::new([1; 32]),
+            lengths: vec![length],
+            hints: PutHints::default(),
+            durable: false,
+        };
+        // None, one that is not sound, and one that has to be sent first.
+        for (put, (items, parts)) in
+            (1..).zip([(vec![], 0), (vec![item(0)], 0), (vec![item(7)], 1)])
+        {
+            let request = Request::PutLayers(LayerPutRequest {
+                ended: items.iter().map(|_| false.into()).collect(),
+                items,
+                put,
+            });
+            assert_eq!(board.add(put, request, Moment(0), Moment(9)), parts);
+            assert_eq!((board.calls.len(), board.layer_puts.len()), (parts, parts));
+            board.end_call(put, Lost::Deadline);
+            assert_eq!((board.calls.len(), board.layer_puts.len()), (0, 0));
+        }
+        assert_eq!(board.done.len(), 3);
     }
 }

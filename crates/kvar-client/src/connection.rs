@@ -29,8 +29,13 @@ pub(crate) struct Connection {
     pub(crate) bytes_open: u64,
     /// Bytes of puts by layers; not among those.
     pub(crate) announced_open: u64,
+    /// Requests that are puts by layers; among those that are open.
+    pub(crate) announced_requests: u64,
     /// When the node last said anything.
     pub(crate) heard: Moment,
+    /// When a get that waited for a writer last ended here without a word: until then the node may
+    /// have let others stand in line behind it.
+    pub(crate) waited: Moment,
     pub(crate) begun: Moment,
     /// Closed by this side for want of memory that the node says it shares: nothing is wrong with the
     /// node, and a new link, which does not ask, is due at once.
@@ -121,7 +126,9 @@ impl Connection {
             requests_open: 0,
             bytes_open: 0,
             announced_open: 0,
+            announced_requests: 0,
             heard: now,
+            waited: now,
             begun: now,
             goes_plain: false,
             fault: None,

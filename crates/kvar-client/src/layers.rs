@@ -42,7 +42,8 @@ pub struct LayerItem {
     pub id: BlockId,
     /// Its depth in its chain, for recency.
     pub depth: u32,
-    /// Where each of its sections goes, in order: memory of exactly the section's length.
+    /// Where each of its sections goes, in order: memory of exactly the section's length. At least
+    /// one: a block of none is a miss, `wrong_format`.
     pub into: Vec<Filled>,
 }
 
@@ -98,7 +99,9 @@ impl LayerRequest {
             changed: Condvar::new(),
         });
         let mut state = shared.lock();
-        state.lost = vec![None; count];
+        // Blocks without sections have no part that could say so.
+        let lost = (sections == 0).then_some((0, MissReason::WrongFormat));
+        state.lost = vec![lost; count];
         state.arrived = (0..shared.groups.len())
             .map(|_| Arrived::default())
             .collect();
@@ -312,7 +315,8 @@ impl LayerGet {
             let changed = self.shared.changed.wait(state);
             state = changed.unwrap_or_else(PoisonError::into_inner);
         }
-        let first = |group: usize| usize::from(self.shared.groups[group].start);
+        let groups = &self.shared.groups;
+        let first = |group: usize| groups.get(group).map_or(0, |it| usize::from(it.start));
         let from = |lost: &Option<(usize, MissReason)>| lost.map(|(at, why)| (first(at), why));
         state.lost.iter().map(from).collect()
     }
@@ -495,8 +499,11 @@ impl Layers {
         slots: &'a [GetSlot],
     ) -> impl Iterator<Item = GetOutcome> + 'a {
         (0..self.blocks).map(move |block| {
+            let Some(of_block) = slots.get(block..).filter(|slots| !slots.is_empty()) else {
+                return GetOutcome::Miss(MissReason::WrongFormat);
+            };
             let mut all = Vec::new();
-            for slot in slots[block..].iter().step_by(self.blocks) {
+            for slot in of_block.iter().step_by(self.blocks) {
                 match &slot.outcome {
                     Some(GetOutcome::Hit { lengths, .. }) => all.extend_from_slice(lengths),
                     Some(GetOutcome::Miss(reason)) => return GetOutcome::Miss(*reason),

@@ -1,13 +1,14 @@
 //! The session: calls in, completions out, on one thread; everything in between is here.
 //!
 //! ```text
-//!   submit ─> queues: small | gets | puts ─> dispatch (window of the node) ─> connections
-//!                 ▲                                                               │
-//!                 └──────── deadlines, breaker, reconnect <── exchange.rs <── frames
+//!   submit ─> queues: small | gets | layer puts | puts ─> dispatch (window of the node) ─> connections
+//!                 ▲                                                                            │
+//!                 └─────────────── deadlines, breaker, reconnect <── exchange.rs <───────── frames
 //! ```
 //!
 //! What the node says is handled in `exchange`; here is what this side does by itself. Order of
-//! sending: questions and orders without payload, then reads, then writes.
+//! sending: questions and orders without payload, then reads, then writes. Writes by layers have a
+//! queue of their own, since they may wait for their writers, which whole ones need not wait for.
 
 mod attach;
 mod dispatch;
@@ -80,7 +81,18 @@ pub struct Session {
 struct Queues {
     small: VecDeque<Unit>,
     gets: VecDeque<Unit>,
+    layer_puts: VecDeque<Unit>,
     puts: VecDeque<Unit>,
+}
+
+impl Queues {
+    fn all(&self) -> [&VecDeque<Unit>; 4] {
+        [&self.small, &self.gets, &self.layer_puts, &self.puts]
+    }
+
+    fn are_empty(&self) -> bool {
+        self.all().into_iter().all(VecDeque::is_empty)
+    }
 }
 
 /// Parts `next..end` of a call that have not been sent.
@@ -226,6 +238,9 @@ impl Session {
                         .extend((0..at_once).map(|part| unit(part, part + 1)));
                 }
                 Work::Get { .. } => self.queues.gets.push_back(unit(0, parts)),
+                Work::Put {
+                    by_layers: Some(_), ..
+                } => self.queues.layer_puts.push_back(unit(0, parts)),
                 Work::Put { .. } => self.queues.puts.push_back(unit(0, parts)),
             }
             self.deadlines.push(Reverse((deadline, ticket)));
@@ -387,6 +402,7 @@ impl Session {
             self.deadlines.pop();
             if self.board.calls.contains_key(&call) {
                 let silent = self.is_evidence_of_silence(call, now);
+                self.note_waited(call, now);
                 self.fence(call);
                 self.board.end_call(call, Lost::Deadline);
                 if silent {
@@ -397,8 +413,8 @@ impl Session {
     }
 
     /// Whether the node should have said something to this call by now, and has not to any.
-    fn is_evidence_of_silence(&self, call: u64, now: Moment) -> bool {
-        let Some(call) = self.board.calls.get(&call) else {
+    fn is_evidence_of_silence(&self, ticket: u64, now: Moment) -> bool {
+        let Some(call) = self.board.calls.get(&ticket) else {
             return false;
         };
         let waits_for_device = match &call.work {
@@ -406,18 +422,43 @@ impl Session {
             // A node has nothing to say to whoever waits for a writer, nor to a put that its writer
             // has not finished.
             Work::Get { waits, .. } => *waits,
-            Work::Put { slots } => slots
+            Work::Put { slots, .. } => slots
                 .iter()
                 .any(|slot| slot.put.durable || slot.layers.is_some()),
         };
-        let since = call.sent.unwrap_or(call.begun);
         let connections = || self.slots.iter().filter_map(Slot::connection);
+        let mut since = call.sent.unwrap_or(call.begun);
+        if matches!(call.work, Work::Get { .. }) {
+            // Of gets a node asks for so many at a time: these may stand in line behind others that
+            // wait for a writer, or have until a moment ago.
+            let of_call = connections().filter(|link| is_over(link, ticket));
+            for link in of_call {
+                if link.open.values().any(|open| self.board.waits(open.call())) {
+                    return false;
+                }
+                since = since.max(link.waited);
+            }
+        }
         let heard = connections()
             .filter(|c| c.is_open())
             .any(|c| c.heard > since);
         // With a link that stands and nothing sent on it, the window was full: not silence.
         let told = call.sent.is_some() || !connections().any(Connection::is_open);
         !waits_for_device && !heard && told && now.since(since) >= SILENCE_MIN
+    }
+
+    /// A get that waited for a writer ends without a word: those in line behind it have their turn.
+    fn note_waited(&mut self, ticket: u64, now: Moment) {
+        if !self.board.waits(ticket) {
+            return;
+        }
+        for slot in &mut self.slots {
+            if let Slot::Linked(connection) = slot
+                && is_over(connection, ticket)
+            {
+                connection.waited = now;
+            }
+        }
     }
 
     /// Takes a call's buffers back from the links and tells the node that it is over.
@@ -467,12 +508,9 @@ impl Session {
 
     /// Ends every call that is not on its way.
     fn end_waiting(&mut self, lost: Lost) {
-        let Queues { small, gets, puts } = std::mem::take(&mut self.queues);
-        let calls: Vec<u64> = [small, gets, puts]
-            .into_iter()
-            .flatten()
-            .map(|u| u.call)
-            .collect();
+        let queues = std::mem::take(&mut self.queues);
+        let units = queues.all().into_iter().flatten();
+        let calls: Vec<u64> = units.map(|unit| unit.call).collect();
         for call in calls {
             self.fence(call);
             self.board.end_call(call, lost);
@@ -518,4 +556,9 @@ impl Session {
             self.config.endpoint, self.config.connect_timeout,
         ))
     }
+}
+
+/// Whether anything of a call is open on a link.
+fn is_over(connection: &Connection, call: u64) -> bool {
+    connection.open.values().any(|open| open.call() == call)
 }

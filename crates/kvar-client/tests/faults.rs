@@ -325,6 +325,86 @@ fn slow_orders_do_not_make_a_node_look_dead() {
     );
 }
 
+/// A node asks for so many blocks of a link at a time, so gets may stand in line behind others that wait
+/// for a writer; their silence was held against it, and every call ended at once.
+#[test]
+fn a_get_behind_one_that_waits_for_a_writer_does_not_make_a_node_look_dead() {
+    let peer = Peer::start();
+    let client = with_block(&peer);
+    peer.set(Mood::Mute);
+    let options = CallOptions {
+        wait_announced: true,
+        ..CallOptions::within(Duration::from_secs(60))
+    };
+    let waiting = client.submit_get(vec![GetItem::to_vec(id(5))], options);
+    assert_eq!(get(&client, 1), Some(MissReason::Deadline));
+    assert_eq!(client.breaker(), BreakerState::Closed);
+    assert!(!waiting.is_done());
+    // No other call stands in that line.
+    let lookup = client.lookup(&[id(1)]);
+    assert_eq!(lookup.reason, Some(MissReason::Deadline));
+    assert_ne!(client.breaker(), BreakerState::Closed);
+}
+
+/// The same where the one that waits has ended a moment before: the other's turn has only just come.
+#[test]
+fn a_get_that_ends_just_after_one_that_waits_for_a_writer_does_not_make_a_node_look_dead() {
+    let peer = Peer::start();
+    let deadline = Duration::from_millis(15);
+    let get = |waits| Request::Get {
+        items: vec![GetItem::to_vec(id(5))],
+        touch_request: 0,
+        waits,
+    };
+    let end = Instant::now() + Duration::from_secs(60);
+    loop {
+        assert!(Instant::now() < end, "this machine is late every time");
+        peer.set(Mood::Well);
+        let mut session = Session::connect(config(&peer)).unwrap();
+        peer.set(Mood::Mute);
+        let begun = Instant::now();
+        session.submit(get(true), deadline);
+        session.submit(get(false), deadline);
+        let mut done = Vec::new();
+        while done.len() < 2 {
+            session.poll(DEADLINE, &mut done);
+        }
+        // Ten milliseconds of silence, had the node been there, would say something.
+        if begun.elapsed() < deadline + Duration::from_millis(10) {
+            assert_eq!(session.breaker(), BreakerState::Closed);
+            break;
+        }
+    }
+}
+
+/// A call that the window had no room for was taken for one that the node was told of.
+#[test]
+fn a_call_that_never_left_does_not_make_a_node_look_dead() {
+    let limits = Limits {
+        block_bytes_max: 100_000,
+        bytes_max: 100_000,
+        ..LIMITS
+    };
+    let peer = Peer::start_with("127.0.0.1:0".parse().unwrap(), limits);
+    let client = with_block(&peer);
+    peer.set(Mood::Mute);
+    let options = CallOptions {
+        wait_announced: true,
+        ..CallOptions::within(Duration::from_secs(60))
+    };
+    // Its length is not known, so it takes 64 KiB of the window, for as long as the writer takes.
+    let waiting = client.submit_get(vec![GetItem::to_vec(id(5))], options);
+    let asked = peer.asked();
+    let late = PutOutcome::Refused(Refusal::Deadline);
+    assert_eq!(put(&client, 6, 50_000), late);
+    assert_eq!(client.breaker(), BreakerState::Closed);
+    assert!(!waiting.is_done());
+    assert!(peer.asked() <= asked + 1, "only the get has left");
+    // One that does leave, and is not answered, says something.
+    assert_eq!(put(&client, 7, 10_000), late);
+    assert_ne!(client.breaker(), BreakerState::Closed);
+}
+
 #[test]
 fn late_answers_are_drained_and_later_calls_go_on() {
     let peer = Peer::start();

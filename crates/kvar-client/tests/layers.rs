@@ -1,5 +1,6 @@
 //! Gets layer by layer against a node that may do anything: what was said to be there is there, is what
 //! was written and of one version; what is missing is missing from there on; everything ends in time.
+//! Puts layer by layer beside whole ones: each finds its room in the node's window, and holds up nobody.
 
 mod peer;
 
@@ -201,14 +202,49 @@ fn blocks_of_another_shape_are_of_the_wrong_format_and_disturb_nobody() {
     let ends = layers.finish();
     let wrong = |section| Some((section, MissReason::WrongFormat));
     assert_eq!(ends, [None, wrong(0), wrong(0), wrong(3)]);
-    // Sections of nothing at all, and no blocks.
-    let none = vec![LayerItem::to_vecs(id(0), &[])];
-    let layers = client.submit_get_layers(none, CallOptions::default());
-    assert_eq!(layers.sections(), 0);
-    assert!(layers.wait_all(PATIENCE).is_some());
+    // No blocks.
     let layers = client.submit_get_layers(Vec::new(), CallOptions::default());
     assert_eq!(layers.wait_section(3, Duration::ZERO), Some(Vec::new()));
     assert!(layers.finish().is_empty());
+}
+
+/// Two blocks of no sections took the client's thread down, and with it every call of every clone.
+#[test]
+fn blocks_without_sections_are_of_the_wrong_format_and_the_client_lives_on() {
+    let peer = Peer::start();
+    let client = client(&peer);
+    put(&client, 1, &LENGTHS);
+    let wrong = Some((0, MissReason::WrongFormat));
+    for count in 1..4 {
+        let layers = get(&client, count, &[], CallOptions::default());
+        assert_eq!((layers.sections(), layers.blocks()), (0, count as usize));
+        let misses = layers.wait_all(PATIENCE).expect("in time");
+        assert!(misses.iter().all(|it| *it == Some(MissReason::WrongFormat)));
+        assert_eq!(layers.finish(), vec![wrong; count as usize]);
+    }
+    // The first says how many all have.
+    let mixed = vec![
+        LayerItem::to_vecs(id(1), &[]),
+        LayerItem::to_vecs(id(0), &LENGTHS),
+    ];
+    let layers = client.submit_get_layers(mixed, CallOptions::default());
+    assert_eq!(layers.finish(), [wrong; 2]);
+    let mixed = vec![
+        LayerItem::to_vecs(id(0), &LENGTHS),
+        LayerItem::to_vecs(id(1), &[]),
+    ];
+    let layers = client.submit_get_layers(mixed, CallOptions::default());
+    assert_eq!(layers.finish(), [None, wrong]);
+    // Also where the call ends before it is sent, on the caller's own thread.
+    let layers = get(&client, 2, &[], CallOptions::within(Duration::ZERO));
+    assert_eq!(layers.finish(), [wrong; 2]);
+    let stats = client.stats();
+    assert_eq!(stats.hits, 1, "none of them is a hit");
+    assert_eq!(stats.misses["wrong_format"], 1 + 2 + 3 + 2 + 1 + 2);
+    assert_eq!(
+        get(&client, 1, &LENGTHS, CallOptions::default()).finish(),
+        [None]
+    );
 }
 
 #[test]
@@ -320,4 +356,101 @@ fn an_older_node_is_told_nothing_it_does_not_know() {
     layers.section(0, vec![Box::new(vec![1; 5])]).unwrap();
     let wrong = PutOutcome::Refused(kvar_base::Refusal::WrongFormat);
     assert_eq!(layers.commit().wait(), [wrong]);
+}
+
+// ---- puts ---------------------------------------------------------------------------------------
+
+/// A node whose window is one of these.
+fn peer_with(bytes_max: u64, requests_max: u32) -> Peer {
+    let limits = kvar_wire::Limits {
+        block_bytes_max: 1 << 20,
+        bytes_max,
+        requests_max,
+        ..LIMITS
+    };
+    Peer::start_with("127.0.0.1:0".parse().unwrap(), limits)
+}
+
+/// Announces blocks of one section of this length.
+fn announce(client: &Client, blocks: std::ops::Range<u64>, len: u32) -> LayerPut {
+    let item = |block| LayerPutItem {
+        id: id(block),
+        lengths: vec![len],
+        hints: PutHints::default(),
+        durable: false,
+    };
+    client.put_layers(blocks.map(item).collect(), CallOptions::default())
+}
+
+/// Gives their sections and commits them.
+fn finish(mut layers: LayerPut, blocks: std::ops::Range<u64>, len: u32) -> Vec<PutOutcome> {
+    let source = |block| Box::new(section(block, 0, len)) as Box<dyn PutSource>;
+    layers.section(0, blocks.map(source).collect()).unwrap();
+    layers.commit().wait()
+}
+
+fn whole(client: &Client, blocks: std::ops::Range<u64>, len: u32) -> Pending<Vec<PutOutcome>> {
+    let item = |block| PutItem::of_bytes(id(block), section(block, 0, len));
+    let options = CallOptions::within(Duration::from_secs(10));
+    client.submit_put(blocks.map(item).collect(), options)
+}
+
+/// When this returns, everything that was asked for before has been sent, or has found no room.
+fn is_tried(client: &Client) {
+    // A flush, since that it is not answered in time is held against no node.
+    let options = CallOptions::within(Duration::from_millis(1));
+    assert_eq!(client.flush(options), Err(ClientError::Deadline));
+}
+
+/// The node counts whole puts and puts by layers as one sum, and refuses what is beyond it at once.
+#[test]
+fn a_put_by_layers_beside_whole_puts_that_fill_the_window_waits_and_is_not_refused() {
+    let peer = peer_with(1 << 20, 256);
+    let client = client(&peer);
+    peer.set(Mood::Stopped);
+    let before = whole(&client, 0..8, 128 << 10);
+    is_tried(&client);
+    let layers = announce(&client, 8..9, 40_000);
+    is_tried(&client);
+    peer.set(Mood::Well);
+    assert_eq!(finish(layers, 8..9, 40_000), [PutOutcome::Stored]);
+    assert_eq!(before.wait(), [PutOutcome::Stored; 8]);
+}
+
+/// All puts stood in one queue: behind a put by layers of which the window takes only a part at a time
+/// nobody else's left before the writer's commit, which may be a deadline away.
+#[test]
+fn whole_puts_and_gets_go_on_beside_puts_by_layers_that_wait_for_their_writer() {
+    // Half of the window is 8 of these blocks by its bytes, or by its requests.
+    for (bytes_max, requests_max) in [(1 << 20, 256), (64 << 20, 16)] {
+        let peer = peer_with(bytes_max, requests_max);
+        let client = client(&peer);
+        let layers = announce(&client, 0..20, 64 << 10);
+        let stored = [PutOutcome::Stored; 3];
+        assert_eq!(whole(&client, 20..23, 100_000).wait(), stored);
+        let got = client.get(vec![GetItem::to_vec(id(20))]);
+        assert_eq!(got[0].miss(), None);
+        assert!(!layers.is_done());
+        assert_eq!(peer.puts().len(), 8 + 3, "the other announcements wait");
+        assert_eq!(finish(layers, 0..20, 64 << 10), [PutOutcome::Stored; 20]);
+    }
+}
+
+/// Whole puts pass a put by layers that waits for a writer, not one that waits for room: else a large
+/// one would find none while small ones keep coming.
+#[test]
+fn whole_puts_do_not_take_the_room_that_an_announcement_waits_for() {
+    let peer = peer_with(1 << 20, 256);
+    let client = client(&peer);
+    peer.set(Mood::Stopped);
+    let before = whole(&client, 0..8, 128 << 10);
+    is_tried(&client);
+    let layers = announce(&client, 8..9, 300_000);
+    let after = whole(&client, 9..12, 128 << 10);
+    is_tried(&client);
+    peer.set(Mood::Well);
+    assert_eq!(finish(layers, 8..9, 300_000), [PutOutcome::Stored]);
+    assert_eq!(before.wait(), [PutOutcome::Stored; 8]);
+    assert_eq!(after.wait(), [PutOutcome::Stored; 3]);
+    assert_eq!(peer.puts(), (0..12).map(id).collect::<Vec<_>>());
 }

@@ -1,7 +1,7 @@
 //! The messages by which a client and a node of one host come to share memory (version 4).
 //!
 //! ```text
-//!   Attach ──> AttachAnswer      the first frame after Welcome, or it is declined
+//!   Attach ──> AttachAnswer      while nothing is open on the link, or it is declined
 //! ```
 //!
 //! What follows is `docs/internals/links.md`.

@@ -18,8 +18,8 @@ use std::time::Duration;
 const ITEM_BYTES_MAX: usize = 80;
 const LENGTH_BYTES_MAX: usize = 5;
 
-/// Of the node's window puts that wait for their writer take one part of so many: they last as long
-/// as a forward pass, and reads and whole puts go on beside them.
+/// Of the node's window, its requests and its bytes, puts that wait for their writer take one part of
+/// so many: they last as long as a forward pass, and reads and whole puts go on beside them.
 const ANNOUNCED_SHARE: u64 = 2;
 
 /// The call of requests whose answer nobody waits for; calls are numbered from 1.
@@ -31,6 +31,8 @@ enum Sent {
     All,
     /// Some of it, or nothing: the window is full.
     Full,
+    /// The same, but it is the part for puts that wait for their writers that is full.
+    Held,
 }
 
 impl Session {
@@ -45,12 +47,25 @@ impl Session {
             end: next + 1,
         }));
         let mut gets = std::mem::take(&mut self.queues.gets);
+        let mut layer_puts = std::mem::take(&mut self.queues.layer_puts);
         let mut puts = std::mem::take(&mut self.queues.puts);
         let mut any = false;
-        for queue in [&mut small, &mut gets, &mut puts] {
-            any |= self.send_queue(queue, now);
+        for queue in [&mut small, &mut gets] {
+            any |= self.send_queue(queue, now).0;
         }
-        self.queues = super::Queues { small, gets, puts };
+        let (left, ended) = self.send_queue(&mut layer_puts, now);
+        any |= left;
+        // Whole puts pass those that wait for a writer, but not those that wait for room: small ones
+        // would take it piece by piece, and a large announcement would never find any.
+        if !matches!(ended, Sent::Full) {
+            any |= self.send_queue(&mut puts, now).0;
+        }
+        self.queues = super::Queues {
+            small,
+            gets,
+            layer_puts,
+            puts,
+        };
         any
     }
 
@@ -85,7 +100,8 @@ impl Session {
         }
     }
 
-    fn send_queue(&mut self, queue: &mut VecDeque<Unit>, now: Moment) -> bool {
+    /// Sends of a queue what can be sent: whether anything left, and why no more.
+    fn send_queue(&mut self, queue: &mut VecDeque<Unit>, now: Moment) -> (bool, Sent) {
         let mut any = false;
         while let Some(unit) = queue.front_mut() {
             let Some(call) = self.board.calls.get_mut(&unit.call) else {
@@ -93,14 +109,12 @@ impl Session {
                 continue;
             };
             let Some(connection) = widest(&mut self.slots) else {
-                break;
+                return (any, Sent::Full);
             };
             let Some(limits) = connection.limits().copied() else {
-                break;
+                return (any, Sent::Full);
             };
-            call.sent.get_or_insert(now);
-            call.link = Some(connection.serial);
-            any = true;
+            let (ticket, requests_before) = (unit.call, connection.requests_open);
             let deadline_us =
                 u64::try_from(call.deadline.since(now).as_micros()).unwrap_or(u64::MAX);
             let mut number = || {
@@ -123,12 +137,20 @@ impl Session {
                     send_puts(connection, &limits, unit, board, deadline_us, &mut number)
                 }
             };
+            // What the window has no room for has not left, and nobody was told of it.
+            if connection.requests_open > requests_before {
+                any = true;
+                if let Some(call) = self.board.calls.get_mut(&ticket) {
+                    call.sent.get_or_insert(now);
+                    call.link = Some(connection.serial);
+                }
+            }
             match sent {
                 Sent::All => drop(queue.pop_front()),
-                Sent::Full => break,
+                Sent::Full | Sent::Held => return (any, sent),
             }
         }
-        any
+        (any, Sent::All)
     }
 }
 
@@ -427,7 +449,7 @@ fn send_puts(
         if slot.layers.is_some() {
             match announce(connection, limits, unit, board, deadline_us, number) {
                 Sent::All => continue,
-                Sent::Full => return Sent::Full,
+                full => return full,
             }
         }
         // The node counts what was announced and waits for its writer like any other put.
@@ -495,9 +517,17 @@ fn announce(
     let (put, Some(layers)) = (&slot.put, &mut slot.layers) else {
         return Sent::All;
     };
-    let open = connection.announced_open;
-    let fits = connection.requests_open < u64::from(limits.requests_max)
-        && (open == 0 || open + put.bytes <= limits.bytes_max / ANNOUNCED_SHARE);
+    let (announced, requests_max) = (connection.announced_open, u64::from(limits.requests_max));
+    let has_share = announced == 0
+        || (announced + put.bytes <= limits.bytes_max / ANNOUNCED_SHARE
+            && connection.announced_requests < requests_max / ANNOUNCED_SHARE);
+    if !has_share {
+        return Sent::Held;
+    }
+    // The node counts whole puts and these as one sum.
+    let open = connection.bytes_open + announced;
+    let fits = connection.requests_open < requests_max
+        && (open == 0 || open + put.bytes <= limits.bytes_max);
     if !fits {
         return Sent::Full;
     }
@@ -525,6 +555,7 @@ fn announce(
     }
     layers.announced = Some((connection.serial, request));
     connection.requests_open += 1;
+    connection.announced_requests += 1;
     connection.announced_open += put.bytes;
     unit.next += 1;
     connection.open.insert(request, Open::Put { call, item });

@@ -496,7 +496,10 @@ impl Connection {
             Some(Open::Put { call, item }) => {
                 self.requests_open -= 1;
                 match board.put_slot(call, item) {
-                    Some(slot) if slot.layers.is_some() => self.announced_open -= slot.put.bytes,
+                    Some(slot) if slot.layers.is_some() => {
+                        self.announced_requests -= 1;
+                        self.announced_open -= slot.put.bytes;
+                    }
                     Some(slot) => self.bytes_open -= slot.put.bytes,
                     None => {}
                 }

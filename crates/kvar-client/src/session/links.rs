@@ -125,9 +125,7 @@ impl Session {
         if !self.breaker.is_closed() {
             return;
         }
-        let waiting = !self.queues.small.is_empty()
-            || !self.queues.gets.is_empty()
-            || !self.queues.puts.is_empty()
+        let waiting = !self.queues.are_empty()
             || !self.board.owed.is_empty()
             // Who was told to ask less, or nothing, would not learn that this has changed.
             || self.counters.mode.get() != Mode::default();

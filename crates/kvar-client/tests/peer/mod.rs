@@ -2,7 +2,9 @@
 //! in every way that the client must survive.
 #![allow(dead_code)] // each test file uses its part
 
-use kvar_base::{BlockId, LeaseToken, MapEpoch, MissReason, NamespaceKey, PutOutcome, check};
+use kvar_base::{
+    BlockId, LeaseToken, MapEpoch, MissReason, NamespaceKey, PutOutcome, Refusal, check,
+};
 use kvar_wire::*;
 use std::collections::{HashMap, HashSet};
 use std::io::{Read, Write};
@@ -67,6 +69,8 @@ struct Shared {
     items_left: AtomicUsize,
     /// The items of all gets, in order, and what was said about them.
     items: Mutex<Vec<(GetItem, GetHints)>>,
+    /// The blocks of all puts, in order.
+    puts: Mutex<Vec<BlockId>>,
     /// Get items and puts that were asked for.
     pub asked: AtomicUsize,
     sockets: Mutex<Vec<TcpStream>>,
@@ -128,6 +132,7 @@ impl Peer {
             torn: Mutex::default(),
             items_left: AtomicUsize::new(usize::MAX),
             items: Mutex::default(),
+            puts: Mutex::default(),
             asked: AtomicUsize::new(0),
             sockets: Mutex::default(),
         });
@@ -175,6 +180,11 @@ impl Peer {
     /// The items of all gets, and what was said about them.
     pub(crate) fn items(&self) -> Vec<(GetItem, GetHints)> {
         self.shared.items.lock().unwrap().clone()
+    }
+
+    /// The blocks of all puts, whole or by layers, in the order in which they came.
+    pub(crate) fn puts(&self) -> Vec<BlockId> {
+        self.shared.puts.lock().unwrap().clone()
     }
 
     /// Says from now on that it shares memory, and sends none.
@@ -236,6 +246,27 @@ impl Drop for Peer {
     }
 }
 
+/// A put whose bytes are still to come.
+struct Coming {
+    put: Put,
+    /// Of its window.
+    bytes: u64,
+    /// Of one by layers: what was announced, and what has come.
+    lengths: Vec<u32>,
+    here: Vec<u8>,
+}
+
+impl Coming {
+    fn of(put: Put) -> Self {
+        Self {
+            bytes: put.payload_bytes(),
+            put,
+            lengths: Vec::new(),
+            here: Vec::new(),
+        }
+    }
+}
+
 struct Serving {
     shared: Arc<Shared>,
     stream: TcpStream,
@@ -261,7 +292,7 @@ impl Serving {
                 }
             }
         }
-        let mut announced: HashMap<u64, Put> = HashMap::new();
+        let mut announced: HashMap<u64, Coming> = HashMap::new();
         loop {
             let (header, message, payload) = self.read()?;
             let request = header.request;
@@ -283,21 +314,57 @@ impl Serving {
                     }
                 }
                 Message::Put(put) => {
-                    self.shared.asked.fetch_add(1, Ordering::SeqCst);
-                    if self.shared.blocks.lock().unwrap().contains_key(&put.id) {
-                        let answer = PutAnswer {
-                            outcome: PutOutcome::Exists,
-                        };
-                        self.say(request, &answer.into(), &[])?;
+                    let bytes = put.payload_bytes();
+                    if let Some(outcome) = self.turn_down(&announced, put.id, bytes) {
+                        self.say(request, &PutAnswer { outcome }.into(), &[])?;
                     } else if payload.is_empty() {
-                        announced.insert(request, put);
+                        announced.insert(request, Coming::of(put));
                         self.say(request, &Pull {}.into(), &[])?;
                     } else {
                         self.store(request, put, payload)?;
                     }
                 }
+                Message::Announce(announce) => {
+                    let put = Put {
+                        id: announce.id,
+                        sections: Vec::new(),
+                        hints: announce.all_hints(),
+                        durable: announce.durable,
+                        deadline_us: announce.deadline_us,
+                    };
+                    let bytes = announce.payload_bytes();
+                    if let Some(outcome) = self.turn_down(&announced, put.id, bytes) {
+                        self.say(request, &PutAnswer { outcome }.into(), &[])?;
+                    } else {
+                        let coming = Coming {
+                            bytes,
+                            lengths: announce.lengths,
+                            ..Coming::of(put)
+                        };
+                        announced.insert(request, coming);
+                        self.say(request, &Pull {}.into(), &[])?;
+                    }
+                }
+                Message::Sections(sections) => {
+                    if let Some(Coming {
+                        put, here, lengths, ..
+                    }) = announced.get_mut(&request)
+                    {
+                        assert_eq!(usize::from(sections.first), put.sections.len());
+                        for check in sections.checks {
+                            let len = lengths[put.sections.len()];
+                            put.sections.push(Section { len, check });
+                        }
+                        here.extend(payload);
+                    }
+                }
+                Message::Commit(_) => {
+                    if let Some(Coming { put, here, .. }) = announced.remove(&request) {
+                        self.store(request, put, here)?;
+                    }
+                }
                 Message::Payload(_) => {
-                    if let Some(put) = announced.remove(&request) {
+                    if let Some(Coming { put, .. }) = announced.remove(&request) {
                         self.store(request, put, payload)?;
                     }
                 }
@@ -309,6 +376,28 @@ impl Serving {
                     self.say(request, &answer, &[])?;
                 }
             }
+        }
+    }
+
+    /// Notes that a block is to be put; what is said of it if it is not wanted. Beyond its window a
+    /// node takes no put, whichever kind fills it.
+    fn turn_down(
+        &self,
+        announced: &HashMap<u64, Coming>,
+        id: BlockId,
+        bytes: u64,
+    ) -> Option<PutOutcome> {
+        self.shared.asked.fetch_add(1, Ordering::SeqCst);
+        self.shared.puts.lock().unwrap().push(id);
+        let open: u64 = announced.values().map(|coming| coming.bytes).sum();
+        let limits = &self.shared.limits;
+        if self.shared.blocks.lock().unwrap().contains_key(&id) {
+            Some(PutOutcome::Exists)
+        } else if open + bytes > limits.bytes_max || announced.len() >= limits.requests_max as usize
+        {
+            Some(PutOutcome::Refused(Refusal::Busy))
+        } else {
+            None
         }
     }
 
