@@ -11,6 +11,18 @@ use std::fs::File;
 use std::io::{ErrorKind, Write as _};
 use std::path::Path;
 
+/// What is kept in such a file.
+pub(crate) trait Table: Serialize + DeserializeOwned {
+    /// The version of its form that this program knows.
+    const FORMAT: u32;
+
+    /// The version of its form that it says it has.
+    fn format(&self) -> u32;
+
+    /// Whether its rows fit together, or which do not.
+    fn check(&self) -> Result<(), String>;
+}
+
 /// Why a table cannot be read.
 #[derive(Debug)]
 pub(crate) enum ReadFailed {
@@ -21,7 +33,7 @@ pub(crate) enum ReadFailed {
 }
 
 /// Reads a table; `None` when there is no file.
-pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, ReadFailed> {
+pub(crate) fn read<T: Table>(path: &Path) -> Result<Option<T>, ReadFailed> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
         Err(error) => {
@@ -32,12 +44,20 @@ pub(crate) fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, ReadFa
             };
         }
     };
-    let table = serde_json::from_str(&text);
-    table.map_err(|error| ReadFailed::Damaged(error.to_string()))
+    let table: T =
+        serde_json::from_str(&text).map_err(|error| ReadFailed::Damaged(error.to_string()))?;
+    let (found, known) = (table.format(), T::FORMAT);
+    if found != known {
+        let reason = format!("it has form {found}, this program knows {known}");
+        return Err(ReadFailed::Damaged(reason));
+    }
+    table.check().map_err(ReadFailed::Damaged)?;
+    Ok(Some(table))
 }
 
 /// Writes a table so that a power cut leaves the old or the new one.
-pub(crate) fn write(path: &Path, table: &impl Serialize) -> std::io::Result<()> {
+pub(crate) fn write(path: &Path, table: &impl Table) -> std::io::Result<()> {
+    debug_assert_eq!(table.check(), Ok(()));
     let mut draft = path.to_path_buf().into_os_string();
     draft.push(".draft");
     let mut file = File::create(&draft)?;

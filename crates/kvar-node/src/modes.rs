@@ -18,17 +18,13 @@
 //! What is absent: obedience. A node answers every call in every mode: engines have connectors that
 //! obey, operators have tools that need not, and clients of before there were modes go on as ever.
 
+use crate::json_table::{self, ReadFailed, Table as _};
 use crate::namespaces::Namespaces;
 use kvar_base::{Mode, ModeCell};
 use kvar_engine::{TENANTS, Tenant};
 use serde::{Deserialize, Serialize};
-use std::fs::File;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-
-/// Version of the table's form.
-const FORMAT: u32 = 1;
 
 /// Why the modes cannot be read, or a switch not be made.
 #[derive(Debug, thiserror::Error)]
@@ -112,59 +108,45 @@ pub(crate) struct Modes {
     cells: [ModeCell; TENANTS],
 }
 
-impl Table {
-    fn read(path: &Path) -> Result<Self, ModeError> {
-        let damaged = |reason: String| ModeError::Table {
-            path: path.into(),
-            reason,
-        };
-        let text = match std::fs::read_to_string(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Ok(Self {
-                    format: FORMAT,
-                    ..Self::default()
-                });
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-                return Err(damaged("it is not text".into()));
-            }
-            Err(source) => {
-                return Err(ModeError::Io {
-                    path: path.into(),
-                    source,
-                });
-            }
-            Ok(text) => text,
-        };
-        let table: Self =
-            serde_json::from_str(&text).map_err(|error| damaged(error.to_string()))?;
-        if table.format != FORMAT {
-            let reason = format!("it has form {}, this program knows {FORMAT}", table.format);
-            return Err(damaged(reason));
-        }
-        for (at, row) in table.namespaces.iter().enumerate() {
-            let others = &table.namespaces[..at];
-            if others.iter().any(|other| other.name == row.name) {
-                return Err(damaged(format!("{:?} stands in it twice", row.name)));
-            }
-        }
-        Ok(table)
+impl json_table::Table for Table {
+    const FORMAT: u32 = 1;
+
+    fn format(&self) -> u32 {
+        self.format
     }
 
-    /// Writes the table so that a power cut leaves the old or the new one.
+    fn check(&self) -> Result<(), String> {
+        for (at, row) in self.namespaces.iter().enumerate() {
+            let others = &self.namespaces[..at];
+            if others.iter().any(|other| other.name == row.name) {
+                return Err(format!("{:?} stands in it twice", row.name));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Table {
+    fn read(path: &Path) -> Result<Self, ModeError> {
+        match json_table::read(path) {
+            Ok(Some(table)) => Ok(table),
+            Ok(None) => Ok(Self {
+                format: Self::FORMAT,
+                ..Self::default()
+            }),
+            Err(ReadFailed::Damaged(reason)) => Err(ModeError::Table {
+                path: path.into(),
+                reason,
+            }),
+            Err(ReadFailed::Io(source)) => Err(ModeError::Io {
+                path: path.into(),
+                source,
+            }),
+        }
+    }
+
     fn write(&self, path: &Path) -> Result<(), ModeError> {
-        let mut draft = path.to_path_buf().into_os_string();
-        draft.push(".draft");
-        let write = || {
-            let mut file = File::create(&draft)?;
-            file.write_all(&serde_json::to_vec_pretty(self)?)?;
-            file.sync_all()?;
-            std::fs::rename(&draft, path)?;
-            let folder = path.parent();
-            let folder = folder.filter(|folder| !folder.as_os_str().is_empty());
-            File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
-        };
-        write().map_err(|source| ModeError::Io {
+        json_table::write(path, self).map_err(|source| ModeError::Io {
             path: path.into(),
             source,
         })

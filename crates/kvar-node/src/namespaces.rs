@@ -21,7 +21,7 @@
 //! engines, by kvar-policy).
 
 use crate::config::Config;
-use crate::json_table::{self, ReadFailed};
+use crate::json_table::{self, ReadFailed, Table as _};
 use crate::key_file::{KeyFile, KeyFileError, KeyName};
 use kvar_base::{DeviceUuid, NamespaceKey};
 use kvar_engine::{Shares, TENANTS, Tenant};
@@ -30,9 +30,6 @@ use std::path::{Path, PathBuf};
 
 /// Name of the namespace that is there from the first start.
 pub(crate) const DEFAULT: &str = "default";
-
-/// Version of the table's form.
-const FORMAT: u32 = 1;
 
 /// Why the namespaces of the settings cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -131,45 +128,47 @@ struct Row {
     number: u8,
 }
 
-impl Table {
-    fn read(path: &Path) -> Result<Self, NamespaceError> {
-        let damaged = |reason: String| NamespaceError::Table {
-            path: path.into(),
-            reason,
-        };
-        let table: Self = match json_table::read(path) {
-            Ok(Some(table)) => table,
-            Ok(None) => {
-                return Ok(Self {
-                    format: FORMAT,
-                    namespaces: Vec::new(),
-                });
-            }
-            Err(ReadFailed::Damaged(reason)) => return Err(damaged(reason)),
-            Err(ReadFailed::Io(source)) => {
-                return Err(NamespaceError::Io {
-                    path: path.into(),
-                    source,
-                });
-            }
-        };
-        if table.format != FORMAT {
-            let reason = format!("it has form {}, this program knows {FORMAT}", table.format);
-            return Err(damaged(reason));
-        }
-        for (at, row) in table.namespaces.iter().enumerate() {
-            let others = &table.namespaces[..at];
+impl json_table::Table for Table {
+    const FORMAT: u32 = 1;
+
+    fn format(&self) -> u32 {
+        self.format
+    }
+
+    fn check(&self) -> Result<(), String> {
+        for (at, row) in self.namespaces.iter().enumerate() {
+            let others = &self.namespaces[..at];
             if others.iter().any(|other| other.name == row.name) {
-                return Err(damaged(format!("{:?} stands in it twice", row.name)));
+                return Err(format!("{:?} stands in it twice", row.name));
             }
             if others.iter().any(|other| other.number == row.number) {
-                return Err(damaged(format!("two names have number {}", row.number)));
+                return Err(format!("two names have number {}", row.number));
             }
             if !(1..TENANTS).contains(&usize::from(row.number)) {
-                return Err(damaged(format!("{:?} has number {}", row.name, row.number)));
+                return Err(format!("{:?} has number {}", row.name, row.number));
             }
         }
-        Ok(table)
+        Ok(())
+    }
+}
+
+impl Table {
+    fn read(path: &Path) -> Result<Self, NamespaceError> {
+        match json_table::read(path) {
+            Ok(Some(table)) => Ok(table),
+            Ok(None) => Ok(Self {
+                format: Self::FORMAT,
+                ..Self::default()
+            }),
+            Err(ReadFailed::Damaged(reason)) => Err(NamespaceError::Table {
+                path: path.into(),
+                reason,
+            }),
+            Err(ReadFailed::Io(source)) => Err(NamespaceError::Io {
+                path: path.into(),
+                source,
+            }),
+        }
     }
 
     fn write(&self, path: &Path) -> Result<(), NamespaceError> {
