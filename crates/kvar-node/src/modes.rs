@@ -18,7 +18,7 @@
 //! What is absent: obedience. A node answers every call in every mode: engines have connectors that
 //! obey, operators have tools that need not, and clients of before there were modes go on as ever.
 
-use crate::json_table::{self, ReadFailed, Table as _};
+use crate::json_table::{self, Failed, Table as _};
 use crate::namespaces::Namespaces;
 use kvar_base::{Mode, ModeCell};
 use kvar_engine::{TENANTS, Tenant};
@@ -82,7 +82,7 @@ pub struct ModeReport {
 }
 
 /// What is on disk.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Table {
     format: u32,
@@ -124,34 +124,29 @@ impl json_table::Table for Table {
         }
         Ok(())
     }
+
+    type Error = ModeError;
+
+    fn failed(path: &Path, why: Failed) -> ModeError {
+        let path = path.into();
+        match why {
+            Failed::Damaged(reason) => ModeError::Table { path, reason },
+            Failed::Io(source) => ModeError::Io { path, source },
+        }
+    }
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        Self {
+            format: Self::FORMAT,
+            all: None,
+            namespaces: Vec::new(),
+        }
+    }
 }
 
 impl Table {
-    fn read(path: &Path) -> Result<Self, ModeError> {
-        match json_table::read(path) {
-            Ok(Some(table)) => Ok(table),
-            Ok(None) => Ok(Self {
-                format: Self::FORMAT,
-                ..Self::default()
-            }),
-            Err(ReadFailed::Damaged(reason)) => Err(ModeError::Table {
-                path: path.into(),
-                reason,
-            }),
-            Err(ReadFailed::Io(source)) => Err(ModeError::Io {
-                path: path.into(),
-                source,
-            }),
-        }
-    }
-
-    fn write(&self, path: &Path) -> Result<(), ModeError> {
-        json_table::write(path, self).map_err(|source| ModeError::Io {
-            path: path.into(),
-            source,
-        })
-    }
-
     /// With one thing switched; `None` forgets what was.
     fn with(&self, namespace: Option<&str>, mode: Option<Mode>) -> Self {
         let mut table = self.clone();
@@ -192,7 +187,7 @@ impl Modes {
         settings: Mode,
         namespaces: Arc<Namespaces>,
     ) -> Result<Self, ModeError> {
-        let table = Table::read(&path)?;
+        let table = json_table::read::<Table>(&path)?.unwrap_or_default();
         let modes = Self {
             path,
             settings,
@@ -243,7 +238,7 @@ impl Modes {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let next = table.with(namespace, mode);
         if next != *table {
-            next.write(&self.path)?;
+            json_table::write(&self.path, &next)?;
         }
         self.take(&next);
         *table = next;

@@ -21,7 +21,7 @@
 //! engines, by kvar-policy).
 
 use crate::config::Config;
-use crate::json_table::{self, ReadFailed, Table as _};
+use crate::json_table::{self, Failed, Table as _};
 use crate::key_file::{KeyFile, KeyFileError, KeyName};
 use kvar_base::{DeviceUuid, NamespaceKey};
 use kvar_engine::{Shares, TENANTS, Tenant};
@@ -114,7 +114,7 @@ pub(crate) struct Namespace {
 pub(crate) struct Namespaces(Vec<Namespace>);
 
 /// What is on disk: numbers by name.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Table {
     format: u32,
@@ -150,34 +150,28 @@ impl json_table::Table for Table {
         }
         Ok(())
     }
+
+    type Error = NamespaceError;
+
+    fn failed(path: &Path, why: Failed) -> NamespaceError {
+        let path = path.into();
+        match why {
+            Failed::Damaged(reason) => NamespaceError::Table { path, reason },
+            Failed::Io(source) => NamespaceError::Io { path, source },
+        }
+    }
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        Self {
+            format: Self::FORMAT,
+            namespaces: Vec::new(),
+        }
+    }
 }
 
 impl Table {
-    fn read(path: &Path) -> Result<Self, NamespaceError> {
-        match json_table::read(path) {
-            Ok(Some(table)) => Ok(table),
-            Ok(None) => Ok(Self {
-                format: Self::FORMAT,
-                ..Self::default()
-            }),
-            Err(ReadFailed::Damaged(reason)) => Err(NamespaceError::Table {
-                path: path.into(),
-                reason,
-            }),
-            Err(ReadFailed::Io(source)) => Err(NamespaceError::Io {
-                path: path.into(),
-                source,
-            }),
-        }
-    }
-
-    fn write(&self, path: &Path) -> Result<(), NamespaceError> {
-        json_table::write(path, self).map_err(|source| NamespaceError::Io {
-            path: path.into(),
-            source,
-        })
-    }
-
     fn number_of(&self, name: &str) -> Option<u8> {
         let mut rows = self.namespaces.iter();
         rows.find(|row| row.name == name).map(|row| row.number)
@@ -206,7 +200,7 @@ impl Namespaces {
     /// the default one.
     pub(crate) fn open(config: &Config, store: &KeyFile) -> Result<Self, NamespaceError> {
         let path = config.beside_key("namespaces");
-        let mut table = Table::read(&path)?;
+        let mut table = json_table::read::<Table>(&path)?.unwrap_or_default();
         let before = table.clone();
         let mut all = vec![Namespace {
             name: DEFAULT.to_owned(),
@@ -230,7 +224,7 @@ impl Namespaces {
             });
         }
         if table != before {
-            table.write(&path)?;
+            json_table::write(&path, &table)?;
         }
         for row in table.namespaces {
             let tenant = Tenant::new(u32::from(row.number)).unwrap_or_default();

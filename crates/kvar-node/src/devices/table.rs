@@ -24,7 +24,7 @@
 //! What is absent: whether a device is there right now; that is seen, not stored.
 
 use crate::config::DeviceTier;
-use crate::json_table::{self, ReadFailed, Table as _};
+use crate::json_table::{self, Failed, Table as _};
 use kvar_base::DeviceUuid;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -153,29 +153,27 @@ impl json_table::Table for DeviceTable {
         }
         Ok(())
     }
+
+    type Error = TableError;
+
+    fn failed(path: &Path, why: Failed) -> TableError {
+        let path = path.into();
+        match why {
+            Failed::Damaged(reason) => TableError::Damaged { path, reason },
+            Failed::Io(source) => TableError::Io { path, source },
+        }
+    }
 }
 
 impl DeviceTable {
     /// Reads the table; `None` when there is none.
     pub(crate) fn read(path: &Path) -> Result<Option<Self>, TableError> {
-        json_table::read(path).map_err(|why| match why {
-            ReadFailed::Damaged(reason) => TableError::Damaged {
-                path: path.into(),
-                reason,
-            },
-            ReadFailed::Io(source) => TableError::Io {
-                path: path.into(),
-                source,
-            },
-        })
+        json_table::read(path)
     }
 
     /// Writes the table so that a power cut leaves the old or the new one.
     pub(crate) fn write(&self, path: &Path) -> Result<(), TableError> {
-        json_table::write(path, self).map_err(|source| TableError::Io {
-            path: path.into(),
-            source,
-        })
+        json_table::write(path, self)
     }
 
     /// The entry of a device.
