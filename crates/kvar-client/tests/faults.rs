@@ -63,20 +63,8 @@ fn with_block(peer: &Peer) -> Client {
 
 #[test]
 fn every_call_ends_by_its_deadline_whatever_the_node_does() {
-    let moods = [
-        Mood::Stopped,
-        Mood::Mute,
-        Mood::Rubbish,
-        Mood::Cut,
-        Mood::Corrupt,
-        Mood::WrongSum,
-        Mood::WrongKind,
-        Mood::WrongNumber,
-        Mood::Trickle,
-        Mood::Close,
-    ];
     std::thread::scope(|scope| {
-        for mood in moods {
+        for mood in Mood::ILL {
             scope.spawn(move || calls_end_under(mood));
         }
     });

@@ -270,20 +270,9 @@ fn a_node_that_dies_in_the_middle_leaves_what_came_and_ends_the_rest() {
 
 #[test]
 fn every_section_is_decided_by_the_deadline_whatever_the_node_does() {
-    let moods = [
-        Mood::Stopped,
-        Mood::Mute,
-        Mood::Rubbish,
-        Mood::Cut,
-        Mood::Corrupt,
-        Mood::WrongSum,
-        Mood::WrongKind,
-        Mood::WrongNumber,
-        Mood::Trickle,
-    ];
     let deadline = Duration::from_millis(150);
     std::thread::scope(|scope| {
-        for mood in moods {
+        for mood in Mood::ILL {
             scope.spawn(move || {
                 let peer = Peer::start();
                 let client = client(&peer);

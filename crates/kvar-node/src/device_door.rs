@@ -28,6 +28,7 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use kvar_base::NamespaceKey;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -138,15 +139,21 @@ fn is_proved(key: &NamespaceKey, path: &str, headers: &HeaderMap, body: &[u8]) -
         && key.verify(&challenge(path, time, body), proof.as_bytes())
 }
 
-/// Whether a change may come in: from this machine, from one who has the key, and now.
-pub(crate) fn is_allowed(
+/// What a body asks to change, if that may come in: from this machine, from one who has the key, and
+/// now. `why_not` is for everybody else.
+pub(crate) fn admit<T: DeserializeOwned>(
     key: &NamespaceKey,
     peer: SocketAddr,
     path: &str,
     headers: &HeaderMap,
     body: &[u8],
-) -> bool {
-    peer.ip().is_loopback() && is_proved(key, path, headers, body)
+    why_not: &str,
+) -> Result<T, (StatusCode, String)> {
+    if !peer.ip().is_loopback() || !is_proved(key, path, headers, body) {
+        return Err((StatusCode::FORBIDDEN, why_not.to_owned()));
+    }
+    serde_json::from_slice(body)
+        .map_err(|error| (StatusCode::BAD_REQUEST, format!("the body: {error}")))
 }
 
 /// The handler.
@@ -156,14 +163,11 @@ pub(crate) async fn change(
     headers: HeaderMap,
     body: Bytes,
 ) -> Response {
-    if !is_allowed(&door.key, peer, PATH, &headers, &body) {
-        let why = "devices are changed from the node's own machine, with the namespace key (kvar \
+    let why_not = "devices are changed from the node's own machine, with the namespace key (kvar \
                    device --key-file) and a right clock";
-        return refuse(StatusCode::FORBIDDEN, why);
-    }
-    let change: Change = match serde_json::from_slice(&body) {
+    let change: Change = match admit(&door.key, peer, PATH, &headers, &body, why_not) {
         Ok(change) => change,
-        Err(error) => return refuse(StatusCode::BAD_REQUEST, &format!("the body: {error}")),
+        Err((code, why)) => return refuse(code, &why),
     };
     let (reply, answer) = tokio::sync::oneshot::channel();
     let sent = door.keeper.send(Event::Command(change.into(), reply));

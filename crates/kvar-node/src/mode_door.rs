@@ -13,7 +13,7 @@
 //! What must always be true: as in `device_door`, only with the key and only from this machine.
 
 use crate::admin::Door;
-use crate::device_door::{is_allowed, refuse};
+use crate::device_door::{admit, refuse};
 use crate::mail::Mail;
 use crate::modes::ModeError;
 use axum::Json;
@@ -50,14 +50,11 @@ pub(crate) async fn change(
     headers: HeaderMap,
     body: Bytes,
 ) -> Response {
-    if !is_allowed(&door.key, peer, PATH, &headers, &body) {
-        let why = "modes are switched from the node's own machine, with the namespace key (kvar mode \
+    let why_not = "modes are switched from the node's own machine, with the namespace key (kvar mode \
                    --key-file) and a right clock";
-        return refuse(StatusCode::FORBIDDEN, why);
-    }
-    let Change { mode, namespace } = match serde_json::from_slice(&body) {
+    let Change { mode, namespace } = match admit(&door.key, peer, PATH, &headers, &body, why_not) {
         Ok(change) => change,
-        Err(error) => return refuse(StatusCode::BAD_REQUEST, &format!("the body: {error}")),
+        Err((code, why)) => return refuse(code, &why),
     };
     let modes = door.modes.clone();
     let switched = {

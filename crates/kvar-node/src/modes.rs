@@ -18,17 +18,13 @@
 //! What is absent: obedience. A node answers every call in every mode: engines have connectors that
 //! obey, operators have tools that need not, and clients of before there were modes go on as ever.
 
+use crate::json_table::{self, Failed, Table as _};
 use crate::namespaces::Namespaces;
 use kvar_base::{Mode, ModeCell};
 use kvar_engine::{TENANTS, Tenant};
 use serde::{Deserialize, Serialize};
-use std::fs::File;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-
-/// Version of the table's form.
-const FORMAT: u32 = 1;
 
 /// Why the modes cannot be read, or a switch not be made.
 #[derive(Debug, thiserror::Error)]
@@ -86,7 +82,7 @@ pub struct ModeReport {
 }
 
 /// What is on disk.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Table {
     format: u32,
@@ -112,64 +108,45 @@ pub(crate) struct Modes {
     cells: [ModeCell; TENANTS],
 }
 
-impl Table {
-    fn read(path: &Path) -> Result<Self, ModeError> {
-        let damaged = |reason: String| ModeError::Table {
-            path: path.into(),
-            reason,
-        };
-        let text = match std::fs::read_to_string(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return Ok(Self {
-                    format: FORMAT,
-                    ..Self::default()
-                });
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-                return Err(damaged("it is not text".into()));
-            }
-            Err(source) => {
-                return Err(ModeError::Io {
-                    path: path.into(),
-                    source,
-                });
-            }
-            Ok(text) => text,
-        };
-        let table: Self =
-            serde_json::from_str(&text).map_err(|error| damaged(error.to_string()))?;
-        if table.format != FORMAT {
-            let reason = format!("it has form {}, this program knows {FORMAT}", table.format);
-            return Err(damaged(reason));
-        }
-        for (at, row) in table.namespaces.iter().enumerate() {
-            let others = &table.namespaces[..at];
+impl json_table::Table for Table {
+    const FORMAT: u32 = 1;
+
+    fn format(&self) -> u32 {
+        self.format
+    }
+
+    fn check(&self) -> Result<(), String> {
+        for (at, row) in self.namespaces.iter().enumerate() {
+            let others = &self.namespaces[..at];
             if others.iter().any(|other| other.name == row.name) {
-                return Err(damaged(format!("{:?} stands in it twice", row.name)));
+                return Err(format!("{:?} stands in it twice", row.name));
             }
         }
-        Ok(table)
+        Ok(())
     }
 
-    /// Writes the table so that a power cut leaves the old or the new one.
-    fn write(&self, path: &Path) -> Result<(), ModeError> {
-        let mut draft = path.to_path_buf().into_os_string();
-        draft.push(".draft");
-        let write = || {
-            let mut file = File::create(&draft)?;
-            file.write_all(&serde_json::to_vec_pretty(self)?)?;
-            file.sync_all()?;
-            std::fs::rename(&draft, path)?;
-            let folder = path.parent();
-            let folder = folder.filter(|folder| !folder.as_os_str().is_empty());
-            File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
-        };
-        write().map_err(|source| ModeError::Io {
-            path: path.into(),
-            source,
-        })
-    }
+    type Error = ModeError;
 
+    fn failed(path: &Path, why: Failed) -> ModeError {
+        let path = path.into();
+        match why {
+            Failed::Damaged(reason) => ModeError::Table { path, reason },
+            Failed::Io(source) => ModeError::Io { path, source },
+        }
+    }
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        Self {
+            format: Self::FORMAT,
+            all: None,
+            namespaces: Vec::new(),
+        }
+    }
+}
+
+impl Table {
     /// With one thing switched; `None` forgets what was.
     fn with(&self, namespace: Option<&str>, mode: Option<Mode>) -> Self {
         let mut table = self.clone();
@@ -210,7 +187,7 @@ impl Modes {
         settings: Mode,
         namespaces: Arc<Namespaces>,
     ) -> Result<Self, ModeError> {
-        let table = Table::read(&path)?;
+        let table = json_table::read::<Table>(&path)?.unwrap_or_default();
         let modes = Self {
             path,
             settings,
@@ -261,7 +238,7 @@ impl Modes {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let next = table.with(namespace, mode);
         if next != *table {
-            next.write(&self.path)?;
+            json_table::write(&self.path, &next)?;
         }
         self.take(&next);
         *table = next;

@@ -21,7 +21,7 @@
 //! engines, by kvar-policy).
 
 use crate::config::Config;
-use crate::json_table::{self, ReadFailed};
+use crate::json_table::{self, Failed, Table as _};
 use crate::key_file::{KeyFile, KeyFileError, KeyName};
 use kvar_base::{DeviceUuid, NamespaceKey};
 use kvar_engine::{Shares, TENANTS, Tenant};
@@ -30,9 +30,6 @@ use std::path::{Path, PathBuf};
 
 /// Name of the namespace that is there from the first start.
 pub(crate) const DEFAULT: &str = "default";
-
-/// Version of the table's form.
-const FORMAT: u32 = 1;
 
 /// Why the namespaces of the settings cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -117,7 +114,7 @@ pub(crate) struct Namespace {
 pub(crate) struct Namespaces(Vec<Namespace>);
 
 /// What is on disk: numbers by name.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Table {
     format: u32,
@@ -131,54 +128,50 @@ struct Row {
     number: u8,
 }
 
-impl Table {
-    fn read(path: &Path) -> Result<Self, NamespaceError> {
-        let damaged = |reason: String| NamespaceError::Table {
-            path: path.into(),
-            reason,
-        };
-        let table: Self = match json_table::read(path) {
-            Ok(Some(table)) => table,
-            Ok(None) => {
-                return Ok(Self {
-                    format: FORMAT,
-                    namespaces: Vec::new(),
-                });
-            }
-            Err(ReadFailed::Damaged(reason)) => return Err(damaged(reason)),
-            Err(ReadFailed::Io(source)) => {
-                return Err(NamespaceError::Io {
-                    path: path.into(),
-                    source,
-                });
-            }
-        };
-        if table.format != FORMAT {
-            let reason = format!("it has form {}, this program knows {FORMAT}", table.format);
-            return Err(damaged(reason));
-        }
-        for (at, row) in table.namespaces.iter().enumerate() {
-            let others = &table.namespaces[..at];
+impl json_table::Table for Table {
+    const FORMAT: u32 = 1;
+
+    fn format(&self) -> u32 {
+        self.format
+    }
+
+    fn check(&self) -> Result<(), String> {
+        for (at, row) in self.namespaces.iter().enumerate() {
+            let others = &self.namespaces[..at];
             if others.iter().any(|other| other.name == row.name) {
-                return Err(damaged(format!("{:?} stands in it twice", row.name)));
+                return Err(format!("{:?} stands in it twice", row.name));
             }
             if others.iter().any(|other| other.number == row.number) {
-                return Err(damaged(format!("two names have number {}", row.number)));
+                return Err(format!("two names have number {}", row.number));
             }
             if !(1..TENANTS).contains(&usize::from(row.number)) {
-                return Err(damaged(format!("{:?} has number {}", row.name, row.number)));
+                return Err(format!("{:?} has number {}", row.name, row.number));
             }
         }
-        Ok(table)
+        Ok(())
     }
 
-    fn write(&self, path: &Path) -> Result<(), NamespaceError> {
-        json_table::write(path, self).map_err(|source| NamespaceError::Io {
-            path: path.into(),
-            source,
-        })
-    }
+    type Error = NamespaceError;
 
+    fn failed(path: &Path, why: Failed) -> NamespaceError {
+        let path = path.into();
+        match why {
+            Failed::Damaged(reason) => NamespaceError::Table { path, reason },
+            Failed::Io(source) => NamespaceError::Io { path, source },
+        }
+    }
+}
+
+impl Default for Table {
+    fn default() -> Self {
+        Self {
+            format: Self::FORMAT,
+            namespaces: Vec::new(),
+        }
+    }
+}
+
+impl Table {
     fn number_of(&self, name: &str) -> Option<u8> {
         let mut rows = self.namespaces.iter();
         rows.find(|row| row.name == name).map(|row| row.number)
@@ -207,7 +200,7 @@ impl Namespaces {
     /// the default one.
     pub(crate) fn open(config: &Config, store: &KeyFile) -> Result<Self, NamespaceError> {
         let path = config.beside_key("namespaces");
-        let mut table = Table::read(&path)?;
+        let mut table = json_table::read::<Table>(&path)?.unwrap_or_default();
         let before = table.clone();
         let mut all = vec![Namespace {
             name: DEFAULT.to_owned(),
@@ -231,7 +224,7 @@ impl Namespaces {
             });
         }
         if table != before {
-            table.write(&path)?;
+            json_table::write(&path, &table)?;
         }
         for row in table.namespaces {
             let tenant = Tenant::new(u32::from(row.number)).unwrap_or_default();

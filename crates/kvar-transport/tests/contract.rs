@@ -3,7 +3,7 @@
 
 mod harness;
 
-use harness::{Bytes, Got, Kind, Pair, check_all, frame, pattern};
+use harness::{Bytes, Got, Kind, Pair, Random, check_all, frame, pattern};
 use kvar_transport::{Armed, DownReason, PushRefused, SendRefused};
 
 /// Lengths around every border: one byte, the read-ahead, a page, a socket's buffer, the maximum.
@@ -506,13 +506,8 @@ fn fences_at_any_moment_leave_the_rest_whole() {
     check_all(|kind| {
         let rounds = if kind.is_slow() { 3 } else { 25 };
         for seed in 1..=rounds {
-            let mut random = u64::wrapping_mul(seed, 0x9e37_79b9_7f4a_7c15) | 1;
-            let mut draw = |below: u64| {
-                random ^= random << 13;
-                random ^= random >> 7;
-                random ^= random << 17;
-                random % below
-            };
+            let mut random = Random::of(seed);
+            let mut draw = |below: u64| random.below(below);
             let mut pair = Pair::new(kind);
             let most = if kind.is_slow() { 300 } else { 150_000 };
             let count = 30;

@@ -3,7 +3,7 @@
 
 mod harness;
 
-use harness::{Bytes, framing, place, tcp_pair};
+use harness::{Bytes, Random, framing, place, tcp_pair};
 use kvar_io::SharedMemory;
 use kvar_io::shared::{SharedBytes, Words};
 use kvar_transport::shared::{
@@ -346,13 +346,8 @@ fn an_index_that_cannot_be_ends_the_link_with_a_reason() {
 fn a_client_that_scribbles_harms_only_itself() {
     let mut ended = 0;
     for seed in 1..=300_u64 {
-        let mut random = u64::wrapping_mul(seed, 0x9e37_79b9_7f4a_7c15) | 1;
-        let mut draw = |below: u64| {
-            random ^= random << 13;
-            random ^= random >> 7;
-            random ^= random << 17;
-            random % below
-        };
+        let mut random = Random::of(seed);
+        let mut draw = |below: u64| random.below(below);
         let (mut client, mut node, _poll) = scribbler();
         let mut down = None;
         for step in 0..60 {

@@ -14,6 +14,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+use support::random::Random;
 use support::{PATIENCE, Place, client, until};
 
 const SECTION: u32 = 40_000;
@@ -27,14 +28,7 @@ fn id(number: u32) -> BlockId {
 }
 
 fn section(block: u32, section: usize) -> Vec<u8> {
-    let mut word = u64::from(block * 100 + section as u32).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        word ^= word << 13;
-        word ^= word >> 7;
-        word ^= word << 17;
-        word as u8
-    };
-    (0..SECTION).map(|_| next()).collect()
+    Random::of(u64::from(block * 100 + section as u32)).bytes(SECTION as usize)
 }
 
 fn block(number: u32) -> Vec<Vec<u8>> {

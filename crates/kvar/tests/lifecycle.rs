@@ -363,13 +363,6 @@ fn memory_is_taken_at_start_unless_told_not_to() {
     );
     assert_eq!(server.stop(), 0);
     let server = place.serve();
-    let until = Instant::now() + PATIENCE;
-    while server.resident_bytes() < DRAM_BYTES {
-        let taken = server.resident_bytes();
-        assert!(
-            Instant::now() < until,
-            "{taken} of {DRAM_BYTES} bytes taken"
-        );
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let what = std::fmt::from_fn(|f| write!(f, "it is taken: {} bytes", server.resident_bytes()));
+    until(what, || server.resident_bytes() >= DRAM_BYTES);
 }

@@ -8,6 +8,7 @@ use kvar_client::{
     PutItem,
 };
 use std::time::{Duration, Instant};
+use support::random::Random;
 use support::{PATIENCE, Place, client, config, ticks_when_idle, until};
 
 fn id(number: u32) -> BlockId {
@@ -17,14 +18,7 @@ fn id(number: u32) -> BlockId {
 }
 
 fn bytes(number: u32, len: usize) -> Vec<u8> {
-    let mut word = u64::from(number).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        word ^= word << 13;
-        word ^= word >> 7;
-        word ^= word << 17;
-        word as u8
-    };
-    (0..len).map(|_| next()).collect()
+    Random::of(u64::from(number)).bytes(len)
 }
 
 /// Every size from one byte to the largest block, read by a client of the other kind as well.

@@ -39,6 +39,22 @@ pub(crate) enum Mood {
     Close,
 }
 
+impl Mood {
+    /// Every way to misbehave.
+    pub(crate) const ILL: [Self; 10] = [
+        Self::Stopped,
+        Self::Mute,
+        Self::Rubbish,
+        Self::Cut,
+        Self::Corrupt,
+        Self::WrongSum,
+        Self::WrongKind,
+        Self::WrongNumber,
+        Self::Trickle,
+        Self::Close,
+    ];
+}
+
 #[derive(Clone)]
 struct Stored {
     sections: Vec<Section>,

@@ -52,7 +52,7 @@ impl Shard {
 
     /// A block came in that was not visible; its class, from its use and from what was said of it.
     pub(super) fn arrived(&mut self, id: &BlockId, told: &PutHints, bytes: u64) -> BlockClass {
-        let blocks = self.request_blocks(told.request, told.depth);
+        let blocks = self.arrivals.blocks(told.request, told.depth);
         let kind = Kind::of(told.class);
         if told.handover {
             // Its one read, soon, says nothing of the blocks that look like it.

@@ -21,13 +21,13 @@ use super::read::{MoveRead, cut};
 use super::reclaim::Stage;
 use super::types::{Demoted, Demotion, Event, Moved, Standing};
 use super::write::stored_bytes;
-use super::{Displaced, Pending, Shard};
+use super::{Displaced, Shard};
 use crate::dram::State;
 use crate::index::Entry;
 use crate::layout::{ImagePlan, RecordHints};
 use crate::mutation::{Check, is_disabled};
 use kvar_base::{BlockId, Moment};
-use kvar_io::{Buffer, Op};
+use kvar_io::Buffer;
 use std::collections::{HashSet, VecDeque};
 use std::time::Duration;
 
@@ -154,28 +154,12 @@ impl Shard {
                 Err(_) => self.drop_not_demoted(&id, &entry, NotDemoted::Failed),
             };
         }
-        let place = self.place_of(&entry);
-        let (segment, _) = self.segments.locate(entry.position);
-        let Some(buffer) = self.allocate_block(entry.len as usize) else {
+        if !self.read_to_move(id, entry, hints, true) {
             return self.drop_not_demoted(&id, &entry, NotDemoted::Busy);
-        };
-        let bytes = stored_bytes(entry.len);
-        self.segments.get(segment).readers += 1;
-        self.counters.device_read_bytes += bytes;
+        }
         if let Some(reclaim) = &mut self.reclaim {
             reclaim.descent.reads.push((id, entry, hints));
         }
-        let read = MoveRead {
-            id,
-            entry,
-            place,
-            segment,
-            hints,
-            goes_down: true,
-            is_again: false,
-        };
-        let offset = place.offset;
-        self.submit(Pending::MoveRead(read), Op::Read { offset, buffer });
     }
 
     /// A read for an offer is over; `plan`: its bytes are what they should be.

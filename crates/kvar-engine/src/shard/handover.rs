@@ -92,7 +92,7 @@ impl Shard {
     /// An Awaited block is asked for: that says nothing of blocks like it, and changes nothing but
     /// whose request it is.
     pub(super) fn touch_awaited(&mut self, id: &BlockId, touch: Touch) {
-        let arrival = self.arrival(touch.request);
+        let arrival = self.arrivals.number(touch.request);
         if let Some(resident) = self.dram.get(id) {
             let (class, used_at) = (resident.class, resident.used_at);
             self.dram.touch(id, arrival, touch.depth, class, used_at);

@@ -42,7 +42,7 @@ impl Shard {
             return grant;
         }
         let depth_end = request.ids.len() + request.first_depth as usize;
-        self.expect_blocks(request.request, depth_end);
+        self.arrivals.expect_blocks(request.request, depth_end);
         let known = self.leases.renew(request.token, until).is_some();
         if !self.leases.begin(request.token, request.client, until) {
             self.counters.leases_refused += 1;
@@ -71,7 +71,7 @@ impl Shard {
             }
             grant.leading += 1;
         }
-        self.looked_up(request.request);
+        self.arrivals.looked_up(request.request);
         let promised = u64::from(grant.leading) - grant.gaps.len() as u64;
         self.counters.leased_blocks += promised;
         if promised > 0 {

@@ -20,6 +20,7 @@
 //! |---|---|
 //! | `types` | what do callers hand in, and what do they get back? |
 //! | `admit` | what does a use say of a block; which blocks get a place on the device? |
+//! | `lookup`, `arrivals` | what is there; which calls are one use of it? |
 //! | `put`, `read`, `sections`, `remove` | the calls: a block comes in, is read whole or in part, goes |
 //! | `ahead`, `awaited` | what is read along for who asks next; who waits for a block that comes in |
 //! | `turns` | whose read goes to the device next; which goes there no more? |
@@ -39,6 +40,8 @@
 mod types;
 
 mod admit;
+mod arrivals;
+mod lookup;
 mod put;
 mod read;
 mod remove;
@@ -69,7 +72,7 @@ mod status;
 
 mod journal;
 
-use crate::dram::{Dram, State};
+use crate::dram::Dram;
 use crate::expiry::Expiries;
 use crate::index::{Entry, Index, SlotRef};
 use crate::layout::{ImagePlan, PAGE, Superblock};
@@ -78,13 +81,14 @@ use crate::mutation::{self, Check};
 use crate::segments::Segments;
 use kvar_base::FastMap;
 use kvar_base::check::{Place, crc64, fold_place};
-use kvar_base::{BlockId, ContentCheck, MissReason, Moment, page_round_up};
+use kvar_base::{BlockId, ContentCheck, Moment};
 use kvar_io::{Arena, Completion, Op};
 use kvar_policy::{Keep, StoreShape, TENANTS, WriteBudget};
 use slab::Slab;
 use std::collections::{BTreeMap, VecDeque};
 
 use ahead::Ahead;
+use arrivals::Arrivals;
 use awaited::Awaited;
 use checkpoint::CheckpointWrite;
 pub(crate) use checkpoint::prefix_bytes as checkpoint_prefix_bytes;
@@ -108,12 +112,6 @@ use write::{Control, WriteGroup, WriteItem};
 /// Reads from the device under way at once; others wait for their turn (`turns`). What keeps a fast
 /// NVMe drive busy at 64 KiB: with more, whoever asks next waits longer and nobody gets more.
 const READS_AT_DEVICE_MAX: usize = 256;
-/// Requests whose arrival number is remembered, so that the calls of one prompt count as one.
-const ARRIVALS_KEPT: usize = 256;
-/// After so many uses under one number the blocks of a request begin a new group in the order of
-/// memory: one number for everything, which any client may send, would make one group of all, and
-/// each touch a walk through it.
-const ARRIVAL_USES_MAX: u64 = 4096;
 
 /// What a device operation was for.
 enum Pending {
@@ -131,16 +129,6 @@ enum Pending {
     ReclaimFooter { offset: u64 },
     CheckpointChunk,
     CheckpointFlush,
-}
-
-/// What is remembered of a request.
-struct Arrival {
-    number: u64,
-    /// Its lookup touched what it found; the gets and puts that follow are the same use.
-    looked_up: bool,
-    /// How many blocks its prompt has, as far as is known.
-    blocks: u32,
-    uses: u64,
 }
 
 /// One shard.
@@ -216,9 +204,7 @@ pub(crate) struct Shard {
     pending: Slab<Pending>,
     pub(crate) out: Vec<(u64, Op)>,
     pub(crate) events: Vec<Event>,
-    arrivals: FastMap<u64, Arrival>,
-    arrival_order: VecDeque<u64>,
-    next_arrival: u64,
+    arrivals: Arrivals,
     /// Seconds since 1970 at `Moment(0)`.
     unix_at_start_s: u64,
     last_call: Moment,
@@ -304,9 +290,7 @@ impl Shard {
             pending: Slab::new(),
             out: Vec::new(),
             events: Vec::new(),
-            arrivals: FastMap::default(),
-            arrival_order: VecDeque::new(),
-            next_arrival: 1,
+            arrivals: Arrivals::default(),
             counters: Counters::default(),
             by_tenant: [TenantCounters::default(); TENANTS],
             journal: None,
@@ -318,130 +302,10 @@ impl Shard {
         self.out.push((token, op));
     }
 
-    /// The arrival number of a request: equal for all calls about one prompt, growing with time.
-    fn arrival(&mut self, request: u64) -> u64 {
-        if let Some(arrival) = self.arrivals.get_mut(&request) {
-            arrival.uses += 1;
-            if arrival.uses.is_multiple_of(ARRIVAL_USES_MAX) {
-                arrival.number = self.next_arrival;
-                self.next_arrival += 1;
-            }
-            return arrival.number;
-        }
-        let number = self.next_arrival;
-        self.next_arrival += 1;
-        if request != 0 {
-            if self.arrival_order.len() == ARRIVALS_KEPT {
-                let oldest = self.arrival_order.pop_front().expect("it is full");
-                self.arrivals.remove(&oldest);
-            }
-            self.arrival_order.push_back(request);
-            let arrival = Arrival {
-                number,
-                looked_up: false,
-                blocks: 0,
-                uses: 0,
-            };
-            self.arrivals.insert(request, arrival);
-        }
-        number
-    }
-
-    /// Whether a request looked its chain up before: that counted as its touch.
-    fn has_looked_up(&self, request: u64) -> bool {
-        self.arrivals
-            .get(&request)
-            .is_some_and(|arrival| arrival.looked_up)
-    }
-
-    /// How many blocks the prompt of a request has, if this one is at `depth` in it.
-    fn request_blocks(&self, request: u64, depth: u32) -> u32 {
-        let known = self.arrivals.get(&request).map_or(0, |one| one.blocks);
-        known.max(depth.saturating_add(1))
-    }
-
     /// How old a stamp is, in ticks.
     pub(crate) fn age(&self) -> impl Fn(u8) -> u8 + use<> {
         let now = self.keep.stamp();
         move |stamp| now.wrapping_sub(stamp)
-    }
-
-    /// Whether a block is visible, and if not why; refreshes it.
-    fn touch(&mut self, now: Moment, id: &BlockId, touch: Touch) -> Result<(), MissReason> {
-        let found = self.index.find(id);
-        self.touch_found(now, id, found, touch)
-    }
-
-    /// As [`touch`](Self::touch), of what the index was found to hold.
-    fn touch_found(
-        &mut self,
-        now: Moment,
-        id: &BlockId,
-        found: Option<(SlotRef, Entry)>,
-        touch: Touch,
-    ) -> Result<(), MissReason> {
-        let expires = match (self.dram.get(id), &found) {
-            (Some(resident), _) => resident.hints.expires_unix_s,
-            (None, Some((_, entry))) => self.flash_expiry(entry),
-            (None, None) => {
-                self.note_missed(id);
-                return Err(MissReason::Absent);
-            }
-        };
-        if self.is_over(now, id, expires) {
-            return Err(MissReason::Expired);
-        }
-        if touch != Touch::NONE && !self.has_looked_up(touch.request) {
-            let blocks = self.request_blocks(touch.request, touch.depth);
-            let bytes = self.use_block(id, found, touch, blocks);
-            self.keep.demanded(bytes);
-        }
-        Ok(())
-    }
-
-    /// A visible block is used by a request of so many blocks; its bytes, for the clock.
-    fn use_block(
-        &mut self,
-        id: &BlockId,
-        found: Option<(SlotRef, Entry)>,
-        touch: Touch,
-        blocks: u32,
-    ) -> u64 {
-        let resident = self.dram.get(id);
-        let is_awaited = resident.is_some_and(|resident| resident.state == State::Awaited);
-        let resident = resident.map(|resident| resident.class);
-        let before = resident.or(found.map(|(_, entry)| entry.class()));
-        if is_awaited {
-            self.touch_awaited(id, touch);
-        } else if let Some(before) = before {
-            let class = self.used(id, before, blocks);
-            if let Some((at, _)) = found {
-                self.index.touch(at, self.keep.stamp(), class);
-            }
-            if resident.is_some() {
-                let arrival = self.arrival(touch.request);
-                let now = self.keep.demand_bytes();
-                self.dram.touch(id, arrival, touch.depth, class, now);
-            }
-        }
-        match (found, self.dram.get(id)) {
-            (Some((_, entry)), _) => Self::demand_of(&entry),
-            (None, Some(resident)) => resident.image.padded_len() as u64,
-            (None, None) => 0,
-        }
-    }
-
-    /// Whether a block is visible, and if not why.
-    fn visible(&self, now: Moment, id: &BlockId) -> Result<(), MissReason> {
-        let expires = match (self.dram.get(id), self.index.find(id)) {
-            (Some(resident), _) => resident.hints.expires_unix_s,
-            (None, Some((_, entry))) => self.flash_expiry(&entry),
-            (None, None) => return Err(MissReason::Absent),
-        };
-        if self.is_over(now, id, expires) {
-            return Err(MissReason::Expired);
-        }
-        Ok(())
     }
 
     /// A call comes in.
@@ -451,77 +315,6 @@ impl Shard {
         self.end_waits(now);
         self.tidy_held();
         self.tidy_awaited(now);
-    }
-
-    pub(crate) fn lookup(&mut self, now: Moment, ids: &[BlockId], request: u64) -> Vec<bool> {
-        self.expect_blocks(request, ids.len());
-        let mut found = Vec::with_capacity(ids.len());
-        self.index.find_all(ids, &mut found);
-        let present: Vec<bool> = (0..)
-            .zip(ids.iter().zip(found))
-            .map(|(depth, (id, found))| {
-                let touch = Touch { request, depth };
-                self.touch_found(now, id, found, touch).is_ok()
-            })
-            .collect();
-        self.looked_up(request);
-        self.counters.lookups += ids.len() as u64;
-        self.counters.lookup_hits += present.iter().filter(|present| **present).count() as u64;
-        present
-    }
-
-    /// A request's prompt has at least so many blocks.
-    fn expect_blocks(&mut self, request: u64, blocks: usize) {
-        if request != 0 {
-            self.arrival(request);
-            if let Some(arrival) = self.arrivals.get_mut(&request) {
-                let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
-                arrival.blocks = arrival.blocks.max(blocks);
-            }
-        }
-    }
-
-    /// The calls that follow under this number are the same use of what was looked up.
-    fn looked_up(&mut self, request: u64) {
-        if request != 0 {
-            self.arrival(request);
-            if let Some(arrival) = self.arrivals.get_mut(&request) {
-                arrival.looked_up = true;
-            }
-        }
-    }
-
-    pub(crate) fn stat(&self, now: Moment, id: &BlockId) -> Option<BlockStat> {
-        let entry = self.index.find(id).map(|(_, entry)| entry);
-        let resident = self.dram.get(id);
-        let expires = match (resident, &entry) {
-            (Some(resident), _) => resident.hints.expires_unix_s,
-            (None, Some(entry)) => self.flash_expiry(entry),
-            (None, None) => return None,
-        };
-        if self.is_over(now, id, expires) {
-            return None;
-        }
-        let tier = match (resident, entry) {
-            (None, None) => return None,
-            (Some(_), None) => Tier::Dram,
-            (None, Some(_)) => Tier::Flash,
-            (Some(_), Some(_)) => Tier::DramAndFlash,
-        };
-        let stored = resident.map_or_else(
-            || entry.map_or(0, |entry| page_round_up(u64::from(entry.len))),
-            |resident| resident.image.padded_len() as u64,
-        );
-        Some(BlockStat {
-            tier,
-            stored_bytes: stored,
-            sections: resident.map(|resident| resident.sections.len() as u16),
-            version: resident.map(|resident| resident.version),
-            flushed: entry.is_some()
-                && resident
-                    .is_none_or(|resident| !self.unflushed.puts.contains_key(&resident.number)),
-            expires_unix_s: (expires != 0).then_some(u64::from(expires)),
-        })
     }
 
     /// The place of an index entry, for its check.
@@ -655,54 +448,4 @@ pub(crate) fn verify_image(
     let holds = check64_of(head_crc(id, &plan, image), id, place) == check64
         && sections_hold(id, &plan, image);
     (holds || trusted).then_some(plan)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use kvar_base::DeviceUuid;
-
-    /// A prompt looks its chain up, gets what is there and puts the rest: one use of every block,
-    /// not two. The policy, and the model that the planner replays, count requests.
-    #[test]
-    fn the_calls_of_one_request_count_as_one_touch() {
-        let uuid = DeviceUuid::new([1; 16]);
-        let superblock = Superblock::plan(16 << 20, 1, 65536, uuid, [2; 16], 0).unwrap();
-        let index = Index::new(superblock.buckets, 0);
-        let config = EngineConfig::default();
-        let arena = Arena::new(PAGE).unwrap();
-        let mut shard = Shard::new(&superblock, 0, config, arena, index);
-        let id = BlockId::new([7; 32]);
-        let entry = Entry {
-            check64: 1,
-            position: 9,
-            len: 10,
-            sectioned: false,
-            touched: false,
-            frequency: 0,
-            length: 0,
-            kind: 0,
-            stamp: 0,
-            tenant: kvar_policy::Tenant::DEFAULT,
-        };
-        let age = shard.age();
-        shard.index.insert(&id, &entry, age);
-        let frequency = |shard: &Shard| shard.find(&id).unwrap().1.frequency;
-        let touch = |request| Touch { request, depth: 0 };
-        let now = Moment(1);
-        shard.lookup(now, &[id], 5);
-        shard.touch(now, &id, touch(5)).unwrap();
-        shard.lookup(now, &[id], 5);
-        assert_eq!(frequency(&shard), 1);
-        shard.lookup(now, &[id], 6);
-        shard.touch(now, &id, touch(6)).unwrap();
-        assert_eq!(frequency(&shard), 2);
-        // Calls that name no request stand for themselves; so does a get without a lookup.
-        shard.touch(now, &id, touch(0)).unwrap();
-        assert_eq!(frequency(&shard), 3);
-        shard.index.insert(&id, &entry, |age| age);
-        shard.touch(now, &id, touch(7)).unwrap();
-        assert_eq!(frequency(&shard), 1);
-        assert!(shard.find(&id).unwrap().1.touched);
-    }
 }

@@ -247,7 +247,7 @@ impl Shard {
         let version = version(plan.sections.iter().map(|section| section.check));
         let (sectioned, sections) = (plan.is_sectioned(), plan.sections.len() as u16);
         let crc = head_crc(&id, &plan, buffer.as_slice());
-        let arrival = self.arrival(told.request);
+        let arrival = self.arrivals.number(told.request);
         // While the device takes nothing, one block at a time tries it; the others may leave.
         let given_up = self.trouble.gave_up() && !durable && !self.dirty.is_empty();
         let is_asked = durable || told.is_asked;

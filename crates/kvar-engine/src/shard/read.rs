@@ -282,7 +282,7 @@ impl Shard {
         let Some((_, known)) = known else {
             return self.dram.release(entry.tenant, padded);
         };
-        let arrival = self.arrival(touch.request);
+        let arrival = self.arrivals.number(touch.request);
         let hints = RecordHints {
             depth: touch.depth,
             expires_unix_s: self.flash_expiry(&entry),

@@ -24,13 +24,10 @@
 //! What is absent: whether a device is there right now; that is seen, not stored.
 
 use crate::config::DeviceTier;
-use crate::json_table::{self, ReadFailed};
+use crate::json_table::{self, Failed, Table as _};
 use kvar_base::DeviceUuid;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
-
-/// The form this code reads and writes.
-const FORMAT: u32 = 1;
 
 /// Most devices of a node, retired ones included: routes number them with a byte.
 pub(crate) const DEVICES_MAX: usize = 255;
@@ -122,40 +119,20 @@ pub enum TableError {
 impl Default for DeviceTable {
     fn default() -> Self {
         Self {
-            format: FORMAT,
+            format: Self::FORMAT,
             devices: Vec::new(),
         }
     }
 }
 
-impl DeviceTable {
-    /// Reads the table; `None` when there is none.
-    pub(crate) fn read(path: &Path) -> Result<Option<Self>, TableError> {
-        let damaged = |reason: String| TableError::Damaged {
-            path: path.into(),
-            reason,
-        };
-        match json_table::read::<Self>(path) {
-            Ok(None) => Ok(None),
-            Ok(Some(table)) => {
-                table.check().map_err(damaged)?;
-                Ok(Some(table))
-            }
-            Err(ReadFailed::Damaged(reason)) => Err(damaged(reason)),
-            Err(ReadFailed::Io(source)) => Err(TableError::Io {
-                path: path.into(),
-                source,
-            }),
-        }
+impl json_table::Table for DeviceTable {
+    const FORMAT: u32 = 1;
+
+    fn format(&self) -> u32 {
+        self.format
     }
 
     fn check(&self) -> Result<(), String> {
-        if self.format != FORMAT {
-            return Err(format!(
-                "it has form {}, this program knows {FORMAT}",
-                self.format
-            ));
-        }
         if self.devices.len() > DEVICES_MAX {
             return Err(format!("it has more than {DEVICES_MAX} devices"));
         }
@@ -177,13 +154,26 @@ impl DeviceTable {
         Ok(())
     }
 
+    type Error = TableError;
+
+    fn failed(path: &Path, why: Failed) -> TableError {
+        let path = path.into();
+        match why {
+            Failed::Damaged(reason) => TableError::Damaged { path, reason },
+            Failed::Io(source) => TableError::Io { path, source },
+        }
+    }
+}
+
+impl DeviceTable {
+    /// Reads the table; `None` when there is none.
+    pub(crate) fn read(path: &Path) -> Result<Option<Self>, TableError> {
+        json_table::read(path)
+    }
+
     /// Writes the table so that a power cut leaves the old or the new one.
     pub(crate) fn write(&self, path: &Path) -> Result<(), TableError> {
-        debug_assert_eq!(self.check(), Ok(()));
-        json_table::write(path, self).map_err(|source| TableError::Io {
-            path: path.into(),
-            source,
-        })
+        json_table::write(path, self)
     }
 
     /// The entry of a device.

@@ -71,16 +71,27 @@ pub(crate) fn framing(header: &[u8; HEADER_BYTES]) -> Result<FrameLengths, Strin
     })
 }
 
+/// Numbers from a seed (xorshift).
+pub(crate) struct Random(u64);
+
+impl Random {
+    /// Those of a seed, far from those of the seeds beside it.
+    pub(crate) fn of(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % bound
+    }
+}
+
 /// Bytes that differ everywhere and by seed.
 pub(crate) fn pattern(seed: u64, len: usize) -> Vec<u8> {
-    let mut word = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
-        word ^= word << 13;
-        word ^= word >> 7;
-        word ^= word << 17;
-        word as u8
-    };
-    (0..len).map(|_| next()).collect()
+    let mut random = Random::of(seed);
+    (0..len).map(|_| random.below(256) as u8).collect()
 }
 
 /// What stands before and behind every piece of a sink, and must stay there.

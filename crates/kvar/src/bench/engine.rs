@@ -7,8 +7,9 @@
 //! block device kvar has the first half and fio writes to the second.
 
 use super::fio::{self, Job};
+use super::load::Random;
 use super::stats::{Cpu, CpuUs, idle_cpu, latencies};
-use super::{BLOCK_BYTES, Outcome, Row, bar};
+use super::{BLOCK_BYTES, Outcome, Row, abba, bar};
 use crate::failure::Failure;
 use kvar_base::{BlockId, ByteSize, Clock, ContentCheck, Moment, SystemClock, check::crc64};
 use kvar_engine::{
@@ -44,7 +45,7 @@ struct Bench {
     /// Random payloads with their CRC.
     pool: Vec<(Vec<u8>, u64)>,
     next_block: u64,
-    random: u64,
+    random: Random,
 }
 
 struct Reads {
@@ -279,34 +280,6 @@ const CPU_USER: &str = "of these in kvar";
 const CPU_SYSTEM: &str = "of these in the kernel";
 const RANDREAD: &str = "randread";
 
-/// Runs both in an order that changes from pair to pair, so that drift hits both alike.
-fn abba<A, B>(
-    pair: usize,
-    mut first: impl FnMut() -> Result<A, Failure>,
-    mut second: impl FnMut() -> Result<B, Failure>,
-) -> Result<(A, B), Failure> {
-    if pair.is_multiple_of(2) {
-        let a = first()?;
-        Ok((a, second()?))
-    } else {
-        let b = second()?;
-        Ok((first()?, b))
-    }
-}
-
-fn next_random(state: &mut u64) -> u64 {
-    *state ^= *state << 13;
-    *state ^= *state >> 7;
-    *state ^= *state << 17;
-    *state
-}
-
-fn random_block(state: &mut u64, len: usize) -> Vec<u8> {
-    (0..len / 8)
-        .flat_map(|_| next_random(state).to_le_bytes())
-        .collect()
-}
-
 /// Random bytes, so that fio overwrites what is there instead of growing it.
 fn write_random(beside: &Beside, bytes: u64) -> Result<(), Failure> {
     use std::io::{Seek, SeekFrom, Write};
@@ -321,7 +294,7 @@ fn write_random(beside: &Beside, bytes: u64) -> Result<(), Failure> {
         .open(&beside.path)
         .map_err(failed)?;
     file.seek(SeekFrom::Start(beside.offset)).map_err(failed)?;
-    let block = random_block(&mut 77, 1 << 20);
+    let block = Random::new(77).bytes(1 << 20);
     let progress = bar(bytes >> 20, "MiB written beside for fio");
     for _ in 0..bytes >> 20 {
         file.write_all(&block).map_err(failed)?;
@@ -382,10 +355,10 @@ impl Bench {
             settings.path.display(),
             engine.io_engine()
         );
-        let mut random = 0x9e37_79b9_7f4a_7c15;
+        let mut random = Random::new(0x9e37_79b9_7f4a_7c15);
         let pool = (0..POOL_BLOCKS)
             .map(|_| {
-                let bytes = random_block(&mut random, BLOCK_BYTES);
+                let bytes = random.bytes(BLOCK_BYTES);
                 let crc = crc64(&bytes);
                 (bytes, crc)
             })
@@ -515,7 +488,7 @@ impl Bench {
             }
             for (token, slot) in begun.iter_mut().enumerate() {
                 if slot.is_none() {
-                    let number = self.next_block - 1 - next_random(&mut self.random) % live;
+                    let number = self.next_block - 1 - self.random.number() % live;
                     let id = Self::id(number);
                     tried += 1;
                     *slot = Some(now);

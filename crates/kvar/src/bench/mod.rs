@@ -16,6 +16,7 @@ pub(crate) mod plot;
 mod shared;
 mod stats;
 
+use crate::failure::Failure;
 use indicatif::{ProgressBar, ProgressStyle};
 use stats::Ratio;
 
@@ -100,6 +101,21 @@ impl Row {
             values,
             note,
         }
+    }
+}
+
+/// Runs both in an order that changes from pair to pair, so that drift hits both alike.
+fn abba<A, B>(
+    pair: usize,
+    first: impl FnOnce() -> Result<A, Failure>,
+    second: impl FnOnce() -> Result<B, Failure>,
+) -> Result<(A, B), Failure> {
+    if pair.is_multiple_of(2) {
+        let a = first()?;
+        Ok((a, second()?))
+    } else {
+        let b = second()?;
+        Ok((first()?, b))
     }
 }
 

@@ -10,7 +10,7 @@ use super::fio::{self, Job};
 use super::load::{Filling, Random};
 use super::pair::{Pair, Reached};
 use super::stats::{idle_cpu, latencies};
-use super::{BLOCK_BYTES, Outcome, Row, bar, shared};
+use super::{BLOCK_BYTES, Outcome, Row, abba, bar, shared};
 use crate::failure::Failure;
 use kvar_base::{BlockId, ByteSize};
 use kvar_client::{
@@ -167,13 +167,8 @@ fn from_flash(
     for number in 0..settings.pairs {
         idle.push(idle_cpu());
         let read_fio = || fio::run(&data, 0, settings.flash_size.0, job);
-        let (theirs, ours) = if number.is_multiple_of(2) {
-            let theirs = read_fio()?;
-            (theirs, client.read(16, settings.seconds, blocks)?)
-        } else {
-            let ours = client.read(16, settings.seconds, blocks)?;
-            (read_fio()?, ours)
-        };
+        let read = || client.read(16, settings.seconds, blocks);
+        let (theirs, ours) = abba(number, read_fio, read)?;
         ratios.push(ours.bytes_per_s / theirs.bytes_per_s);
         rate.push(ours.bytes_per_s / 1e9);
         fio_rate.push(theirs.bytes_per_s / 1e9);

@@ -6,6 +6,7 @@
 //! request under way.
 
 use super::BLOCK_BYTES;
+use super::load::Random;
 use super::stats::latencies;
 use crate::failure::Failure;
 use kvar_base::check::crc64;
@@ -122,15 +123,7 @@ impl Drop for Pair {
 fn serve(mut stream: TcpStream, polling: bool) {
     let _ = stream.set_nodelay(true);
     let _ = stream.set_nonblocking(polling);
-    let mut state = 5_u64;
-    let pool: Vec<u8> = (0..POOL_BLOCKS * BLOCK_BYTES / 8)
-        .flat_map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state.to_le_bytes()
-        })
-        .collect();
+    let pool = Random::new(5).bytes(POOL_BLOCKS * BLOCK_BYTES);
     let mut which = [0_u8; 8];
     while read_whole(&mut stream, &mut which, polling).is_ok() {
         let at = u64::from_le_bytes(which) as usize % POOL_BLOCKS;

@@ -7,7 +7,7 @@
 use super::load::Random;
 use super::net::{Client, DRAM_BLOCKS, NodeProcess, Settings};
 use super::stats::idle_cpu;
-use super::{BLOCK_BYTES, Row, bar};
+use super::{BLOCK_BYTES, Row, abba, bar};
 use crate::failure::Failure;
 use kvar_client::LinkChoice;
 use std::path::Path;
@@ -32,13 +32,11 @@ pub(crate) fn run(
     let (mut p50, mut p99, mut copy_us) = (vec![], vec![], vec![]);
     for number in 0..settings.pairs {
         idle.push(idle_cpu());
-        let (ours, theirs) = if number.is_multiple_of(2) {
-            let ours = client.read(16, settings.seconds, DRAM_BLOCKS)?;
-            (ours, memory.copy(settings.seconds))
-        } else {
-            let theirs = memory.copy(settings.seconds);
-            (client.read(16, settings.seconds, DRAM_BLOCKS)?, theirs)
-        };
+        let (ours, theirs) = abba(
+            number,
+            || client.read(16, settings.seconds, DRAM_BLOCKS),
+            || Ok(memory.copy(settings.seconds)),
+        )?;
         ratios.push(ours.bytes_per_s / theirs);
         rate.push(ours.bytes_per_s / 1e9);
         copy_rate.push(theirs / 1e9);

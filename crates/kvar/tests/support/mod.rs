@@ -394,13 +394,8 @@ pub(crate) fn monotonic_us() -> u64 {
 
 /// A trace of conversations: each goes on from one of the last few, or begins anew.
 pub(crate) fn write_trace(path: &Path, requests: usize, seed: u64) {
-    let mut state = seed | 1;
-    let mut random = move |below: u64| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state % below
-    };
+    let mut random = random::Random(seed | 1);
+    let mut random = |below: u64| random.below(below);
     let mut chains: Vec<Vec<u64>> = vec![vec![0]];
     let (mut next, mut text) = (1_u64, String::new());
     for number in 0..requests {

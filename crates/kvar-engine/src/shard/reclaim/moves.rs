@@ -6,7 +6,7 @@
 use super::Stage;
 use crate::dram::State;
 use crate::index::Entry;
-use crate::layout::ImagePlan;
+use crate::layout::{ImagePlan, RecordHints};
 use crate::shard::read::{Brought, MoveRead};
 use crate::shard::write::{Source, WriteItem, stored_bytes};
 use crate::shard::{Displaced, Pending, Shard, head_crc};
@@ -67,32 +67,40 @@ impl Shard {
                 });
                 continue;
             }
-            let place = self.place_of(&entry);
-            let (segment, _) = self.segments.locate(entry.position);
-            match self.allocate_block(entry.len as usize) {
-                Some(buffer) => {
-                    self.segments.get(segment).readers += 1;
-                    self.counters.device_read_bytes += bytes;
-                    let read = MoveRead {
-                        id,
-                        entry,
-                        place,
-                        segment,
-                        hints,
-                        goes_down: false,
-                        is_again: false,
-                    };
-                    self.submit(
-                        Pending::MoveRead(read),
-                        Op::Read {
-                            offset: place.offset,
-                            buffer,
-                        },
-                    );
-                }
-                None => self.give_up_move(&id, &entry),
+            if !self.read_to_move(id, entry, hints, false) {
+                self.give_up_move(&id, &entry);
             }
         }
+    }
+
+    /// Reads a block that is to be written again, or offered to the tier below; whether there is memory
+    /// for it.
+    pub(in crate::shard) fn read_to_move(
+        &mut self,
+        id: BlockId,
+        entry: Entry,
+        hints: RecordHints,
+        goes_down: bool,
+    ) -> bool {
+        let place = self.place_of(&entry);
+        let (segment, _) = self.segments.locate(entry.position);
+        let Some(buffer) = self.allocate_block(entry.len as usize) else {
+            return false;
+        };
+        self.segments.get(segment).readers += 1;
+        self.counters.device_read_bytes += stored_bytes(entry.len);
+        let read = MoveRead {
+            id,
+            entry,
+            place,
+            segment,
+            hints,
+            goes_down,
+            is_again: false,
+        };
+        let offset = place.offset;
+        self.submit(Pending::MoveRead(read), Op::Read { offset, buffer });
+        true
     }
 
     pub(in crate::shard) fn move_read_done(
