@@ -240,8 +240,10 @@ class Engine(Server):
         block_tokens: int,
         folder: Path,
         log: Path,
+        hybrid: bool = False,
     ) -> None:
         super().__init__("vLLM", log)
+        self._hybrid = hybrid
         self._python = python
         self._model = model
         self._overlay = str(overlay)
@@ -256,7 +258,8 @@ class Engine(Server):
         command += ["--served-model-name", "model", "--dtype", "float32", "--enforce-eager"]
         command += ["--block-size", str(self._block_tokens), "--max-model-len", "9216"]
         command += ["--max-num-seqs", "4", "--kv-cache-memory-bytes", str(1 << 30)]
-        command += ["--disable-hybrid-kv-cache-manager"]
+        if not self._hybrid:
+            command += ["--disable-hybrid-kv-cache-manager"]
         command += ["--kv-transfer-config", json.dumps(transfer)]
         environment = dict(os.environ)
         environment |= {
