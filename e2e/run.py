@@ -46,6 +46,10 @@ WARM_UP_TOKENS = [600, 1200]
 LOGPROB_TOLERANCE = 1e-4
 HIT_SHARE_MIN = 0.98
 
+# Gemma 3 under vLLM's hybrid KV cache manager: full attention, and five of windows. Each group
+# stores blocks of its own.
+HYBRID_GROUPS = 6
+
 # One flipped byte in every 256 KiB: some five in each block of this model (1.2 MiB), while most
 # of the store's own records survive, so that damaged blocks are found, read, and must be refused.
 FLIP_EVERY_BYTES = 256 << 10
@@ -72,12 +76,14 @@ class Run:
         from transformers import AutoTokenizer
 
         self.quick: bool = arguments.quick
+        self.groups = HYBRID_GROUPS if arguments.hybrid else 1
+        self.bytes_a_token = 0.0
         self.node = Node(arguments.kvar, folder / "store.kvar", folder / "node.log")
         self.engine = Engine(
             Path(sys.executable),
             arguments.model,
             arguments.overlay,
-            cpu_arguments(BLOCK_TOKENS),
+            cpu_arguments(BLOCK_TOKENS, hybrid=arguments.hybrid),
             folder,
             folder / "vllm.log",
         )
@@ -125,7 +131,7 @@ class Run:
 
     def wait_until_stored(self) -> None:
         """Saves go on behind the answers: waits until the node holds all full blocks."""
-        expected = sum(
+        expected = self.groups * sum(
             (len(prompt.tokens) + ANSWER_TOKENS - 1) // BLOCK_TOKENS
             for prompt in self.prompts + self.warm_up
         )
@@ -138,6 +144,8 @@ class Run:
                 break
             time.sleep(0.2)
         say(f"{stored} blocks stored ({expected} expected)")
+        saved = self.engine.counter("kvar_saved_tokens")
+        self.bytes_a_token = self.engine.counter("kvar_saved_bytes") / max(saved, 1)
 
     def tier_phase(self, tier: str) -> None:
         """Every prompt again, from the store."""
@@ -166,6 +174,12 @@ class Run:
         for line in funnel.told(metrics):
             say(f"  {line}")
         self.wrong += funnel.wrong_with(metrics, sum(len(prompt.tokens) for prompt in asked))
+        loaded = metrics.sum("vllm:kvar_loaded_bytes_total")
+        all_layers = metrics.sum("vllm:kvar_loaded_tokens_total") * self.bytes_a_token
+        say(
+            f"  {loaded / 1e6:.0f} MB loaded; all layers of those tokens have "
+            f"{all_layers / 1e6:.0f} MB ({loaded / max(all_layers, 1):.0%})"
+        )
 
     def _ask_counted(self, prompt: Prompt) -> tuple[int, Answer]:
         before = self.engine.counter("external_prefix_cache_hits")
@@ -206,7 +220,7 @@ class Run:
 
     def damaged_phase(self) -> None:
         """Every prompt again, from a store full of wrong bytes."""
-        recovered_before = self.engine.log_count("Recovered from KV load failure")
+        recovered_before = self.engine.counter("kvar_failed_load_tokens")
         say(f"damaged: {len(self.prompts)} prompts")
         for prompt in self.prompts:
             hits, answer = self._ask_counted(prompt)
@@ -214,10 +228,11 @@ class Run:
             say(f"  {prompt.name}: {answer.ttft_s:.3f} s, {hits} tokens promised, equal: {equal}")
             if not equal:
                 self.wrong.append(f"damaged: {prompt.name} was answered differently")
-        recovered = self.engine.log_count("Recovered from KV load failure") - recovered_before
+        recovered = self.engine.counter("kvar_failed_load_tokens") - recovered_before
         corrupt = self.node.blocks_corrupt()
         say(
-            f"{recovered} loads failed and were recomputed; the node found {corrupt} damaged blocks"
+            f"{recovered:.0f} tokens were promised, did not come and were computed; the node found "
+            f"{corrupt} damaged blocks"
         )
         if not recovered or not corrupt:
             self.wrong.append("damaged: the damage was never met, so nothing was shown")
@@ -282,6 +297,7 @@ def main() -> int:
     parser = arguments_of(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="the model's folder")
     parser.add_argument("--quick", action="store_true", help="two lengths, fewer restarts (for CI)")
+    parser.add_argument("--hybrid", action="store_true", help="windows in groups of their own")
     parser.add_argument("--keep", action="store_true", help="keep logs also on success")
     arguments = parser.parse_args()
 

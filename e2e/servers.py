@@ -240,12 +240,12 @@ def kvar_transfer(node: Node) -> dict[str, Any]:
     }
 
 
-def cpu_arguments(block_tokens: int) -> list[str]:
-    """Of vLLM on a CPU, for the small model."""
+def cpu_arguments(block_tokens: int, *, hybrid: bool = False) -> list[str]:
+    """Of vLLM on a CPU, for the small model; ``hybrid``: windows in groups of their own."""
     arguments = ["--dtype", "float32", "--enforce-eager", "--block-size", str(block_tokens)]
     arguments += ["--max-model-len", "9216", "--max-num-seqs", "4"]
     arguments += ["--kv-cache-memory-bytes", str(1 << 30)]
-    return [*arguments, "--disable-hybrid-kv-cache-manager"]
+    return arguments if hybrid else [*arguments, "--disable-hybrid-kv-cache-manager"]
 
 
 class Engine(Server):

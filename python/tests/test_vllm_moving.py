@@ -16,11 +16,14 @@ import pytest
 from conftest import Node, until
 
 import kvar
+from kvar.vllm.finder import Finder
+from kvar.vllm.groups import Groups
 from kvar.vllm.link import Link
 from kvar.vllm.orders import FailedLoad, LoadOrder, SaveOrder, SaveReport
 from kvar.vllm.pages import LANE_BLOCKS, LANES, DirectPages, StagedPages, pages_of
+from kvar.vllm.planner import Found, Unanswered
 from kvar.vllm.settings import Mode, Settings, SettingsError
-from kvar.vllm.worker import Ended, Mover, chain_names
+from kvar.vllm.worker import Ended, GroupPages, Mover
 
 torch: Any = pytest.importorskip("torch")
 
@@ -60,13 +63,22 @@ def settings(node: Node) -> Settings:
 def mover(node: Node, link: Link, layers: list[Any], text: str, handover: bool = False) -> Mover:
     return Mover(
         link=link,
-        pages=pages_of(layers),
+        groups=[GroupPages(pages_of(layers), text, 1)],
         key=node.key,
-        fingerprint_text=text,
         head_slice=(0, 1),
         deadline_ms=5000,
-        bytes_a_block=1,
         handover=handover,
+    )
+
+
+def finder(node: Node, link: Link, text: str, slices: int = 1) -> Finder:
+    return Finder(
+        store=link,
+        key=node.key,
+        groups=Groups.one(32),
+        texts=[text],
+        slices=slices,
+        deadline_ms=5000,
     )
 
 
@@ -131,7 +143,7 @@ def test_a_load_by_layers_is_waited_for_layer_by_layer(node: Node, link: Link) -
     target = layers_of("direct", fill=False)
     loader = mover(node, link, target, "by layers")
     given = list(range(50, 70))
-    loader.start_layers(LoadOrder("r", hashes, given, 0), "")
+    loader.start_layers(LoadOrder("r", hashes, given, 0, tokens=640), "")
     for layer in range(LAYERS):
         loader.wait_layer(layer)
         assert torch.equal(target[layer][given], source[layer][:20])
@@ -139,7 +151,7 @@ def test_a_load_by_layers_is_waited_for_layer_by_layer(node: Node, link: Link) -
     ended = loader.ended()
     assert ended.loaded == set(), "vLLM's own channel is for those that wait outside"
     assert (set(ended.layers.loaded), ended.layers.failures) == ({"r"}, 0)
-    assert (ended.bad_block_ids, ended.loads.blocks) == (set(), 20)
+    assert (ended.bad_block_ids, ended.loads.tokens) == (set(), 640)
     counted = loader.counters.take()
     assert counted["layered_load_seconds"] > 0 and counted["layered_wait_seconds"] > 0
 
@@ -203,17 +215,15 @@ def test_the_scheduler_finds_only_what_all_ranks_have_stored(node: Node, link: L
     for rank, known in ((0, hashes), (1, hashes[:1])):
         worker = Mover(
             link=link,
-            pages=pages_of(layers),
+            groups=[GroupPages(pages_of(layers), "ranks", 1)],
             key=node.key,
-            fingerprint_text="ranks",
             head_slice=(rank, 2),
             deadline_ms=5000,
-            bytes_a_block=1,
         )
         worker.start_save(SaveOrder(1, known, list(range(len(known))), 0), "")
         run_dry(worker)
-    names = chain_names(node.key, hashes, "ranks", "", 2)
-    assert link.lookup(names, 5000) == 3
+    found = finder(node, link, "ranks", slices=2).find(hashes, 64, 1, 0, "")
+    assert found == Found(32, None, 32)
 
 
 def test_layers_of_several_shapes_are_refused() -> None:
@@ -300,13 +310,14 @@ def test_the_scheduler_leases_in_one_process_what_the_worker_loads_in_another(
     hashes = [f"leased {n}".encode() for n in range(5)]
     worker.start_save(SaveOrder(1, hashes, list(range(5)), 0, 77), "")
     assert run_dry(worker).reports[1].stored_blocks == len(hashes)
-    names = chain_names(node.key, [*hashes, b"not there"], "leased", "", 1)
+    chain = [*hashes, b"not there"]
     scheduler = Link.to(settings(node))
     leases = leases_of(node)
-    found = scheduler.lookup_leased(names, 5000, 20.0, 78)
-    assert found is not None
-    count, lease = found
-    assert (count, leases_of(node)) == (5, leases + 1)
+    asked = finder(node, scheduler, "leased")
+    found = asked.find(chain, 6 * 32, 78, 20.0, "")
+    assert isinstance(found, Found)
+    assert (found.tokens, leases_of(node)) == (5 * 32, leases + 1)
+    lease = found.lease
     assert lease is not None
     worker.start_load(LoadOrder("r", hashes, list(range(10, 15)), 0, 78), "")
     assert run_dry(worker).bad_block_ids == set()
@@ -314,12 +325,12 @@ def test_the_scheduler_leases_in_one_process_what_the_worker_loads_in_another(
     lease.release()
     until(lambda: leases_of(node) == leases)
     # Nothing found, nothing promised.
-    assert scheduler.lookup_leased(names[5:], 5000, 20.0) == (0, None)
+    assert asked.find(chain[5:], 32, 78, 20.0, "") == Found(0)
     scheduler.close()
     # On the engine's path nothing raises, whatever became of the link.
     lease.renew(20.0)
     lease.release()
-    assert scheduler.lookup_leased(names, 5000, 20.0) is None
+    assert asked.find(chain, 6 * 32, 78, 20.0, "") == Unanswered("store_away")
 
 
 def leases_of(node: Node) -> int:

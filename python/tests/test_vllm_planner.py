@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from kvar.vllm.choice import EXPLORE_EVERY, Choice, Override
+from kvar.vllm.groups import Groups
 from kvar.vllm.orders import (
     FailedLoad,
     LoadReport,
@@ -70,7 +71,7 @@ class Bench:
         self.now = 100.0
         self.choice = Choice(override=Override.AUTO, deadline_s=2.0)
         self.planner = Planner(
-            block_tokens=BLOCK,
+            groups=Groups.one(BLOCK),
             pool_blocks=pool,
             ranks=ranks,
             loads=loads,
@@ -89,7 +90,10 @@ class Bench:
         self.numbers += 1
         return self.numbers
 
-    def lookup(self, hashes: Sequence[bytes], request: int, lease_s: float) -> Found | Unanswered:
+    def lookup(
+        self, hashes: Sequence[bytes], tokens: int, request: int, lease_s: float
+    ) -> Found | Unanswered:
+        assert tokens == len(hashes) * BLOCK
         assert request > 0
         self.lookups += 1
         if self.away:
@@ -97,7 +101,7 @@ class Bench:
         found = 0
         while found < len(hashes) and hashes[found] in self.stored:
             found += 1
-        return Found(found, Lease(self.leases) if lease_s and found else None)
+        return Found(found * BLOCK, Lease(self.leases) if lease_s and found else None)
 
     def hold(self, blocks: Sequence[int]) -> None:
         for block in blocks:
@@ -109,7 +113,7 @@ class Bench:
             if not self.holds[block]:
                 del self.holds[block]
 
-    def step(self, request: Request, tokens: int, pages: Sequence[int]) -> StepOrders:
+    def step(self, request: Request, tokens: int, pages: Sequence[Sequence[int]]) -> StepOrders:
         orders = self.planner.step({request.request_id: tokens}, lambda _: pages)
         request.num_computed_tokens += tokens
         return orders
@@ -127,8 +131,9 @@ class Bench:
         self.planner.worker_said(reports=reports or {}, loaded=loaded, failed=failed)
 
 
-def pages(count: int, first: int = 1) -> list[int]:
-    return list(range(first, first + count))
+def pages(count: int, first: int = 1) -> tuple[list[int]]:
+    """The page tables of a request: one group."""
+    return (list(range(first, first + count)),)
 
 
 def test_a_new_prompt_is_saved_block_by_block_as_it_fills() -> None:
@@ -487,7 +492,7 @@ def seen(bench: Bench, *, computed_a_s: float, loaded_a_s: float) -> None:
         reports={orders.saves[0].job: SaveReport(1, len(orders.saves[0].block_ids), 0)},
         loaded=(),
         failed={},
-        loads=LoadReport(1, BLOCK / loaded_a_s),
+        loads=LoadReport(BLOCK, BLOCK / loaded_a_s),
         step=orders.step,
     )
     bench.planner.counters.take()

@@ -26,8 +26,11 @@ def check(
     specs: list[Any] | None = None,
     hashed: int = 32,
     context: int = 1,
-) -> None:
-    from kvar.vllm.connector import refuse_what_cannot_work
+    draft: bool = False,
+    load: str = "async",
+) -> Any:
+    from kvar.vllm.refusals import groups_of
+    from kvar.vllm.settings import LoadWay
 
     config = SimpleNamespace(
         kv_transfer_config=SimpleNamespace(kv_load_failure_policy=policy),
@@ -36,13 +39,30 @@ def check(
             decode_context_parallel_size=context, prefill_context_parallel_size=1
         ),
     )
-    groups = [SimpleNamespace(kv_cache_spec=one) for one in specs or [spec()]]
+    groups = [SimpleNamespace(kv_cache_spec=one, is_eagle_group=draft) for one in specs or [spec()]]
     cache = SimpleNamespace(kv_cache_groups=groups, hash_block_size=hashed)
-    refuse_what_cannot_work(config, cache)
+    return groups_of(config, cache, LoadWay(load))
 
 
 def test_the_usual_set_up_starts() -> None:
-    check()
+    groups = check()
+    assert [(group.block_tokens, group.window) for group in groups.all] == [(32, None)]
+    assert not groups.fail_whole
+
+
+def test_full_attention_and_windows_start_in_any_number() -> None:
+    windows = [spec("SlidingWindowSpec", sliding_window=512) for _ in range(5)]
+    groups = check(specs=[*windows, spec(block_size=64)])
+    assert [(group.block_tokens, group.window) for group in groups.all] == [
+        *[(32, 512)] * 5,
+        (64, None),
+    ]
+    assert (groups.hash_tokens, groups.hit_tokens, groups.fail_whole) == (32, 64, True)
+    alike = interface.UniformTypeKVCacheSpecs(
+        block_size=32,
+        kv_cache_specs={name: spec("SlidingWindowSpec", sliding_window=64) for name in ("a", "b")},
+    )
+    assert check(specs=[alike]).all[0].window == 64
 
 
 @pytest.mark.parametrize(
@@ -61,13 +81,36 @@ def test_a_refusal_names_the_setting_and_the_fix(change: dict[str, Any], words: 
         check(**change)
 
 
-def test_layers_that_drop_their_kv_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"specs": ["ChunkedLocalAttentionSpec"]}, "ChunkedLocalAttentionSpec"),
+        ({"specs": ["RSWASpec"]}, "RSWASpec"),
+        ({"specs": ["FullAttentionSpec", "MambaSpec"]}, "MambaSpec"),
+        ({"specs": ["FullAttentionSpec", "CrossAttentionSpec"]}, "CrossAttentionSpec"),
+        ({"specs": ["FullAttentionSpec"] * 2, "draft": True}, "speculative"),
+        ({"specs": ["FullAttentionSpec"] * 2, "hashed": 24}, "prefix-match-unit"),
+        ({"specs": ["FullAttentionSpec"] * 2, "load": "layers"}, "Set load to async"),
+        ({"specs": ["SlidingWindowSpec"], "load": "layers"}, "Set load to async"),
+    ],
+)
+def test_layers_with_other_rules_are_refused_by_name(change: dict[str, Any], words: str) -> None:
     from kvar.vllm.settings import SettingsError
 
-    with pytest.raises(SettingsError, match="--disable-hybrid-kv-cache-manager"):
-        check(specs=[spec(), spec()])
-    with pytest.raises(SettingsError, match="SlidingWindowSpec"):
-        check(specs=[spec("SlidingWindowSpec", sliding_window=128)])
+    more: dict[str, dict[str, Any]] = {
+        "SlidingWindowSpec": {"sliding_window": 64},
+        "ChunkedLocalAttentionSpec": {"attention_chunk_size": 64},
+        "RSWASpec": {"rswa_window": 64},
+    }
+    specs = []
+    for kind in change.pop("specs"):
+        if kind == "MambaSpec":
+            made = interface.MambaSpec(block_size=32, shapes=((1,),), dtypes=(None,))
+        else:
+            made = spec(kind, **more.get(kind, {}))
+        specs.append(made)
+    with pytest.raises(SettingsError, match=words):
+        check(specs=specs, **change)
 
 
 def test_an_untried_vllm_runs_without_the_store(
@@ -94,6 +137,7 @@ def test_an_untried_vllm_runs_without_the_store(
         ),
         model_config=SimpleNamespace(model="m", dtype="torch.float32"),
         parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
+        kv_events_config=None,
     )
     cache = SimpleNamespace(kv_cache_groups=[], hash_block_size=32, num_blocks=8)
     monkeypatch.setattr(vllm, "__version__", "0.99.0")

@@ -9,9 +9,10 @@
 
 Parts, from the top: ``connector`` speaks vLLM; ``planner`` decides (scheduler process), ``worker``
 moves (worker process), ``orders`` is what passes between them; ``pages`` knows the engine's
-memory, ``link`` the store; ``settings`` and ``fingerprint`` say what is checked and what is named;
-``metrics``, ``funnel`` and ``stats`` what is counted. vLLM and torch are imported by ``connector``
-and ``stats`` only, when the connector is first asked for.
+memory, ``link`` the store, ``finder`` what of a prompt is in it, ``groups`` what a hit needs of
+each kind of layer; ``settings``, ``refusals`` and ``fingerprint`` say what is checked and what is
+named; ``metrics``, ``funnel`` and ``stats`` what is counted. vLLM is imported by ``connector``,
+``refusals`` and ``stats`` only, when the connector is first asked for.
 """
 
 from __future__ import annotations

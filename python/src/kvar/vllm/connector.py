@@ -26,28 +26,28 @@ what to recompute after a failed load, and the choice of what is loaded when.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import (
-    ChunkedLocalAttentionSpec,
-    FullAttentionSpec,
-    SlidingWindowSpec,
-    UniformTypeKVCacheSpecs,
-)
 
 import kvar
 from kvar.vllm.choice import Choice
+from kvar.vllm.events import EventMaker
+from kvar.vllm.finder import Finder
 from kvar.vllm.fingerprint import config_digest, fingerprint_text, model_name
+from kvar.vllm.groups import Group, Groups
 from kvar.vllm.introduction import introduction, is_tried, untried
 from kvar.vllm.link import AWAY, Link
 from kvar.vllm.metrics import HookTimes, merge
@@ -62,13 +62,15 @@ from kvar.vllm.orders import (
 )
 from kvar.vllm.pages import DirectPages, pages_of
 from kvar.vllm.planner import Found, Planner, Unanswered
+from kvar.vllm.refusals import groups_of
 from kvar.vllm.settings import LoadWay, Mode, Settings, SettingsError
 from kvar.vllm.stats import KvarPromMetrics, KvarStats
-from kvar.vllm.worker import Ended, Mover, chain_names
+from kvar.vllm.worker import Ended, GroupPages, Mover
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
         KVConnectorPromMetrics,
         KVConnectorStats,
@@ -83,6 +85,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = init_logger("vllm.kvar")
+
+# A lookup before the workers have said how blocks are named, in the words of kvar.vllm.funnel.
+NOT_NAMED = "not_named"
 
 
 class Orders(KVConnectorMetadata):
@@ -102,7 +107,9 @@ class Reports(KVConnectorWorkerMetadata):
         step: int = 0,
         layers: LayersReport | None = None,
         failed: dict[str, FailedLoad] | None = None,
+        texts: frozenset[tuple[str, ...]] = frozenset(),
     ) -> None:
+        self.texts = texts
         self.reports = reports
         self.loads = loads
         self.step = step
@@ -115,17 +122,18 @@ class Reports(KVConnectorWorkerMetadata):
         reports = merge_reports(self.reports, other.reports)
         loads, step = self.loads + other.loads, max(self.step, other.step)
         failed = merge_failed(self.failed, other.failed)
-        return Reports(reports, loads, step, self.layers + other.layers, failed)
+        texts = self.texts | other.texts
+        return Reports(reports, loads, step, self.layers + other.layers, failed, texts)
 
 
 class Greeting(KVConnectorHandshakeMetadata):
-    """What a worker tells the scheduler at start: how it names its blocks."""
+    """What a worker tells the scheduler at start: how it names its blocks, group by group."""
 
-    def __init__(self, text: str) -> None:
-        self.text = text
+    def __init__(self, texts: tuple[str, ...]) -> None:
+        self.texts = texts
 
 
-class KvarConnector(KVConnectorBase_V1):
+class KvarConnector(KVConnectorBase_V1, SupportsHMA):
     """Keeps the KV of prompts and answers in a kvar store, and brings it back.
 
     Set ``kv_connector`` to ``KvarConnector``, ``kv_connector_module_path`` to ``kvar.vllm``,
@@ -154,13 +162,16 @@ class KvarConnector(KVConnectorBase_V1):
         if self._is_untried:
             logger.warning("%s", untried(version))
             self._settings = replace(self._settings, mode=Mode.OFF)
+            self._groups = Groups.one(vllm_config.cache_config.block_size)
         else:
-            refuse_what_cannot_work(vllm_config, kv_cache_config)
+            self._groups = groups_of(vllm_config, kv_cache_config, self._settings.load)
         self._key = kvar.NamespaceKey.from_file(self._settings.namespace_key_file)
         self._link = Link.to(self._settings, introduction(vllm_config, version, role.name.lower()))
-        self._block_tokens: int = vllm_config.cache_config.block_size
         parallel = vllm_config.parallel_config
         self._ranks: int = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+        # Ranks that hold the same bytes (MLA, fewer KV heads than ranks) store them once.
+        self._replicas: int = getattr(kv_cache_config, "kv_tp_replicas", 1)
+        self._slices: int = self._ranks // self._replicas
         self._by_layers = self._settings.load is LoadWay.LAYERS
         if self._by_layers and self._ranks > 1:
             raise SettingsError(
@@ -169,23 +180,26 @@ class KvarConnector(KVConnectorBase_V1):
                 "async."
             )
         # Scheduler side.
-        self._text: str | None = None
+        self._finder: Finder | None = None
         self._pool: BlockPool | None = None
         # Worker side.
         self._mover: Mover | None = None
+        self._texts: tuple[str, ...] | None = None
+        self._is_introduced = False
         self._ended = Ended()
         self._layer_numbers: dict[str, int] = {}
         self._hooks = HookTimes(role.name.lower())
         self._step_computes = False
         mode = self._settings.mode
         self._planner = Planner(
-            block_tokens=self._block_tokens,
+            groups=self._groups,
             pool_blocks=kv_cache_config.num_blocks,
             ranks=self._ranks,
+            slices=self._slices,
             loads=transfer.is_kv_consumer,
             saves=transfer.is_kv_producer,
             mode=lambda: mode.within(self._link.mode()),
-            lookup=self._stored_positions,
+            lookup=self._stored_tokens,
             hold=self._hold,
             release=self._release,
             choice=Choice(
@@ -193,6 +207,7 @@ class KvarConnector(KVConnectorBase_V1):
             ),
             lease_s=self._settings.lease_ms / 1000,
             by_layers=self._by_layers,
+            announce=self._event_maker(),
         )
         logger.info(
             "kvar: %s of namespace %s at %s, mode %s, key %s",
@@ -211,18 +226,45 @@ class KvarConnector(KVConnectorBase_V1):
         """Takes the workers' fingerprint, without which no block can be named."""
         if self._is_untried:
             return
-        texts = {greeting.text for greeting in metadata.values() if isinstance(greeting, Greeting)}
-        if len(texts) != 1 or len(metadata) != self._ranks:
+        texts = {said.texts for said in metadata.values() if isinstance(said, Greeting)}
+        # Another connector beside this one, first in a MultiConnector, speaks alone; the workers
+        # say it again in their first step.
+        if texts and not self._take_texts(texts):
             raise SettingsError(
-                f"kvar: {len(metadata)} of {self._ranks} ranks named their KV content, in "
-                f"{len(texts)} ways; all ranks need the same model, layer count and KV layout "
-                "(pipeline parallelism: a layer count that the stages divide)"
+                f"kvar: {self._ranks} ranks named their KV content in {len(texts)} ways; all ranks "
+                "need the same model, layer count and KV layout (pipeline parallelism: a layer "
+                "count that the stages divide)"
             )
-        self._text = texts.pop()
+
+    def _take_texts(self, texts: Set[tuple[str, ...]]) -> bool:
+        """Whether all ranks say the same, so that blocks can be named."""
+        if len(texts) != 1:
+            return False
+        (these,) = texts
+        self._finder = Finder(
+            store=self._link,
+            key=self._key,
+            groups=self._groups,
+            texts=these,
+            slices=self._slices,
+            deadline_ms=self._settings.lookup_deadline_ms,
+        )
+        return True
+
+    def _event_maker(self) -> Callable[[Any, Group, int, int], object] | None:
+        events = self._vllm_config.kv_events_config
+        if self._is_untried or events is None or not events.enable_kv_cache_events:
+            return None
+        return EventMaker(self._groups, self._kv_cache_config).stored
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """Which blocks are in the store now by this engine."""
+        return self._planner.take_announced()
 
     def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
         """Takes vLLM's pool of pages, where pages being saved are held."""
         self._pool = gpu_block_pool
+        self._planner.null_block = gpu_block_pool.null_block.block_id
 
     def _hold(self, block_ids: Sequence[int]) -> None:
         assert self._pool is not None
@@ -233,22 +275,14 @@ class KvarConnector(KVConnectorBase_V1):
         # The end of a chain is worth least: it goes to the front of what is reused.
         self._pool.free_blocks(self._pool.blocks[block_id] for block_id in reversed(block_ids))
 
-    def _stored_positions(
-        self, hashes: Sequence[bytes], request: int, lease_s: float
+    def _stored_tokens(
+        self, chain: Sequence[bytes], tokens: int, request: int, lease_s: float
     ) -> Found | Unanswered:
-        if self._text is None or self._link.client() is None:
+        if self._link.client() is None:
             return Unanswered(AWAY)
-        ids = chain_names(self._key, hashes, self._text, self._planner.salt, self._ranks)
-        deadline_ms = self._settings.lookup_deadline_ms
-        if lease_s:
-            leased = self._link.lookup_leased(ids, deadline_ms, lease_s, request)
-            if leased is not None:
-                return Found(leased[0] // self._ranks, leased[1])
-        else:
-            found = self._link.lookup(ids, deadline_ms, request)
-            if found is not None:
-                return Found(found // self._ranks)
-        return Unanswered(self._link.why_unanswered())
+        if self._finder is None:
+            return Unanswered(NOT_NAMED)
+        return self._finder.find(chain, tokens, request, lease_s, self._planner.salt)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -270,16 +304,15 @@ class KvarConnector(KVConnectorBase_V1):
         if self._is_untried:
             return
         with self._hooks("update_state_after_alloc"):
-            block_ids = blocks.get_block_ids()[0] if num_external_tokens else []
+            block_ids = blocks.get_block_ids() if num_external_tokens else ()
             self._planner.allocated(request, block_ids, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """The orders of this step."""
         state = scheduler_output.kv_connector_block_state
 
-        def block_ids_of(request_id: str) -> Sequence[int] | None:
-            groups = state.get_block_ids(request_id) if state is not None else None
-            return groups[0] if groups else None
+        def block_ids_of(request_id: str) -> Sequence[Sequence[int]] | None:
+            return state.get_block_ids(request_id) if state is not None else None
 
         with self._hooks("build_connector_meta"):
             orders = self._planner.step(scheduler_output.num_scheduled_tokens, block_ids_of)
@@ -291,6 +324,8 @@ class KvarConnector(KVConnectorBase_V1):
         with self._hooks("update_connector_output"):
             meta = connector_output.kv_connector_worker_meta
             said = meta if isinstance(meta, Reports) else Reports({}, LoadReport())
+            if self._finder is None and said.texts and not self._take_texts(said.texts):
+                logger.error("kvar: ranks name their KV content in several ways; nothing is found")
             self._planner.worker_said(
                 reports=said.reports,
                 loads=said.loads,
@@ -302,6 +337,12 @@ class KvarConnector(KVConnectorBase_V1):
 
     def request_finished(
         self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """As below, where there is one group."""
+        return self.request_finished_all_groups(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Orders what is left to save. The request's pages need not wait: we hold ours."""
         self._planner.finished(request, block_ids)
@@ -326,8 +367,47 @@ class KvarConnector(KVConnectorBase_V1):
         """Takes the engine's KV memory."""
         if self._is_untried:
             return
-        # Layers that share another layer's KV appear twice; their bytes are stored once.
-        layers = list({layer.data_ptr(): layer for layer in kv_caches.values()}.values())
+        groups = []
+        for group in self._groups.all:
+            caches = self._caches_of(group, kv_caches)
+            # Layers that share another layer's KV appear twice; their bytes are stored once.
+            layers = list({layer.data_ptr(): layer for layer in caches.values()}.values())
+            groups.append(self._group_pages(group, next(iter(caches)), layers))
+            if self._by_layers:
+                places = {layer.data_ptr(): number for number, layer in enumerate(layers)}
+                self._layer_numbers = {
+                    name: places[layer.data_ptr()] for name, layer in caches.items()
+                }
+        from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+        tensor_ranks = self._vllm_config.parallel_config.tensor_parallel_size
+        rank = get_pp_group().rank_in_group * tensor_ranks + get_tp_group().rank_in_group
+        # Replicas are neighbours: the first of them saves, all load the same.
+        mine = rank // self._replicas
+        self._texts = tuple(group.text for group in groups)
+        self._mover = Mover(
+            link=self._link,
+            groups=groups,
+            key=self._key,
+            head_slice=(mine, self._slices),
+            saves=rank % self._replicas == 0,
+            deadline_ms=self._settings.deadline_ms,
+            traffic_class=self._settings.traffic_class,
+            handover=self._settings.handover,
+            fail_whole=self._groups.fail_whole,
+        )
+        for text in self._texts:
+            logger.info("kvar: part %d of %d, %s", mine, self._slices, text.replace("\n", " "))
+
+    def _caches_of(self, group: Group, caches: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The memory of one group's layers."""
+        if len(self._groups.all) == 1:
+            return caches
+        # Layers that share another layer's KV are in no group.
+        names = self._kv_cache_config.kv_cache_groups[group.number].layer_names
+        return {name: caches[name] for name in names}
+
+    def _group_pages(self, group: Group, name: str, layers: list[torch.Tensor]) -> GroupPages:
         blocks = self._kv_cache_config.num_blocks
         if any(layer.shape[0] != blocks for layer in layers):
             raise SettingsError(
@@ -340,58 +420,42 @@ class KvarConnector(KVConnectorBase_V1):
                 "kvar: load is layers, which works on pages in contiguous host memory; these are "
                 "on a device, or strewn. Set load to async."
             )
-        places = {layer.data_ptr(): number for number, layer in enumerate(layers)}
-        self._layer_numbers = {name: places[layer.data_ptr()] for name, layer in kv_caches.items()}
         first = layers[0]
-        text = self._content_text(list(kv_caches), first, len(layers))
-        from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+        bytes_a_block = first[0].numel() * first.element_size() * len(layers)
+        return GroupPages(pages, self._content_text(group, name, first, len(layers)), bytes_a_block)
 
-        tensor_ranks = self._vllm_config.parallel_config.tensor_parallel_size
-        rank = get_pp_group().rank_in_group * tensor_ranks + get_tp_group().rank_in_group
-        self._text = text
-        self._mover = Mover(
-            link=self._link,
-            pages=pages,
-            key=self._key,
-            fingerprint_text=text,
-            head_slice=(rank, self._ranks),
-            deadline_ms=self._settings.deadline_ms,
-            bytes_a_block=first[0].numel() * first.element_size() * len(layers),
-            traffic_class=self._settings.traffic_class,
-            handover=self._settings.handover,
-        )
-        logger.info("kvar: rank %d of %d, %s", rank, self._ranks, text.replace("\n", " "))
-
-    def _content_text(self, names: list[str], first: torch.Tensor, layers: int) -> str:
+    def _content_text(self, group: Group, name: str, first: torch.Tensor, layers: int) -> str:
         import vllm
 
         model = self._vllm_config.model_config
         context = self._vllm_config.compilation_config.static_forward_context
-        layer = context.get(names[0])
+        layer = context.get(name)
         backend = layer.get_attn_backend().get_name() if layer is not None else "unknown"
-        return fingerprint_text(
-            [
-                ("vllm", ".".join(vllm.__version__.split(".")[:2])),
-                ("model", model_name(model.model)),
-                ("revision", model.revision),
-                ("config", config_digest(model.hf_config.to_dict())),
-                ("dtype", model.dtype),
-                ("cache_dtype", first.dtype),
-                ("cache_kind", self._vllm_config.cache_config.cache_dtype),
-                ("quantization", model.quantization),
-                ("block_tokens", self._block_tokens),
-                ("layers", layers),
-                ("page", tuple(first.shape[1:])),
-                ("stride", tuple(first.stride()[1:])),
-                ("layout", self._kv_cache_config.kv_cache_layout),
-                # The CPU backend packs keys by instruction set; others have no such attribute.
-                ("backend", f"{backend}/{getattr(layer, 'isa', '')}"),
-            ]
-        )
+        facts = [
+            ("vllm", ".".join(vllm.__version__.split(".")[:2])),
+            ("model", model_name(model.model)),
+            ("revision", model.revision),
+            ("config", config_digest(model.hf_config.to_dict())),
+            ("dtype", model.dtype),
+            ("cache_dtype", first.dtype),
+            ("cache_kind", self._vllm_config.cache_config.cache_dtype),
+            ("quantization", model.quantization),
+            ("block_tokens", group.block_tokens),
+            ("layers", layers),
+            ("page", tuple(first.shape[1:])),
+            ("stride", tuple(first.stride()[1:])),
+            ("layout", self._kv_cache_config.kv_cache_layout),
+            # The CPU backend packs keys by instruction set; others have no such attribute.
+            ("backend", f"{backend}/{getattr(layer, 'isa', '')}"),
+        ]
+        if self._groups.fail_whole:
+            facts.append(("group", f"{group.number} of {len(self._groups.all)}"))
+            facts.append(("window", group.window))
+        return fingerprint_text(facts)
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         """What the scheduler needs to name the same blocks."""
-        return Greeting(self._text) if self._text is not None else None
+        return Greeting(self._texts) if self._texts is not None else None
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """A step begins, with these orders."""
@@ -450,6 +514,13 @@ class KvarConnector(KVConnectorBase_V1):
                 self._ended = self._mover.ended()
         return None, self._ended.loaded or None
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """The same, with those that got nothing of use where pages cannot say it."""
+        _, loaded = self.get_finished(finished_req_ids)
+        return KVConnectorTransferResults(
+            finished_recving=set(loaded or ()), failed_recving=set(self._ended.useless)
+        )
+
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Pages that could not be loaded, of the loads that have just ended."""
         return self._ended.bad_block_ids
@@ -460,11 +531,13 @@ class KvarConnector(KVConnectorBase_V1):
         step = orders.step if orders is not None else 0
         ended = self._ended
         says: object = (
-            step or ended.reports or ended.loads.blocks or ended.layers.loaded or ended.failed
+            step or ended.reports or ended.loads.tokens or ended.layers.loaded or ended.failed
         )
-        if not says:
+        texts = frozenset({self._texts} if self._texts and not self._is_introduced else ())
+        self._is_introduced = True
+        if not says and not texts:
             return None
-        return Reports(ended.reports, ended.loads, step, ended.layers, ended.failed)
+        return Reports(ended.reports, ended.loads, step, ended.layers, ended.failed, texts)
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
@@ -507,46 +580,6 @@ class KvarConnector(KVConnectorBase_V1):
         self._link.close()
 
 
-def refuse_what_cannot_work(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-    """Raises :class:`SettingsError` for set-ups whose KV this connector would not keep right."""
-    transfer = vllm_config.kv_transfer_config
-    if transfer is not None and transfer.kv_load_failure_policy == "fail":
-        raise SettingsError(
-            'kvar: kv_load_failure_policy is "fail" (vLLM\'s default), so that a block lost '
-            "between lookup and load would end its request with an error. "
-            'Set "kv_load_failure_policy": "recompute" in --kv-transfer-config.'
-        )
-    if not vllm_config.cache_config.enable_prefix_caching:
-        raise SettingsError(
-            "kvar: prefix caching is off, and with it the block hashes that name KV. "
-            "Start vLLM with --enable-prefix-caching."
-        )
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1:
-        raise SettingsError(
-            f"kvar: the model's KV cache has {len(groups)} groups (layers of different kinds "
-            "managed apart). Start vLLM with --disable-hybrid-kv-cache-manager."
-        )
-    spec = groups[0].kv_cache_spec
-    specs = spec.kv_cache_specs.values() if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
-    for one in specs:
-        windowed = isinstance(one, SlidingWindowSpec | ChunkedLocalAttentionSpec)
-        if windowed or not isinstance(one, FullAttentionSpec):
-            raise SettingsError(
-                f"kvar: {type(one).__name__} layers drop or rewrite part of their KV while a "
-                "request runs; this connector keeps full-attention KV only. Run this model "
-                "without it."
-            )
-    block_tokens = vllm_config.cache_config.block_size
-    hashed_tokens = kv_cache_config.hash_block_size or block_tokens
-    if hashed_tokens != block_tokens or spec.block_size != block_tokens:
-        raise SettingsError(
-            f"kvar: blocks of {spec.block_size} tokens, hashed by {hashed_tokens}, configured as "
-            f"{block_tokens}: set --block-size to a size that the attention backend uses as it is"
-        )
-    parallel = vllm_config.parallel_config
-    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-        raise SettingsError(
-            "kvar: context parallelism spreads one block over ranks by token, which this "
-            "connector does not store. Set the context-parallel sizes to 1."
-        )
+# In a MultiConnector vLLM finds a connector's counts again by its name alone.
+if "KvarConnector" not in KVConnectorFactory._registry:
+    KVConnectorFactory.register_connector("KvarConnector", "kvar.vllm", "KvarConnector")

@@ -143,6 +143,19 @@ class Link:
             self._not_answered(error, begun, deadline_ms)
             return None
 
+    def present(self, ids: Sequence[bytes], deadline_ms: int) -> list[bool] | None:
+        """Which blocks are there; None as for :meth:`lookup`."""
+        client = self.client()
+        if client is None:
+            self._why_unanswered = AWAY
+            return None
+        begun = time.monotonic()
+        try:
+            return client.present(ids, deadline_ms=deadline_ms)
+        except kvar.KvarError as error:
+            self._not_answered(error, begun, deadline_ms)
+            return None
+
     def why_unanswered(self) -> str:
         """Why the last lookup that got no answer got none."""
         return self._why_unanswered

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class LoadOrder:
-    """Fill these pages of a waiting request."""
+    """Fill these pages of a request: one order for each group of layers that needs some."""
 
     request_id: str
     hashes: list[bytes]
@@ -29,6 +29,11 @@ class LoadOrder:
     """Position of the first block in its chain."""
     request: int = 0
     """The prompt's number towards the store; 0: none."""
+    group: int = 0
+    parts: int = 1
+    """Orders of this request in this step: it has what it loads when all of them have ended."""
+    tokens: float = 0.0
+    """What this order brings, of the request's; groups share."""
 
 
 @dataclass
@@ -42,6 +47,7 @@ class SaveOrder:
     """Position of the first block in its chain."""
     request: int = 0
     """The prompt's number towards the store; 0: none."""
+    group: int = 0
 
 
 @dataclass
@@ -95,7 +101,8 @@ class FailedLoad:
     """Where a load stopped being whole: what comes behind that place is of no use."""
 
     position: int
-    """Of the first block that did not come, counted from the load's first."""
+    """Of the first block that did not come, counted from the load's first; 0 where nothing of a
+    load that is not whole is of use."""
     reason: str
     """Its outcome."""
 
@@ -104,14 +111,14 @@ class FailedLoad:
 class LoadReport:
     """What the loads that ended brought, to see how fast the store is."""
 
-    blocks: int = 0
+    tokens: float = 0.0
     """Of all ranks counted in it."""
     seconds: float = 0.0
     """In which loads were under way, on the rank where it was longest."""
 
     def __add__(self, other: LoadReport) -> LoadReport:
         """Adds another rank's."""
-        return LoadReport(self.blocks + other.blocks, max(self.seconds, other.seconds))
+        return LoadReport(self.tokens + other.tokens, max(self.seconds, other.seconds))
 
 
 def merge_failed(

@@ -24,9 +24,12 @@ A request's life here:
   lease:     |<-- taken by matched(), renewed by step() -->|   let go: loaded, failed, finished()
 ```
 
-``saved_blocks`` of a request counts its leading blocks that are in the store or on their way.
-Every step orders the full blocks beyond it, prompt and generated tokens alike. A local hit that
-the store has lost is thereby stored again.
+``saved`` of a request counts, group by group, its leading blocks that are in the store or on their
+way, or gone. Every step orders the full blocks beyond it, prompt and generated tokens alike. A
+local hit that the store has lost is thereby stored again.
+
+Layers may be in several groups with page tables of their own (``groups``): what is loaded or saved
+is then ordered for each of them.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ from typing import Protocol
 
 from kvar.vllm.choice import Choice, Chosen
 from kvar.vllm.funnel import Funnel
+from kvar.vllm.groups import Group, Groups
 from kvar.vllm.metrics import Counters
 from kvar.vllm.orders import FailedLoad, LoadOrder, LoadReport, SaveOrder, SaveReport, StepOrders
 from kvar.vllm.settings import Mode
@@ -73,10 +77,12 @@ class StoreLease(Protocol):
 class Found:
     """What a lookup found."""
 
-    positions: int
-    """Leading positions that are stored on all ranks."""
+    tokens: int
+    """Leading tokens that are stored on all ranks, in all that a hit needs."""
     lease: StoreLease | None = None
     """The promise that they stay; None where there is none."""
+    whole: int = 0
+    """Leading tokens that are stored of the layers with full attention, if that is more."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +120,11 @@ class Tracked:
     request: EngineRequest
     number: int
     """Names its prompt towards the store."""
-    saved_blocks: int = 0
-    local_blocks: int = 0
-    loading: list[int] | None = None
-    """Pages being filled, in order; they begin at ``local_blocks``."""
+    saved: list[int]
+    """By group: blocks that need not be saved any more."""
+    local_tokens: int = 0
+    loading: int | None = None
+    """Tokens being loaded, beyond ``local_tokens``."""
     queued_tokens: int = 0
     """Ordered to be loaded, and nothing was heard of them yet."""
     barred: bool = False
@@ -125,8 +132,8 @@ class Tracked:
     stale: bool = False
     """Begun before the cache was reset, or run while a load by layers failed: its pages may not be
     what they should, save none."""
-    lookup: tuple[float, int, int] | None = None
-    """When it was looked up, how many blocks were asked about, how many were there."""
+    lookup: tuple[float, int, Found] | None = None
+    """When it was looked up, how many tokens were asked about, what was there."""
     chosen: tuple[int, Chosen] | None = None
     """Of so many stored tokens to load so many: decided once for each lookup."""
     lease: StoreLease | None = None
@@ -134,36 +141,52 @@ class Tracked:
     renewed: float = 0.0
 
 
+@dataclass(frozen=True)
+class HeldPages:
+    """Pages of one group that are being saved."""
+
+    group: Group
+    pages: list[int]
+    event: object
+
+
 class Planner:
     """The scheduler-side state of a connector.
 
-    ``lookup`` answers how many leading positions of a chain of engine hashes are stored, or why the
-    store cannot say right now; it is given the prompt's number, and for how many seconds
+    ``lookup`` answers how many leading tokens of a chain of engine hashes are stored, of so many,
+    or why the store cannot say right now; it is given the prompt's number, and for how many seconds
     what it finds is to stay (0: not at all). ``hold`` and ``release`` keep pages from being reused.
     ``loads`` and ``saves`` are what this engine may do at all, ``mode`` what it is to do now.
+    ``announce`` makes of blocks of a request what others are told once they are stored.
     """
 
     def __init__(
         self,
         *,
-        block_tokens: int,
+        groups: Groups,
         pool_blocks: int,
         ranks: int,
+        slices: int = 0,
         loads: bool,
         saves: bool,
-        lookup: Callable[[Sequence[bytes], int, float], Found | Unanswered],
+        lookup: Callable[[Sequence[bytes], int, int, float], Found | Unanswered],
         hold: Callable[[Sequence[int]], None],
         release: Callable[[Sequence[int]], None],
         choice: Choice,
         lease_s: float = 2.0,
         by_layers: bool = False,
+        announce: Callable[[EngineRequest, Group, int, int], object] | None = None,
         mode: Callable[[], Mode] = lambda: Mode.LOAD,
         now: Callable[[], float] = time.monotonic,
         numbers: Callable[[], int] = time.time_ns,
     ) -> None:
-        self._block_tokens = block_tokens
+        self._groups = groups
+        self._block_tokens = groups.hit_tokens
+        # What a window leaves behind is gone in the next step: first those.
+        self._save_order = (*groups.windowed, *groups.whole)
         self._held_blocks_max = int(pool_blocks * HELD_SHARE_MAX)
         self._ranks = ranks
+        self._slices = slices or ranks
         self._may_load = loads
         self._may_save = saves
         self._mode = mode
@@ -173,17 +196,21 @@ class Planner:
         self._choice = choice
         self._lease_s = lease_s
         self._by_layers = by_layers
+        self._announce = announce
+        self._announced: list[object] = []
         self._now = now
         self._numbers = numbers
         self._tracked: dict[str, Tracked] = {}
         self._leased: dict[str, Tracked] = {}
         self._orders = StepOrders()
-        self._held: dict[int, list[int]] = {}
+        self._held: dict[int, HeldPages] = {}
         self._held_blocks = 0
         self._reports: dict[int, SaveReport] = {}
         self._next_job = 0
         self._failures_heard = 0
         self._tainted: set[str] = set()
+        self.null_block = 0
+        """Where the engine keeps no page any more."""
         self.salt = ""
         self.counters = Counters()
         self._funnel = Funnel(self.counters)
@@ -198,24 +225,24 @@ class Planner:
 
     def matched(self, request: EngineRequest, computed_tokens: int) -> int:
         """Tokens beyond ``computed_tokens`` that can be loaded. Asked once or many times."""
-        usable = self._usable_blocks(request)
-        self._enter(request, usable, computed_tokens)
+        usable = self._usable_tokens(request)
+        self._funnel.begin(request.request_id, request.num_tokens, usable, computed_tokens)
         if not self._mode().looks_up:
             self._funnel.to(request.request_id, "looked_up", 0, "mode_off")
             self._leave(request)
             return 0
         tracked = self._track(request)
-        tracked.local_blocks = computed_tokens // self._block_tokens
-        stored = self._stored_blocks(tracked, usable)
+        tracked.local_tokens = computed_tokens // self._block_tokens * self._block_tokens
+        stored = self._stored(tracked, usable)
         if isinstance(stored, Unanswered):
             self._funnel.to(request.request_id, "looked_up", 0, stored.reason)
             # Not knowing is no reason to send again what was saved when it was computed.
-            tracked.saved_blocks = tracked.local_blocks
+            self._need_not_save(tracked, tracked.local_tokens)
             self._let_go(tracked)
             return 0
-        tracked.saved_blocks = stored
-        self._funnel.to(request.request_id, "looked_up", usable * self._block_tokens, "")
-        present = max(stored - tracked.local_blocks, 0) * self._block_tokens
+        self._need_not_save(tracked, stored.tokens, stored.whole)
+        self._funnel.to(request.request_id, "looked_up", usable, "")
+        present = max(stored.tokens - tracked.local_tokens, 0)
         self._funnel.to(request.request_id, "present", present, "absent")
         tokens, reason = self._wanted(tracked, present)
         self._funnel.to(request.request_id, "chosen", tokens, reason)
@@ -225,16 +252,20 @@ class Planner:
 
     def passed_over(self, request: EngineRequest) -> None:
         """The engine asks about a request that wants nothing from any cache."""
-        self._enter(request, self._usable_blocks(request), 0)
+        usable = self._usable_tokens(request)
+        self._funnel.begin(request.request_id, request.num_tokens, usable, 0)
         self._funnel.to(request.request_id, "looked_up", 0, "opted_out")
 
-    def _usable_blocks(self, request: EngineRequest) -> int:
+    def _usable_tokens(self, request: EngineRequest) -> int:
         # The last token is always computed: its logits are what the request is after.
-        return min((request.num_tokens - 1) // self._block_tokens, len(request.block_hashes))
+        known = min(request.num_tokens - 1, self._groups.known_tokens(request.block_hashes))
+        return max(known, 0) // self._block_tokens * self._block_tokens
 
-    def _enter(self, request: EngineRequest, usable: int, computed_tokens: int) -> None:
-        full_blocks = max(usable, 0) * self._block_tokens
-        self._funnel.begin(request.request_id, request.num_tokens, full_blocks, computed_tokens)
+    def _need_not_save(self, tracked: Tracked, tokens: int, whole: int = 0) -> None:
+        """So many leading tokens are stored; of layers with full attention perhaps more."""
+        for group in self._groups.all:
+            known = max(tokens, whole) if group.window is None else tokens
+            tracked.saved[group.number] = known // group.block_tokens
 
     def _wanted(self, tracked: Tracked, tokens: int) -> tuple[int, str]:
         """How many of these stored tokens to load, and why not the others."""
@@ -250,7 +281,9 @@ class Planner:
             tracked.chosen = (tokens, self._choice.choose(tokens, self._block_tokens))
             self.counters.add("explored_requests", tracked.chosen[1].explores)
         chosen = tracked.chosen[1]
-        return chosen.tokens, "recompute" if chosen.computes else "too_late"
+        # What a shorter hit needs of windows was not asked about.
+        is_cut = bool(self._groups.windowed) and chosen.tokens < tokens
+        return 0 if is_cut else chosen.tokens, "recompute" if chosen.computes else "too_late"
 
     def _leave(self, request: EngineRequest) -> None:
         """Nothing is asked for it; what an earlier lookup found is let go."""
@@ -260,29 +293,29 @@ class Planner:
             tracked.chosen = None
             self._let_go(tracked)
 
-    def _stored_blocks(self, tracked: Tracked, usable: int) -> int | Unanswered:
+    def _stored(self, tracked: Tracked, usable: int) -> Found | Unanswered:
         if usable <= 0:
-            return 0
+            return Found(0)
         if tracked.lookup is not None:
             when, asked, known = tracked.lookup
             if asked == usable and self._now() - when < LOOKUP_REUSE_S:
                 return known
         lease_s = self._lease_s if self._loads and not tracked.barred else 0.0
-        found = self._lookup(tracked.request.block_hashes[:usable], tracked.number, lease_s)
+        chain = tracked.request.block_hashes[: usable // self._groups.hash_tokens]
+        found = self._lookup(chain, usable, tracked.number, lease_s)
         if isinstance(found, Unanswered):
             self.counters.add("failed_lookups", 1)
             return found
-        found_now = found.positions
         self._take(tracked, found.lease)
-        tracked.lookup = (self._now(), usable, found_now)
+        tracked.lookup = (self._now(), usable, found)
         tracked.chosen = None
-        self.counters.add("looked_up_tokens", usable * self._block_tokens)
-        self.counters.add("stored_tokens", found_now * self._block_tokens)
+        self.counters.add("looked_up_tokens", usable)
+        self.counters.add("stored_tokens", found.tokens)
         if not self._loads:
-            more = max(found_now - tracked.local_blocks, 0)
             self.counters.add("observed_lookups", 1)
-            self.counters.add("observed_tokens", more * self._block_tokens)
-        return found_now
+            more = max(found.tokens - tracked.local_tokens, 0)
+            self.counters.add("observed_tokens", more)
+        return found
 
     def _take(self, tracked: Tracked, lease: StoreLease | None) -> None:
         """The request holds this promise from now on, and no other."""
@@ -312,8 +345,10 @@ class Planner:
                 tracked.renewed = now
                 tracked.lease.renew(self._lease_s)
 
-    def allocated(self, request: EngineRequest, block_ids: Sequence[int], tokens: int) -> None:
-        """The request has its pages; ``tokens`` of them are to be loaded (0: none)."""
+    def allocated(
+        self, request: EngineRequest, block_ids: Sequence[Sequence[int]], tokens: int
+    ) -> None:
+        """The request has its pages, by group; ``tokens`` are to be loaded (0: none)."""
         if tokens <= 0:
             self._funnel.book(request.request_id)
         else:
@@ -330,26 +365,47 @@ class Planner:
             if tracked.loading is None:
                 self._let_go(tracked)
             return
-        first = tracked.local_blocks
-        last = first + tokens // self._block_tokens
-        tracked.loading = list(block_ids[first:last])
+        tracked.loading = tokens
         tracked.queued_tokens = tokens
         self._choice.queued_tokens += tokens
         self.counters.add("hit_tokens", tokens)
-        self._orders.loads.append(
-            LoadOrder(
-                request.request_id,
-                list(request.block_hashes[first:last]),
-                tracked.loading,
-                first,
-                tracked.number,
-            )
-        )
+        self._orders.loads += self._load_orders(tracked, block_ids, tokens)
+
+    def _load_orders(
+        self, tracked: Tracked, block_ids: Sequence[Sequence[int]], tokens: int
+    ) -> list[LoadOrder]:
+        orders = []
+        total = tracked.local_tokens + tokens
+        for group in self._groups.all:
+            pages = block_ids[group.number]
+            last = total // group.block_tokens
+            # The engine has no pages for what a window has left behind.
+            first = max(tracked.local_tokens // group.block_tokens, group.needed_from(total))
+            while first < last and pages[first] == self.null_block:
+                first += 1
+            if first < last:
+                orders.append(
+                    LoadOrder(
+                        tracked.request.request_id,
+                        self._groups.hashes(group, tracked.request.block_hashes, first, last),
+                        list(pages[first:last]),
+                        first,
+                        tracked.number,
+                        group.number,
+                    )
+                )
+        if not orders:
+            # The engine waits for an answer all the same.
+            orders.append(LoadOrder(tracked.request.request_id, [], [], 0, tracked.number))
+        for order in orders:
+            order.parts = len(orders)
+            order.tokens = tokens / len(orders)
+        return orders
 
     def step(
         self,
         scheduled_tokens: Mapping[str, int],
-        block_ids_of: Callable[[str], Sequence[int] | None],
+        block_ids_of: Callable[[str], Sequence[Sequence[int]] | None],
     ) -> StepOrders:
         """The orders of this step; called once a step, after everything was scheduled."""
         if self._leased:
@@ -376,31 +432,48 @@ class Planner:
         self,
         tracked: Tracked,
         computed_tokens: int,
-        block_ids: Callable[[], Sequence[int] | None],
+        block_ids: Callable[[], Sequence[Sequence[int]] | None],
     ) -> None:
         if not self._saves or tracked.stale:
             return
         # Only tokens that are known have a hash; drafts and placeholders are never saved.
-        full = min(computed_tokens // self._block_tokens, len(tracked.request.block_hashes))
-        first = tracked.saved_blocks
-        last = min(full, first + self._held_blocks_max - self._held_blocks)
-        if last <= first:
-            return
-        pages = list((block_ids() or ())[first:last])
-        if len(pages) != last - first:
+        known = min(computed_tokens, self._groups.known_tokens(tracked.request.block_hashes))
+        tables: Sequence[Sequence[int]] | None = None
+        for group in self._save_order:
+            full = known // group.block_tokens
+            room = self._held_blocks_max - self._held_blocks
+            if full > tracked.saved[group.number] and room > 0:
+                if tables is None:
+                    tables = block_ids() or ()
+                if len(tables) > group.number and len(tables[group.number]) >= full:
+                    self._save_group(tracked, group, tables[group.number], full, room)
+
+    def _save_group(
+        self, tracked: Tracked, group: Group, table: Sequence[int], full: int, room: int
+    ) -> None:
+        first = tracked.saved[group.number]
+        while first < full and table[first] == self.null_block:
+            first += 1
+        last = min(full, first + room)
+        pages = list(table[first:last])
+        tracked.saved[group.number] = last
+        if not pages:
             return
         self._hold(pages)
         job, self._next_job = self._next_job, self._next_job + 1
-        self._held[job] = pages
+        event = None
+        if self._announce is not None:
+            event = self._announce(tracked.request, group, first, last)
+        self._held[job] = HeldPages(group, pages, event)
         self._held_blocks += len(pages)
-        tracked.saved_blocks = last
         self._orders.saves.append(
             SaveOrder(
                 job,
-                list(tracked.request.block_hashes[first:last]),
+                self._groups.hashes(group, tracked.request.block_hashes, first, last),
                 pages,
                 first,
                 tracked.number,
+                group.number,
             )
         )
 
@@ -424,22 +497,9 @@ class Planner:
         self.counters.add("computed_tokens", tokens)
         self.counters.add("computed_seconds", seconds)
         if loads is not None:
-            a_rank = loads.blocks / self._ranks * self._block_tokens
-            self._choice.loaded(a_rank, loads.seconds)
+            self._choice.loaded(loads.tokens / self._ranks, loads.seconds)
         for job, report in reports.items():
-            known = self._reports.get(job)
-            total = report if known is None else known + report
-            if total.ranks < self._ranks:
-                self._reports[job] = total
-                continue
-            self._reports.pop(job, None)
-            pages = self._held.pop(job, None)
-            if pages is not None:
-                self._held_blocks -= len(pages)
-                self._release(pages)
-            tokens_a_rank = self._block_tokens / self._ranks
-            self.counters.add("saved_tokens", total.stored_blocks * tokens_a_rank)
-            self.counters.add("unsaved_tokens", total.failed_blocks * tokens_a_rank)
+            self._note_save(job, report)
         for request_id, failure in failed.items():
             tracked_or_none = self._tracked.get(request_id)
             if tracked_or_none is not None:
@@ -447,9 +507,8 @@ class Planner:
         for request_id in loaded:
             done = self._tracked.get(request_id)
             if done is not None and done.loading is not None:
-                kept = len(done.loading) * self._block_tokens
-                self.counters.add("loaded_tokens", kept)
-                self._funnel.to(request_id, "loaded", kept, "")
+                self.counters.add("loaded_tokens", done.loading)
+                self._funnel.to(request_id, "loaded", done.loading, "")
                 done.loading = None
                 self._unqueue(done)
                 if self._by_layers:
@@ -457,25 +516,42 @@ class Planner:
             if done is not None:
                 self._let_go(done)
 
+    def _note_save(self, job: int, report: SaveReport) -> None:
+        known = self._reports.get(job)
+        total = report if known is None else known + report
+        if total.ranks < self._ranks:
+            self._reports[job] = total
+            return
+        self._reports.pop(job, None)
+        held = self._held.pop(job, None)
+        if held is None:
+            return
+        self._held_blocks -= len(held.pages)
+        self._release(held.pages)
+        if held.event is not None and total.stored_blocks == len(held.pages) * self._slices:
+            self._announced.append(held.event)
+        # A token is saved by the share of the groups and slices that are.
+        share = held.group.block_tokens / len(self._groups.all) / self._slices
+        self.counters.add("saved_tokens", total.stored_blocks * share)
+        self.counters.add("unsaved_tokens", total.failed_blocks * share)
+
     def _note_failed_load(self, tracked: Tracked, failure: FailedLoad) -> None:
         # Another rank may have lost more of it, or told of it before.
-        if tracked.loading is None or failure.position >= len(tracked.loading):
+        kept = failure.position * self._block_tokens
+        if tracked.loading is None or kept >= tracked.loading:
             return
-        lost = len(tracked.loading) - failure.position
-        self.counters.add("failed_load_tokens", lost * self._block_tokens)
-        del tracked.loading[failure.position :]
-        kept = len(tracked.loading)
-        request_id = tracked.request.request_id
-        self._funnel.to(request_id, "loaded", kept * self._block_tokens, failure.reason)
+        self.counters.add("failed_load_tokens", tracked.loading - kept)
+        tracked.loading = kept
+        self._funnel.to(tracked.request.request_id, "loaded", kept, failure.reason)
         tracked.barred = True
         # The bad copy is gone from the store; what is computed instead takes its place.
-        tracked.saved_blocks = tracked.local_blocks + kept
+        self._need_not_save(tracked, tracked.local_tokens + kept)
 
     def _unqueue(self, tracked: Tracked) -> None:
         self._choice.queued_tokens -= tracked.queued_tokens
         tracked.queued_tokens = 0
 
-    def finished(self, request: EngineRequest, block_ids: Sequence[int]) -> None:
+    def finished(self, request: EngineRequest, block_ids: Sequence[Sequence[int]]) -> None:
         """The request ended: orders what was not saved yet and forgets it."""
         self._funnel.finished(request.request_id)
         tracked = self._tracked.pop(request.request_id, None)
@@ -499,6 +575,11 @@ class Planner:
             if tracked.loading is None:
                 self._let_go(tracked)
 
+    def take_announced(self) -> list[object]:
+        """What ``announce`` made of saves that were stored whole since the last call."""
+        taken, self._announced = self._announced, []
+        return taken
+
     @property
     def has_work(self) -> bool:
         """Whether holds are open or orders wait; the engine must keep stepping until not."""
@@ -507,6 +588,8 @@ class Planner:
     def _track(self, request: EngineRequest) -> Tracked:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            tracked = self._tracked[request.request_id] = Tracked(request, self._numbers())
+            saved = [0] * len(self._groups.all)
+            tracked = Tracked(request, self._numbers(), saved)
+            self._tracked[request.request_id] = tracked
             tracked.stale = bool(self._tainted)
         return tracked

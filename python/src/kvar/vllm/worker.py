@@ -72,6 +72,8 @@ class Ended:
     """What has ended since it was last asked."""
 
     loaded: set[str] = field(default_factory=set)
+    useless: set[str] = field(default_factory=set)
+    """Of the loaded ones, those that got nothing of use."""
     bad_block_ids: set[int] = field(default_factory=set)
     failed: dict[str, FailedLoad] = field(default_factory=dict)
     reports: dict[int, SaveReport] = field(default_factory=dict)
@@ -79,35 +81,51 @@ class Ended:
     layers: LayersReport = field(default_factory=LayersReport)
 
 
+@dataclass(frozen=True)
+class GroupPages:
+    """One group of layers on this rank."""
+
+    pages: Pages
+    text: str
+    """What its blocks' names are made of, beside the prefix."""
+    bytes_a_block: int
+
+
 class Mover:
-    """The loads and saves of one rank."""
+    """The loads and saves of one rank.
+
+    ``fail_whole``: a load that lost a block is of no use, and is told by request, not by page.
+    ``saves``: whether this rank saves; another one has the same bytes if not.
+    """
 
     def __init__(
         self,
         *,
         link: Link,
-        pages: Pages,
+        groups: Sequence[GroupPages],
         key: kvar.NamespaceKey,
-        fingerprint_text: str,
         head_slice: tuple[int, int],
         deadline_ms: int,
-        bytes_a_block: int,
         traffic_class: int = 0,
         handover: bool = False,
+        fail_whole: bool = False,
+        saves: bool = True,
     ) -> None:
         self._link = link
-        self._pages = pages
+        self._groups = groups
         self._key = key
-        self._fingerprint_text = fingerprint_text
         self._head_slice = head_slice
         self._deadline_ms = deadline_ms
-        self._bytes_a_block = bytes_a_block
+        self._fail_whole = fail_whole
+        self._saves_here = saves
         self._traffic_class = traffic_class
         self._handover = handover
         self._loads: list[_Load] = []
         self._saves: list[_Save] = []
         self._layered: list[_LayeredLoad] = []
         self._failed_at_start: list[LoadOrder] = []
+        self._parts_left: dict[str, int] = {}
+        self._parts_lost: set[str] = set()
         self.failures = 0
         self._ended = Ended()
         self._load_ended = float("-inf")
@@ -116,22 +134,35 @@ class Mover:
     def start_load(self, order: LoadOrder, salt: str) -> None:
         """Starts one load; its end is in a later :meth:`ended`."""
         client = self._link.client()
-        if client is not None:
+        if client is not None and order.block_ids:
             try:
-                transfer = self._pages.load(self._batch(client, order, salt), order.request)
+                pages = self._groups[order.group].pages
+                transfer = pages.load(self._batch(client, order, salt), order.request)
                 self._loads.append(_Load(order, transfer, time.monotonic()))
                 return
             except kvar.KvarError as error:
                 self._link.failed(error)
-        self._ended.loaded.add(order.request_id)
         self._note_misses(order, [STORE_AWAY] * len(order.block_ids))
+        self._end_part(order)
+
+    def _end_part(self, order: LoadOrder) -> None:
+        """One order of a request has ended; the request's load with the last of them."""
+        left = self._parts_left.pop(order.request_id, order.parts) - 1
+        if left:
+            self._parts_left[order.request_id] = left
+            return
+        self._ended.loaded.add(order.request_id)
+        if order.request_id in self._parts_lost:
+            self._parts_lost.discard(order.request_id)
+            self._ended.useless.add(order.request_id)
 
     def start_layers(self, order: LoadOrder, salt: str) -> None:
         """Starts a load by layers; it is over by :meth:`finish_layers`."""
         client = self._link.client()
-        if client is not None and isinstance(self._pages, DirectPages):
+        pages = self._groups[order.group].pages
+        if client is not None and isinstance(pages, DirectPages):
             try:
-                transfer = self._pages.load_layers(self._batch(client, order, salt), order.request)
+                transfer = pages.load_layers(self._batch(client, order, salt), order.request)
                 self._layered.append(_LayeredLoad(order, transfer))
                 return
             except kvar.KvarError as error:
@@ -170,9 +201,8 @@ class Mover:
             self.counters.add("load_seconds", seconds)
             self.counters.add("layered_load_seconds", seconds)
             self.counters.add("layered_wait_seconds", load.waited)
-            ended.loads.blocks += words.count("hit")
             ended.loads.seconds += seconds
-            self.counters.add("loaded_bytes", words.count("hit") * self._bytes_a_block)
+            self._note_hits(load.order, words)
         self._layered.clear()
         self._failed_at_start.clear()
         self.failures += failed
@@ -185,6 +215,9 @@ class Mover:
 
     def start_save(self, order: SaveOrder, salt: str) -> None:
         """Starts one save; its end is in a later :meth:`ended`."""
+        if not self._saves_here:
+            self._ended.reports[order.job] = SaveReport(1, 0, 0)
+            return
         client = self._link.client()
         if client is not None:
             try:
@@ -193,7 +226,8 @@ class Mover:
                     traffic_class=self._traffic_class,
                     handover=self._handover,
                 )
-                transfer = self._pages.save(self._batch(client, order, salt), hints)
+                pages = self._groups[order.group].pages
+                transfer = pages.save(self._batch(client, order, salt), hints)
                 self._saves.append(_Save(order, transfer))
                 return
             except kvar.KvarError as error:
@@ -201,7 +235,8 @@ class Mover:
         self._ended.reports[order.job] = SaveReport(1, 0, len(order.block_ids))
 
     def _batch(self, client: kvar.Client, order: LoadOrder | SaveOrder, salt: str) -> Batch:
-        ids = names(self._key, order.hashes, self._fingerprint_text, salt, self._head_slice)
+        text = self._groups[order.group].text
+        ids = names(self._key, order.hashes, text, salt, self._head_slice, order.group)
         return Batch(client, ids, order.block_ids, self._deadline_ms, order.depth)
 
     def ended(self) -> Ended:
@@ -211,13 +246,12 @@ class Mover:
             if words is None:
                 continue
             self._loads.remove(load)
-            self._ended.loaded.add(load.order.request_id)
             self._note_misses(load.order, words)
+            self._note_hits(load.order, words)
+            self._end_part(load.order)
             ended_at = load.transfer.ended_at()
             self.counters.add("load_seconds", ended_at - load.started)
-            self.counters.add("loaded_bytes", words.count("hit") * self._bytes_a_block)
             # Loads under way together share the link: time counts once for all of them.
-            self._ended.loads.blocks += words.count("hit")
             self._ended.loads.seconds += max(ended_at - max(load.started, self._load_ended), 0.0)
             self._load_ended = max(ended_at, self._load_ended)
         for save in list(self._saves):
@@ -230,7 +264,8 @@ class Mover:
                     self.counters.add("save_refused_blocks", 1, word)
             stored = sum(word in STORED for word in words)
             self._ended.reports[save.order.job] = SaveReport(1, stored, len(words) - stored)
-            self.counters.add("saved_bytes", stored * self._bytes_a_block)
+            bytes_a_block = self._groups[save.order.group].bytes_a_block
+            self.counters.add("saved_bytes", stored * bytes_a_block)
         ended, self._ended = self._ended, Ended()
         ended.layers.failures = self.failures
         return ended
@@ -251,12 +286,20 @@ class Mover:
         failed = None
         for position, (block, word) in enumerate(zip(order.block_ids, words, strict=True)):
             if word != "hit":
-                failed = failed or FailedLoad(position, word)
-                self._ended.bad_block_ids.add(block)
+                failed = failed or FailedLoad(0 if self._fail_whole else position, word)
+                if self._fail_whole:
+                    self._parts_lost.add(order.request_id)
+                else:
+                    self._ended.bad_block_ids.add(block)
                 self.counters.add("load_missed_blocks", 1, word)
         if failed is not None:
-            self._ended.failed[order.request_id] = failed
+            self._ended.failed.setdefault(order.request_id, failed)
         return failed is not None
+
+    def _note_hits(self, order: LoadOrder, words: Sequence[str]) -> None:
+        hits = words.count("hit")
+        self._ended.loads.tokens += order.tokens * hits / max(len(words), 1)
+        self.counters.add("loaded_bytes", hits * self._groups[order.group].bytes_a_block)
 
     @property
     def idle(self) -> bool:
@@ -270,20 +313,9 @@ def names(
     fingerprint_text: str,
     salt: str,
     head_slice: tuple[int, int],
+    group: int = 0,
 ) -> list[bytes]:
-    """The block ids of one rank's share of these positions."""
+    """The block ids of one slice of these positions of one group."""
     text = f"{fingerprint_text}reset={salt}\n" if salt else fingerprint_text
     fingerprint = kvar.ContentFingerprint.of_text(text)
-    return kvar.derive_ids(key, hashes, fingerprint, head_slice=head_slice, group=0)
-
-
-def chain_names(
-    key: kvar.NamespaceKey,
-    hashes: Sequence[bytes],
-    fingerprint_text: str,
-    salt: str,
-    ranks: int,
-) -> list[bytes]:
-    """The block ids of all ranks, position by position: what one lookup asks about."""
-    by_rank = [names(key, hashes, fingerprint_text, salt, (rank, ranks)) for rank in range(ranks)]
-    return [ids[position] for position in range(len(hashes)) for ids in by_rank]
+    return kvar.derive_ids(key, hashes, fingerprint, head_slice=head_slice, group=group)
