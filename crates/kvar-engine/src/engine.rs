@@ -6,7 +6,8 @@ use crate::layout::{PAGE, Superblock};
 use crate::recovery::{RecoveryReport, recover, void_checkpoint};
 use crate::shard::{
     BlockStat, Change, Counters, Demoted, Demotion, EngineConfig, Event, GetRequest, LeaseGrant,
-    LeaseRequest, PutRequest, PutTicket, ReadHints, Shard, ShardStatus, ShutdownReport, Standing,
+    LeaseRequest, PutRequest, PutTicket, ReadHints, Reader, Shard, ShardStatus, ShutdownReport,
+    Standing,
 };
 use kvar_base::{BlockId, LeaseToken, Moment, PutOutcome, SECTIONS_MAX};
 use kvar_io::{Arena, Completion, Device, Op};
@@ -184,28 +185,9 @@ impl Engine {
     }
 
     /// Reads a block; ends in [`Event::Get`].
-    pub fn get(&mut self, now: Moment, token: u64, request: GetRequest) {
-        self.get_for(now, 0, token, request);
-    }
-
-    /// As [`get`](Self::get), for one of several who ask: when the device has more to do than it
-    /// can, they are served in turn. `asker` is the caller's number for whom it asks.
-    pub fn get_for(&mut self, now: Moment, asker: u64, token: u64, request: GetRequest) {
+    pub fn get(&mut self, now: Moment, token: u64, request: GetRequest, hints: ReadHints) {
         self.shard.called(now);
-        self.shard.get(now, asker, token, request);
-    }
-
-    /// As [`get_for`](Self::get_for), by a reader that says more of itself.
-    pub fn get_with(
-        &mut self,
-        now: Moment,
-        asker: u64,
-        token: u64,
-        request: GetRequest,
-        hints: ReadHints,
-    ) {
-        self.shard.called(now);
-        self.shard.get_with(now, asker, token, request, hints);
+        self.shard.get(now, Reader::new(token, request, hints));
     }
 
     /// Announces a put: room for its bytes, or why not.
@@ -278,12 +260,7 @@ impl Engine {
 
     /// Completions in, due work, operations out. Never blocks.
     pub fn turn(&mut self, now: Moment) {
-        self.device.poll(&mut self.completions);
-        self.advance(now, self.completions.len());
-        // A refusal leaves the queue with the device; the next turn tries again.
-        if let Err(error) = self.device.kick() {
-            self.shard.device_refused(now, &error);
-        }
+        self.turn_some(now, u64::MAX);
     }
 
     /// As [`turn`](Self::turn), of reads that are over about `bytes` (one at least); whether more is
@@ -302,6 +279,7 @@ impl Engine {
         });
         let some = some.count();
         self.advance(now, some);
+        // A refusal leaves the queue with the device; the next turn tries again.
         if let Err(error) = self.device.kick() {
             self.shard.device_refused(now, &error);
         }

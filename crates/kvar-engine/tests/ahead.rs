@@ -44,11 +44,12 @@ fn begin(shard: &mut Shard, number: u64, section: u16, hints: ReadHints) -> u64 
         deadline: shard.now.after(Duration::from_secs(1)),
         touch: Touch::default(),
     };
-    shard.engine.get_with(shard.now, 0, token, request, hints);
+    shard.engine.get(shard.now, token, request, hints);
     token
 }
 
 const GOES_ON: ReadHints = ReadHints {
+    asker: 0,
     goes_on: true,
     waits: false,
 };
@@ -190,6 +191,7 @@ fn a_small_block_is_read_whole_at_its_first_section() {
 // ---- waiting ------------------------------------------------------------------------------------
 
 const WAITS: ReadHints = ReadHints {
+    asker: 0,
     goes_on: false,
     waits: true,
 };

@@ -5,8 +5,8 @@ mod common;
 use common::{Oracle, Store, config, id, options, payload};
 use kvar_base::{ContentCheck, MissReason, Moment, PutOutcome, Refusal};
 use kvar_engine::{
-    Engine, Event, GetRequest, OpenError, PutHints, PutRequest, Tier, Touch, arena_bytes, check,
-    format, format_probed, inspect, read_superblock,
+    Engine, Event, GetRequest, OpenError, PutHints, PutRequest, ReadHints, Tier, Touch,
+    arena_bytes, check, format, format_probed, inspect, read_superblock,
 };
 use kvar_io::Arena;
 use kvar_io::sim::{Image, SimDisk, SimOptions, Survival};
@@ -205,6 +205,7 @@ fn a_read_may_name_sections_and_names_that_are_not_there_are_a_miss() {
                 deadline,
                 touch,
             },
+            ReadHints::default(),
         );
         match store.engine.events().next() {
             Some(Event::Get { outcome, .. }) => outcome.map(|copy| {
@@ -236,7 +237,9 @@ fn a_deadline_of_zero_is_a_deadline_that_has_passed() {
         deadline: store.now,
         touch: Touch::default(),
     };
-    store.engine.get(store.now, 9, request);
+    store
+        .engine
+        .get(store.now, 9, request, ReadHints::default());
     assert!(matches!(
         store.engine.events().next(),
         Some(Event::Get {
@@ -477,7 +480,9 @@ fn store_get_raw(store: &mut Store, number: u64) -> Result<Vec<u8>, MissReason> 
         deadline: Moment(u64::MAX),
         touch: Touch::default(),
     };
-    store.engine.get(store.now, 1 << 40, request);
+    store
+        .engine
+        .get(store.now, 1 << 40, request, ReadHints::default());
     for _ in 0..1000 {
         store.now = store.now.after(Duration::from_millis(1));
         store.engine.turn(store.now);

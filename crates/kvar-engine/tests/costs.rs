@@ -7,7 +7,7 @@
 use allocation_counter::measure;
 use kvar_base::{BlockId, ContentCheck, DeviceUuid, Moment, PutOutcome};
 use kvar_engine::{
-    Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, Touch,
+    Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, ReadHints, Touch,
     arena_bytes, format,
 };
 use kvar_io::{Arena, DeviceOptions, IoEngine, Target, Wanted, open_device};
@@ -189,7 +189,7 @@ impl Store {
                     deadline: Moment(u64::MAX),
                     touch: Touch::default(),
                 };
-                self.engine.get(now, begun, request);
+                self.engine.get(now, begun, request, ReadHints::default());
                 begun += 1;
             }
             let now = self.tick();

@@ -112,14 +112,16 @@ fn open(image: Image) -> Store {
 /// Reads a block without the oracle, whose lengths are others.
 fn read(store: &mut Store, number: u64) -> Result<Vec<u8>, MissReason> {
     use kvar_base::Moment;
-    use kvar_engine::{Event, GetRequest, Touch};
+    use kvar_engine::{Event, GetRequest, ReadHints, Touch};
     let request = GetRequest {
         id: id(number),
         sections: None,
         deadline: Moment(u64::MAX),
         touch: Touch::default(),
     };
-    store.engine.get(store.now, 1 << 40, request);
+    store
+        .engine
+        .get(store.now, 1 << 40, request, ReadHints::default());
     for _ in 0..1000 {
         store.now = store.now.after(Duration::from_millis(1));
         store.engine.turn(store.now);

@@ -8,7 +8,7 @@
 mod shard;
 
 use kvar_base::PutOutcome;
-use kvar_engine::{EngineConfig, GetRequest, PutHints, Tier, Touch, WriteRates};
+use kvar_engine::{EngineConfig, GetRequest, PutHints, ReadHints, Tier, Touch, WriteRates};
 use kvar_io::sim::{Fault, FaultKind, FaultOn};
 use shard::{Shard, config, id};
 use std::time::Duration;
@@ -342,7 +342,9 @@ fn a_handover_that_a_second_request_wants_is_a_block_like_any_other() {
             deadline: kvar_base::Moment(u64::MAX),
             touch: Touch { request, depth: 0 },
         };
-        shard.engine.get(shard.now, 77, request);
+        shard
+            .engine
+            .get(shard.now, 77, request, ReadHints::default());
         assert_eq!(shard.engine.events().count(), 1);
     };
     // The same request, several workers of it: one read.

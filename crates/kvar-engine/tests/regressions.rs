@@ -7,8 +7,8 @@ use common::{Dice, Oracle, Store, config, id, options, payload};
 use kvar_base::{ContentCheck, Moment, PutOutcome, Refusal};
 use kvar_engine::layout::{CHUNK_BYTES, decode_chunk};
 use kvar_engine::{
-    Copy, Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, Touch,
-    arena_bytes, format, inspect,
+    Copy, Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, ReadHints,
+    Touch, arena_bytes, format, inspect,
 };
 use kvar_io::Arena;
 use kvar_io::sim::{Fault, FaultKind, FaultOn, Image, SimDisk, SimOptions, Survival};
@@ -257,7 +257,9 @@ fn a_segment_that_a_checkpoint_leads_to_is_not_free() {
                     deadline: Moment(u64::MAX),
                     touch: Touch::default(),
                 };
-                again.engine.get(again.now, 1 << 40, request);
+                again
+                    .engine
+                    .get(again.now, 1 << 40, request, ReadHints::default());
                 for _ in 0..20 {
                     again.now = again.now.after(Duration::from_millis(1));
                     again.engine.turn(again.now);
@@ -445,7 +447,7 @@ fn readers_that_hold_on_to_copies_cost_puts_and_no_write() {
                     deadline: Moment(u64::MAX),
                     touch: Touch::default(),
                 };
-                engine.get(now, number, get);
+                engine.get(now, number, get, ReadHints::default());
             }
             Err(_) => refused += 1,
         }
@@ -556,7 +558,9 @@ fn reads_find_memory_while_puts_wait_for_a_slow_device() {
         deadline: Moment(u64::MAX),
         touch: Touch::default(),
     };
-    store.engine.get(store.now, u64::MAX, raw);
+    store
+        .engine
+        .get(store.now, u64::MAX, raw, ReadHints::default());
     for _ in 0..100 {
         store.now = store.now.after(Duration::from_millis(1));
         store.engine.turn(store.now);

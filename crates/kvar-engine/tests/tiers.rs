@@ -4,7 +4,8 @@ mod shard;
 
 use kvar_base::{BlockId, LeaseToken, Moment};
 use kvar_engine::{
-    Demoted, EngineConfig, Event, GetRequest, LeaseRequest, PutHints, Standing, Touch, WriteRates,
+    Demoted, EngineConfig, Event, GetRequest, LeaseRequest, PutHints, ReadHints, Standing, Touch,
+    WriteRates,
 };
 use shard::{Shard, config, id};
 use std::collections::HashMap;
@@ -511,7 +512,9 @@ fn a_block_that_is_moved_is_as_old_and_as_often_used_as_it_was() {
             deadline: Moment(u64::MAX),
             touch: Touch::NONE,
         };
-        shard.engine.get(shard.now, 5, request);
+        shard
+            .engine
+            .get(shard.now, 5, request, ReadHints::default());
         for _ in 0..1000 {
             for event in shard.hear() {
                 if let Event::Get { outcome, .. } = event {

@@ -3,7 +3,7 @@
 mod shard;
 
 use kvar_base::{MissReason, Moment};
-use kvar_engine::{Event, GetRequest, Touch};
+use kvar_engine::{Event, GetRequest, ReadHints, Touch};
 use kvar_io::sim::{Fault, FaultKind, FaultOn};
 use shard::{Shard, config, id};
 use std::time::Duration;
@@ -33,7 +33,11 @@ fn ask(shard: &mut Shard, asker: u64, number: u64, deadline: Moment) {
         touch: Touch::default(),
     };
     // Tokens are numbers of blocks here: each is asked for once.
-    shard.engine.get_for(shard.now, asker, number, request);
+    let hints = ReadHints {
+        asker,
+        ..ReadHints::default()
+    };
+    shard.engine.get(shard.now, number, request, hints);
 }
 
 /// Turns until the device holds as many reads as it is given, and answers none.

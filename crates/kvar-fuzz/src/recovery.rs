@@ -13,8 +13,8 @@ use kvar_engine::layout::{
     CHUNK_BYTES, PAGE, Record, decode_chunk, decode_page, encode_chunk, encode_page,
 };
 use kvar_engine::{
-    Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, Superblock,
-    Touch, arena_bytes, format, read_superblock,
+    Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, ReadHints,
+    Superblock, Touch, arena_bytes, format, read_superblock,
 };
 use kvar_io::Arena;
 use kvar_io::sim::{Image, SimDisk, SimOptions, Survival};
@@ -136,7 +136,8 @@ impl Store {
             deadline: Moment(u64::MAX),
             touch: Touch::default(),
         };
-        self.engine.get(self.now, token, request);
+        self.engine
+            .get(self.now, token, request, ReadHints::default());
         let Event::Get { outcome, .. } = self.answer(token) else {
             panic!("a read is answered as a read");
         };

@@ -67,10 +67,8 @@ pub(crate) enum Ask {
     Release(LeaseToken),
     /// Some blocks of a lease are of no use to anybody.
     ReleaseSome(LeaseToken, Vec<BlockId>),
-    /// And for whom: a number of the asking thread's links, so that they are served in turn.
-    Get(GetRequest, u64),
-    /// By a reader that says more of itself.
-    GetWith(GetRequest, u64, ReadHints),
+    /// The asker is a number of the asking thread's links.
+    Get(GetRequest, ReadHints),
     PutBegin(PutRequest),
     PutCommit(PutTicket),
     PutAbort(PutTicket),

@@ -32,7 +32,8 @@ use crate::report::ShardReport;
 use kvar_base::{MissReason, Moment, PutOutcome, Refusal};
 use kvar_engine::{Demoted, Demotion, Standing};
 use kvar_engine::{
-    Engine, Event, LeaseGrant, LeaseRequest, Loaded, RecoveryReport, ShardStatus, ShutdownReport,
+    Engine, Event, LeaseGrant, LeaseRequest, Loaded, ReadHints, RecoveryReport, ShardStatus,
+    ShutdownReport,
 };
 use slab::Slab;
 use std::os::fd::RawFd;
@@ -371,13 +372,10 @@ impl Owner {
                 answers.push((origin, Answer::AboutLease(until)));
             }
             Ask::ReleaseSome(token, ids) => engine.release_some(token, &ids),
-            Ask::Get(request, link) => {
-                let asker = asker(origin, link);
-                engine.get_for(now, asker, wait(Asked::Get), request);
-            }
-            Ask::GetWith(request, link, hints) => {
-                let asker = asker(origin, link);
-                engine.get_with(now, asker, wait(Asked::Get), request, hints);
+            Ask::Get(request, hints) => {
+                let asker = asker(origin, hints.asker);
+                let hints = ReadHints { asker, ..hints };
+                engine.get(now, wait(Asked::Get), request, hints);
             }
             Ask::PutBegin(request) => {
                 let begun = engine.put_begin(now, &request);
@@ -508,7 +506,7 @@ pub(crate) fn away(ask: &Ask, reason: MissReason, text: &str) -> Option<Answer> 
             until: Moment(0),
         }),
         Ask::Renew(..) | Ask::Release(_) => Answer::AboutLease(None),
-        Ask::Get(..) | Ask::GetWith(..) => Answer::Get(Err(reason)),
+        Ask::Get(..) => Answer::Get(Err(reason)),
         Ask::PutBegin(_) => Answer::PutBegun(Err(PutOutcome::Refused(Refusal::Busy))),
         Ask::PutCommit(_) => Answer::Put(PutOutcome::Refused(Refusal::Busy)),
         Ask::PutAbort(_) | Ask::ReleaseSome(..) => return None,

@@ -13,21 +13,14 @@
 //! Left to others: when a put ends (`put`), and a reader's deadline as its link keeps it: what is
 //! done about it here only frees the place.
 
-use super::Shard;
-use super::types::{GetRequest, ReadHints};
+use super::types::ReadHints;
+use super::{Reader, Shard};
 use kvar_base::FastMap;
 use kvar_base::{BlockId, MissReason, Moment};
 
 /// Readers that wait at a time: as many as four links have requests. One more is told that the block
 /// is not there.
 pub(super) const AWAITING_MAX: usize = 1024;
-
-struct Reader {
-    asker: u64,
-    token: u64,
-    request: GetRequest,
-    hints: ReadHints,
-}
 
 /// Who waits for which block.
 #[derive(Default)]
@@ -47,13 +40,8 @@ impl Awaited {
 
 impl Shard {
     /// Has a reader wait for a block that is being filled; whether it does.
-    pub(super) fn wait_announced(
-        &mut self,
-        now: Moment,
-        (asker, token): (u64, u64),
-        request: &GetRequest,
-        hints: ReadHints,
-    ) -> bool {
+    pub(super) fn wait_announced(&mut self, now: Moment, reader: &Reader) -> bool {
+        let request = &reader.request;
         let is_filled = self.filling.get(&request.id);
         if is_filled.is_none_or(|(_, until)| *until <= now) || self.awaited.count >= AWAITING_MAX {
             return false;
@@ -62,13 +50,8 @@ impl Shard {
         awaited.count += 1;
         let end = request.deadline;
         awaited.next_end = Some(awaited.next_end.map_or(end, |next| next.min(end)));
-        let reader = Reader {
-            asker,
-            token,
-            request: request.clone(),
-            hints,
-        };
-        awaited.readers.entry(request.id).or_default().push(reader);
+        let readers = awaited.readers.entry(request.id).or_default();
+        readers.push(reader.clone());
         self.counters.waited_reads += 1;
         true
     }
@@ -80,15 +63,12 @@ impl Shard {
         }
         let readers = self.awaited.readers.remove(id).unwrap_or_default();
         self.awaited.count -= readers.len();
-        for Reader {
-            asker,
-            token,
-            request,
-            hints,
-        } in readers
-        {
-            let waits = false;
-            self.get_with(now, asker, token, request, ReadHints { waits, ..hints });
+        for reader in readers {
+            let hints = ReadHints {
+                waits: false,
+                ..reader.hints
+            };
+            self.get(now, Reader { hints, ..reader });
         }
     }
 

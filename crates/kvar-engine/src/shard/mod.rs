@@ -94,6 +94,7 @@ use checkpoint::CheckpointWrite;
 pub(crate) use checkpoint::prefix_bytes as checkpoint_prefix_bytes;
 pub(crate) use handover::Handover;
 pub use journal::{Change, Displaced};
+pub(crate) use read::Reader;
 use read::{FlashRead, MoveRead};
 use reclaim::Reclaim;
 pub(crate) use records::{directory_records, footer_records};

@@ -28,10 +28,22 @@ use kvar_policy::Tenant;
 use smallvec::SmallVec;
 use std::ops::Range;
 
-pub(super) struct Waiter {
-    token: u64,
-    sections: Option<Range<u16>>,
-    touch: Touch,
+/// Somebody who reads: the caller's number for it, what it wants, and what it says of itself.
+#[derive(Clone)]
+pub(crate) struct Reader {
+    pub(super) token: u64,
+    pub(super) request: GetRequest,
+    pub(super) hints: ReadHints,
+}
+
+impl Reader {
+    pub(crate) fn new(token: u64, request: GetRequest, hints: ReadHints) -> Self {
+        Self {
+            token,
+            request,
+            hints,
+        }
+    }
 }
 
 /// Who waits for a device read, and for which one: a read that outlived a remove must not answer
@@ -40,7 +52,7 @@ pub(super) struct Reading {
     number: u64,
     tenant: Tenant,
     /// One, as a rule.
-    waiters: SmallVec<[Waiter; 1]>,
+    waiters: SmallVec<[Reader; 1]>,
 }
 
 /// A device read under way for whoever waits in `reading`.
@@ -77,19 +89,8 @@ pub(super) struct MoveRead {
 }
 
 impl Shard {
-    pub(crate) fn get(&mut self, now: Moment, asker: u64, token: u64, request: GetRequest) {
-        self.get_with(now, asker, token, request, ReadHints::default());
-    }
-
-    /// As [`get`](Self::get), by a reader that says more.
-    pub(crate) fn get_with(
-        &mut self,
-        now: Moment,
-        asker: u64,
-        token: u64,
-        request: GetRequest,
-        hints: ReadHints,
-    ) {
+    pub(crate) fn get(&mut self, now: Moment, reader: Reader) {
+        let (token, request) = (reader.token, &reader.request);
         if request.deadline <= now {
             self.counters.overdue_at_call += 1;
             return self.miss(token, MissReason::Deadline);
@@ -99,33 +100,22 @@ impl Shard {
         // Absent too, although somebody may be reading a copy that was given up meanwhile: whether
         // that one has expired is not known any more.
         if let Err(reason) = self.touch_found(now, &id, found, touch) {
-            if hints.waits && self.wait_announced(now, (asker, token), &request, hints) {
+            if reader.hints.waits && self.wait_announced(now, &reader) {
                 return;
             }
             return self.miss(token, reason);
         }
-        let goes_on = hints.goes_on;
         // What is in memory, or on its way there, needs no turn.
         if self.must_wait() && self.dram.get(&id).is_none() && !self.reading.contains_key(&id) {
-            return self.wait_for_turn(now, asker, token, request, goes_on);
+            return self.wait_for_turn(now, reader);
         }
-        self.begin_read(token, request, found, goes_on);
+        self.begin_read(reader, found);
     }
 
     /// Reads a block that is visible, from wherever it is.
-    pub(super) fn begin_read(
-        &mut self,
-        token: u64,
-        request: GetRequest,
-        found: Option<(SlotRef, Entry)>,
-        goes_on: bool,
-    ) {
-        let GetRequest {
-            id,
-            sections,
-            touch,
-            ..
-        } = request;
+    pub(super) fn begin_read(&mut self, reader: Reader, found: Option<(SlotRef, Entry)>) {
+        let token = reader.token;
+        let (id, sections) = (reader.request.id, reader.request.sections.clone());
         if let Some(resident) = self.dram.get(&id) {
             let mut outcome = cut(
                 &resident.sections,
@@ -147,16 +137,13 @@ impl Shard {
             return self.answer(token, outcome);
         }
         if let Some(reading) = self.reading.get_mut(&id) {
-            reading.waiters.push(Waiter {
-                token,
-                sections,
-                touch,
-            });
+            reading.waiters.push(reader);
             return;
         }
         let Some((_, entry)) = found else {
             return self.miss(token, MissReason::Absent);
         };
+        let goes_on = reader.hints.goes_on;
         if let Some(wanted) = &sections
             && entry.sectioned
             && (goes_on && self.get_held(token, &id, &entry, wanted)
@@ -164,22 +151,15 @@ impl Shard {
         {
             return;
         }
-        self.read_whole(token, &id, entry, sections, touch);
+        self.read_whole(reader, entry);
     }
 
     /// Reads all of a block that lies on the device and is not being read.
-    fn read_whole(
-        &mut self,
-        token: u64,
-        id: &BlockId,
-        entry: Entry,
-        sections: Option<Range<u16>>,
-        touch: Touch,
-    ) {
-        let id = *id;
+    fn read_whole(&mut self, reader: Reader, entry: Entry) {
+        let id = reader.request.id;
         let (tenant, bytes) = (entry.tenant, entry.len as usize);
         let Some(buffer) = self.reserve_buffer(tenant, bytes, Purpose::Read) else {
-            return self.miss(token, MissReason::Overloaded);
+            return self.miss(reader.token, MissReason::Overloaded);
         };
         self.reads_in_flight += 1;
         let number = self.next_put;
@@ -189,11 +169,7 @@ impl Shard {
             Reading {
                 number,
                 tenant,
-                waiters: SmallVec::from_buf([Waiter {
-                    token,
-                    sections,
-                    touch,
-                }]),
+                waiters: SmallVec::from_buf([reader]),
             },
         );
         let place = self.place_of(&entry);
@@ -266,14 +242,16 @@ impl Shard {
             age_bytes: self.keep.age_bytes(entry.stamp),
         };
         for waiter in &waiters {
-            let outcome = cut(&sections, version, &image, waiter.sections.clone());
+            let outcome = cut(&sections, version, &image, waiter.request.sections.clone());
             let outcome = outcome.map(|copy| Copy { moved, ..copy });
             self.counters.flash_hits += u64::from(outcome.is_ok());
             self.answer(waiter.token, outcome);
         }
         // What nobody used does not become resident.
-        let used_by = waiters.iter().rfind(|waiter| waiter.touch != Touch::NONE);
-        let Some(touch) = used_by.map(|waiter| waiter.touch) else {
+        let used_by = waiters
+            .iter()
+            .rfind(|waiter| waiter.request.touch != Touch::NONE);
+        let Some(touch) = used_by.map(|waiter| waiter.request.touch) else {
             return self.dram.release(entry.tenant, padded);
         };
         // Nor does what the index does not know any more: a block that was dropped by reclaim while it
@@ -371,13 +349,7 @@ impl Shard {
             return;
         };
         for waiter in reading.waiters {
-            let request = GetRequest {
-                id: *id,
-                sections: waiter.sections,
-                deadline: Moment(u64::MAX),
-                touch: waiter.touch,
-            };
-            self.begin_read(waiter.token, request, None, false);
+            self.begin_read(waiter, None);
         }
     }
 

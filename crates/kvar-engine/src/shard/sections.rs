@@ -24,7 +24,7 @@
 //! section after another is spared (`ahead`).
 
 use super::ahead::{STRETCH_BYTES, Waiter};
-use super::{Copy, GetRequest, Moved, Pending, SectionRef, Shard, Touch};
+use super::{Copy, GetRequest, Moved, Pending, ReadHints, Reader, SectionRef, Shard, Touch};
 use crate::dram::Purpose;
 use crate::index::Entry;
 use crate::layout::{ImagePlan, PAGE};
@@ -399,7 +399,11 @@ impl Shard {
                 touch: Touch::NONE,
             };
             let found = self.find(&read.id);
-            self.begin_read(token, request, found, true);
+            let hints = ReadHints {
+                goes_on: true,
+                ..ReadHints::default()
+            };
+            self.begin_read(Reader::new(token, request, hints), found);
         }
     }
 

@@ -15,7 +15,7 @@
 //!
 //! Left to others: who asks (the caller numbers them), and the read itself (`read`, `sections`).
 
-use super::{GetRequest, READS_AT_DEVICE_MAX, Shard};
+use super::{READS_AT_DEVICE_MAX, Reader, Shard};
 use kvar_base::{FastMap, MissReason, Moment};
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -27,13 +27,10 @@ pub(super) const READS_WAITING_MAX: usize = 4096;
 /// How often, at most, those whose time is over are looked for in a full waiting room.
 const SWEEP_PAUSE: Duration = Duration::from_millis(1);
 
-/// A read that waits, and whether its reader asks for the sections behind its own next.
-type Turn = (u64, GetRequest, bool);
-
 /// See the module.
 #[derive(Default)]
 pub(super) struct Turns {
-    lines: FastMap<u64, VecDeque<Turn>>,
+    lines: FastMap<u64, VecDeque<Reader>>,
     /// Whose turn is next. Each that has a line stands here once.
     order: VecDeque<u64>,
     waiting: usize,
@@ -46,17 +43,18 @@ impl Turns {
         self.waiting
     }
 
-    fn push(&mut self, asker: u64, token: u64, request: GetRequest, goes_on: bool) {
+    fn push(&mut self, reader: Reader) {
+        let asker = reader.hints.asker;
         let line = self.lines.entry(asker).or_default();
         if line.is_empty() {
             self.order.push_back(asker);
         }
-        line.push_back((token, request, goes_on));
+        line.push_back(reader);
         self.waiting += 1;
     }
 
     /// The next of the line whose turn it is.
-    fn pop(&mut self) -> Option<Turn> {
+    fn pop(&mut self) -> Option<Reader> {
         let asker = self.order.pop_front()?;
         let line = self.lines.get_mut(&asker)?;
         let next = line.pop_front();
@@ -78,9 +76,9 @@ impl Turns {
         if line.len() <= own + 1 {
             return None;
         }
-        let (token, ..) = line.pop_back()?;
+        let youngest = line.pop_back()?;
         self.waiting -= 1;
-        Some(token)
+        Some(youngest.token)
     }
 
     /// Takes out all whose time is over.
@@ -88,10 +86,10 @@ impl Turns {
         self.swept_at = now;
         let mut over = Vec::new();
         for line in self.lines.values_mut() {
-            line.retain(|(token, request, _)| {
-                let is_over = request.deadline <= now;
+            line.retain(|reader| {
+                let is_over = reader.request.deadline <= now;
                 if is_over {
-                    over.push(*token);
+                    over.push(reader.token);
                 }
                 !is_over
             });
@@ -113,14 +111,7 @@ impl Shard {
     }
 
     /// A read waits for its turn.
-    pub(super) fn wait_for_turn(
-        &mut self,
-        now: Moment,
-        asker: u64,
-        token: u64,
-        request: GetRequest,
-        goes_on: bool,
-    ) {
+    pub(super) fn wait_for_turn(&mut self, now: Moment, reader: Reader) {
         if self.turns.waiting >= READS_WAITING_MAX && now.since(self.turns.swept_at) >= SWEEP_PAUSE
         {
             for token in self.turns.sweep(now) {
@@ -128,31 +119,31 @@ impl Shard {
             }
         }
         if self.turns.waiting >= READS_WAITING_MAX {
-            match self.turns.make_way(asker) {
+            match self.turns.make_way(reader.hints.asker) {
                 Some(youngest) => self.miss(youngest, MissReason::Overloaded),
-                None => return self.miss(token, MissReason::Overloaded),
+                None => return self.miss(reader.token, MissReason::Overloaded),
             }
         }
         self.counters.reads_waited += 1;
-        self.turns.push(asker, token, request, goes_on);
+        self.turns.push(reader);
     }
 
     /// Begins as many of the reads that wait as the device has room for.
     pub(super) fn give_turns(&mut self, now: Moment) {
         while self.reads_in_flight < READS_AT_DEVICE_MAX {
-            let Some((token, request, goes_on)) = self.turns.pop() else {
+            let Some(reader) = self.turns.pop() else {
                 return;
             };
-            if request.deadline <= now {
-                self.overdue_at_device(token);
+            if reader.request.deadline <= now {
+                self.overdue_at_device(reader.token);
                 continue;
             }
             // It was there when it was asked for, and may have gone since; what it was worth is noted.
-            match self.visible(now, &request.id) {
-                Err(reason) => self.miss(token, reason),
+            match self.visible(now, &reader.request.id) {
+                Err(reason) => self.miss(reader.token, reason),
                 Ok(()) => {
-                    let found = self.find(&request.id);
-                    self.begin_read(token, request, found, goes_on);
+                    let found = self.find(&reader.request.id);
+                    self.begin_read(reader, found);
                 }
             }
         }
@@ -167,28 +158,33 @@ impl Shard {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Touch;
+    use crate::{GetRequest, ReadHints, Touch};
     use kvar_base::BlockId;
 
-    fn request(deadline: u64) -> GetRequest {
-        GetRequest {
+    fn reader(asker: u64, token: u64, deadline: u64) -> Reader {
+        let request = GetRequest {
             id: BlockId::new([1; 32]),
             sections: None,
             deadline: Moment(deadline),
             touch: Touch::default(),
-        }
+        };
+        let hints = ReadHints {
+            asker,
+            ..ReadHints::default()
+        };
+        Reader::new(token, request, hints)
     }
 
     #[test]
     fn lines_are_served_in_turn_and_each_in_order() {
         let mut turns = Turns::default();
         for token in 0..4 {
-            turns.push(1, token, request(9), false);
+            turns.push(reader(1, token, 9));
         }
-        turns.push(2, 10, request(9), false);
-        turns.push(3, 20, request(9), false);
-        turns.push(3, 21, request(9), false);
-        let order: Vec<u64> = std::iter::from_fn(|| turns.pop().map(|(token, ..)| token)).collect();
+        turns.push(reader(2, 10, 9));
+        turns.push(reader(3, 20, 9));
+        turns.push(reader(3, 21, 9));
+        let order: Vec<u64> = std::iter::from_fn(|| turns.pop().map(|it| it.token)).collect();
         assert_eq!(order, [0, 10, 20, 1, 21, 2, 3]);
         assert_eq!((turns.waiting(), turns.lines.len()), (0, 0));
     }
@@ -197,13 +193,13 @@ mod tests {
     fn the_longest_line_makes_way_to_a_shorter_one_only() {
         let mut turns = Turns::default();
         for token in 0..5 {
-            turns.push(1, token, request(9), false);
+            turns.push(reader(1, token, 9));
         }
-        turns.push(2, 10, request(9), false);
+        turns.push(reader(2, 10, 9));
         assert_eq!(turns.make_way(2), Some(4));
         assert_eq!(turns.make_way(3), Some(3));
         assert_eq!(turns.make_way(1), None);
-        turns.push(2, 11, request(9), false);
+        turns.push(reader(2, 11, 9));
         // Equally long: nobody goes for who would only trade places.
         assert_eq!(turns.make_way(2), None);
         assert_eq!(turns.waiting(), 5);
@@ -213,12 +209,12 @@ mod tests {
     fn what_is_over_is_swept_and_the_rest_keeps_its_turn() {
         let mut turns = Turns::default();
         for (token, deadline) in [(0, 5), (1, 50), (2, 5)] {
-            turns.push(1, token, request(deadline), false);
-            turns.push(token + 2, token + 10, request(5), false);
+            turns.push(reader(1, token, deadline));
+            turns.push(reader(token + 2, token + 10, 5));
         }
         assert_eq!(turns.sweep(Moment(5)), [0, 2, 10, 11, 12]);
         assert_eq!(turns.waiting(), 1);
-        assert_eq!(turns.pop().map(|(token, ..)| token), Some(1));
+        assert_eq!(turns.pop().map(|it| it.token), Some(1));
         assert!(turns.pop().is_none());
     }
 }

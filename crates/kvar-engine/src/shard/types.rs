@@ -104,6 +104,9 @@ pub struct GetRequest {
 /// What a reader says of itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReadHints {
+    /// The caller's number for whom it asks: when the device has more to do than it can, askers are
+    /// served in turn.
+    pub asker: u64,
     /// It asks for the sections behind these next: they are read along.
     pub goes_on: bool,
     /// It waits for a block that is being put, until that is visible, or will not be, or its deadline.

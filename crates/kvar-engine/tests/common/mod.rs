@@ -8,8 +8,8 @@
 
 use kvar_base::{BlockId, ContentCheck, MissReason, Moment, PutOutcome};
 use kvar_engine::{
-    Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, RecoveryReport,
-    Superblock, Touch, arena_bytes, format, read_superblock,
+    Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, ReadHints,
+    RecoveryReport, Superblock, Touch, arena_bytes, format, read_superblock,
 };
 use kvar_io::Arena;
 use kvar_io::sim::{Image, SimDisk, SimOptions};
@@ -262,7 +262,8 @@ impl Store {
                 depth: (number % 8) as u32,
             },
         };
-        self.engine.get(self.now, token, request);
+        self.engine
+            .get(self.now, token, request, ReadHints::default());
         token
     }
 

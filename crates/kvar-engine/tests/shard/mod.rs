@@ -5,7 +5,7 @@
 use kvar_base::{BlockId, ContentCheck, DeviceUuid, MissReason, Moment, PutOutcome};
 use kvar_engine::{
     Counters, Demotion, Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints,
-    PutRequest, RecoveryReport, ShardStatus, Superblock, Touch, arena_bytes, format,
+    PutRequest, ReadHints, RecoveryReport, ShardStatus, Superblock, Touch, arena_bytes, format,
     read_superblock,
 };
 use kvar_io::Arena;
@@ -235,7 +235,8 @@ impl Shard {
             deadline: Moment(u64::MAX),
             touch: Touch::default(),
         };
-        self.engine.get(self.now, token, request);
+        self.engine
+            .get(self.now, token, request, ReadHints::default());
         token
     }
 

@@ -304,14 +304,12 @@ fn ask_for(
         deadline,
         touch,
     };
-    if hints == GetHints::default() {
-        return Ask::Get(request, link.serial);
-    }
     let hints = ReadHints {
+        asker: link.serial,
         goes_on: hints.by_layer,
         waits: hints.wait_announced,
     };
-    Ask::GetWith(request, link.serial, hints)
+    Ask::Get(request, hints)
 }
 
 /// Whether an item is a block's first section, or the whole.

@@ -265,9 +265,9 @@ impl World {
         // Every other reader of sections takes one after another.
         let hints = ReadHints {
             goes_on: request.sections.is_some() && token.is_multiple_of(2),
-            waits: false,
+            ..ReadHints::default()
         };
-        self.engine().get_with(now, 0, token, request, hints);
+        self.engine().get(now, token, request, hints);
         self.hear_journal(Some(memory))?;
         self.hear()
     }

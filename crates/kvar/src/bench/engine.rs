@@ -13,7 +13,7 @@ use super::{BLOCK_BYTES, Outcome, Row, abba, bar};
 use crate::failure::Failure;
 use kvar_base::{BlockId, ByteSize, Clock, ContentCheck, Moment, SystemClock, check::crc64};
 use kvar_engine::{
-    Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, Touch,
+    Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, ReadHints, Touch,
 };
 use kvar_io::{Arena, DeviceOptions, IoEngine, Target, Wanted, open_device};
 use std::path::PathBuf;
@@ -502,6 +502,7 @@ impl Bench {
                             deadline: Moment(u64::MAX),
                             touch,
                         },
+                        ReadHints::default(),
                     );
                 }
             }

@@ -20,7 +20,7 @@ use super::Keeper;
 use crate::devices::removal::Removed;
 use crate::mail::{Answer, Ask, EngineKey, KEEPER, Mail, Origin, Ticket};
 use kvar_base::{Clock as _, MissReason, Moment, PutOutcome, Refusal};
-use kvar_engine::{Copy, GetRequest, PutHints, PutRequest, SurveyedBlock, Touch};
+use kvar_engine::{Copy, GetRequest, PutHints, PutRequest, ReadHints, SurveyedBlock, Touch};
 use std::time::Duration;
 
 /// How long one step of a move may take; a device that does not answer is given more by the next try.
@@ -223,7 +223,7 @@ impl Keeper {
             deadline: now.after(STEP_DEADLINE),
             touch: Touch::NONE,
         };
-        let ask = Ask::Get(request, 0);
+        let ask = Ask::Get(request, ReadHints::default());
         self.step(at, from, ask, block, Step::Reading);
     }
 

@@ -13,7 +13,7 @@ use kvar_base::{
     BlockId, ByteSize, Clock as _, ContentCheck, MissReason, Moment, NamespaceKey, PutOutcome,
     Refusal, SystemClock,
 };
-use kvar_engine::{GetRequest, PutHints, PutRequest, Shares, Touch, survey_segments};
+use kvar_engine::{GetRequest, PutHints, PutRequest, ReadHints, Shares, Touch, survey_segments};
 use kvar_io::{Arena, IoEngine};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -216,7 +216,7 @@ impl Bench {
             deadline: Moment(u64::MAX),
             touch: Touch::NONE,
         };
-        match self.ask(key, Ask::Get(request, 0)) {
+        match self.ask(key, Ask::Get(request, ReadHints::default())) {
             Answer::Get(Ok(_)) => true,
             Answer::Get(Err(MissReason::Absent)) => false,
             _ => panic!("another answer"),
