@@ -16,8 +16,8 @@ use crate::dice::Dice;
 use crate::payload;
 use kvar_base::{BlockId, Clock, ContentCheck, Moment, PutOutcome, SystemClock};
 use kvar_engine::{
-    Copy, Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, Superblock,
-    Touch, arena_bytes, format,
+    Copy, Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, ReadHints,
+    Superblock, Touch, arena_bytes, format,
 };
 use kvar_io::{Arena, DeviceOptions, Target, Wanted, open_device};
 use serde::Serialize;
@@ -331,7 +331,7 @@ impl Churn<'_> {
             deadline: Moment(u64::MAX),
             touch: Touch::default(),
         };
-        self.engine().get(now, token, request);
+        self.engine().get(now, token, request, ReadHints::default());
         self.hear()
     }
 
