@@ -27,8 +27,9 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 const PAGE: usize = PAGE_BYTES as usize;
 
-/// What [`ArenaWatch::prefault`] takes from the system at once: some milliseconds' worth.
-const PREFAULT_BYTES: usize = 4 << 20;
+/// What [`ArenaWatch::prefault`] takes from the system at once: a huge page. Others who map or unmap
+/// memory of this process wait for it.
+const PREFAULT_BYTES: usize = 2 << 20;
 
 /// A piece of device-ready memory. Clones are handles to the same piece.
 #[derive(Clone)]

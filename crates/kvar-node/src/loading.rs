@@ -152,8 +152,8 @@ impl OpenShard {
             });
             post.send(key.thread, Mail::Loaded(key, result.map(Box::new)));
             if let Some(memory) = memory {
-                // Of this thread alone; refused, it only takes more from those who serve.
-                let _ = rustix::process::nice(19);
+                // Not at a lower priority: it holds the lock of the process's memory meanwhile, and
+                // on a busy machine whoever serves would wait for a thread that never runs.
                 memory.prefault();
             }
         };
