@@ -142,6 +142,8 @@ impl World {
                         (false, true) => "left/memory, on the device",
                         (false, false) => "left/memory, for good",
                     });
+                    self.note(format!("    block {number} left memory"));
+                    self.forgotten += u64::from(!on_device);
                     self.model.uncached(number);
                     self.hear_left(number, None)?;
                 }

@@ -325,7 +325,9 @@ impl World {
                     unsure += u64::from(below || history_lost && block.is_in_doubt());
                 }
             }
-            // What was over may have been forgotten since the report was made.
+            // The report was made before the checkpoint. Since then memory may have forgotten what was
+            // over, and reads of sections that were under way may have displaced what it alone held: the
+            // report counts these among the dropped, and they are not there any more.
             let differs = report.dropped_blocks > in_memory_alone + (self.forgotten - forgotten)
                 || (self.displaced == displaced
                     && !history_lost

@@ -244,7 +244,7 @@ pub struct World {
     numbers: HashMap<BlockId, u64>,
     /// What is on the device is flushed, since nothing was written in this life that was not.
     disk_is_durable: bool,
-    /// Blocks that memory forgot because they were over, so far.
+    /// Blocks that left memory as their only place, because they were over or for want of room, so far.
     forgotten: u64,
     /// Index entries given up so far.
     displaced: u64,
