@@ -18,12 +18,11 @@
 //! What is absent: obedience. A node answers every call in every mode: engines have connectors that
 //! obey, operators have tools that need not, and clients of before there were modes go on as ever.
 
+use crate::json_table::{self, ReadFailed};
 use crate::namespaces::Namespaces;
 use kvar_base::{Mode, ModeCell};
 use kvar_engine::{TENANTS, Tenant};
 use serde::{Deserialize, Serialize};
-use std::fs::File;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -118,26 +117,22 @@ impl Table {
             path: path.into(),
             reason,
         };
-        let text = match std::fs::read_to_string(path) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+        let table: Self = match json_table::read(path) {
+            Ok(Some(table)) => table,
+            Ok(None) => {
                 return Ok(Self {
                     format: FORMAT,
                     ..Self::default()
                 });
             }
-            Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
-                return Err(damaged("it is not text".into()));
-            }
-            Err(source) => {
+            Err(ReadFailed::Damaged(reason)) => return Err(damaged(reason)),
+            Err(ReadFailed::Io(source)) => {
                 return Err(ModeError::Io {
                     path: path.into(),
                     source,
                 });
             }
-            Ok(text) => text,
         };
-        let table: Self =
-            serde_json::from_str(&text).map_err(|error| damaged(error.to_string()))?;
         if table.format != FORMAT {
             let reason = format!("it has form {}, this program knows {FORMAT}", table.format);
             return Err(damaged(reason));
@@ -151,20 +146,8 @@ impl Table {
         Ok(table)
     }
 
-    /// Writes the table so that a power cut leaves the old or the new one.
     fn write(&self, path: &Path) -> Result<(), ModeError> {
-        let mut draft = path.to_path_buf().into_os_string();
-        draft.push(".draft");
-        let write = || {
-            let mut file = File::create(&draft)?;
-            file.write_all(&serde_json::to_vec_pretty(self)?)?;
-            file.sync_all()?;
-            std::fs::rename(&draft, path)?;
-            let folder = path.parent();
-            let folder = folder.filter(|folder| !folder.as_os_str().is_empty());
-            File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
-        };
-        write().map_err(|source| ModeError::Io {
+        json_table::write(path, self).map_err(|source| ModeError::Io {
             path: path.into(),
             source,
         })
