@@ -39,7 +39,8 @@ const CALLS: u64 = 100_000;
 /// From so many calls on the share of excused calls is judged: fewer are no statistics.
 const LONG_FORM: u64 = 1_000_000;
 
-/// How a worker reaches the node: three over sockets, one through memory it shares.
+/// How a worker reaches the node: three over sockets, one through memory it shares (which the
+/// test holds it to).
 const WORKERS: [LinkChoice; 4] = [
     LinkChoice::Tcp,
     LinkChoice::Tcp,
@@ -77,6 +78,9 @@ struct Tally {
     calls: u64,
     hits: u64,
     misses: u64,
+    /// Gets that brought something, and those of them after which memory was shared with the node.
+    fruitful: u64,
+    fruitful_shared: u64,
     stored: u64,
     unreachable: u64,
     wrong_bytes: u64,
@@ -95,6 +99,8 @@ impl Tally {
         self.calls += other.calls;
         self.hits += other.hits;
         self.misses += other.misses;
+        self.fruitful += other.fruitful;
+        self.fruitful_shared += other.fruitful_shared;
         self.stored += other.stored;
         self.unreachable += other.unreachable;
         self.wrong_bytes += other.wrong_bytes;
@@ -268,6 +274,10 @@ impl Worker<'_> {
                     Ok(())
                 }
             });
+        }
+        if outcomes.iter().any(Result::is_ok) {
+            self.tally.fruitful += 1;
+            self.tally.fruitful_shared += u64::from(self.client.stats().links_shared > 0);
         }
         let gone = Err(MissReason::Unreachable);
         self.rest_if(outcomes.iter().all(|outcome| *outcome == gone));
@@ -460,6 +470,7 @@ fn calls_under_faults_are_never_wrong_never_late_and_break_no_promise() {
     // Before any other thread begins: what is new then is the client's.
     let workers: Vec<Worker<'_>> = (0..WORKERS.len()).map(worker).collect();
     let (mut sum, mut grown) = (Tally::default(), 0);
+    let mut tallies = Vec::new();
     let (mut server, faults) = std::thread::scope(|scope| {
         let _over = Over(&world.is_over);
         for rounds in &world.rounds {
@@ -483,7 +494,9 @@ fn calls_under_faults_are_never_wrong_never_late_and_break_no_promise() {
         });
         let harmed = do_harm(&world, &proxies, server, seed);
         for worker in workers {
-            sum.add(&worker.join().unwrap());
+            let tally = worker.join().unwrap();
+            sum.add(&tally);
+            tallies.push(tally);
         }
         grown = memory.join().unwrap();
         harmed
@@ -494,6 +507,15 @@ fn calls_under_faults_are_never_wrong_never_late_and_break_no_promise() {
         "seed {seed}: {sum:?}; {faults} faults, {lives} lives, {stalls} stalls, grown by {grown}"
     );
 
+    for (link, tally) in WORKERS.into_iter().zip(&tallies) {
+        let (all, shared) = (tally.fruitful, tally.fruitful_shared);
+        // A link that opens while the network turns bits over may stay on TCP.
+        let is_as_told = match link {
+            LinkChoice::Tcp => shared == 0,
+            _ => shared * 2 > all,
+        };
+        assert!(is_as_told, "{link:?}: {shared} of {all} gets shared memory");
+    }
     assert_eq!(sum.wrong_bytes, 0);
     assert_eq!(sum.broken_promises, 0);
     assert_eq!(sum.late, 0, "the latest by {} us", sum.latest_us);

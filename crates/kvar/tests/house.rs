@@ -240,6 +240,70 @@ fn papers_name_every_crate_and_link_only_to_what_is_there() {
     }
 }
 
+/// A claim is worth what its command shows. One named a test that lay in another crate, and showed nothing.
+#[test]
+fn every_command_of_the_specification_finds_its_tests() {
+    let root = root();
+    let text = std::fs::read_to_string(root.join("SPECIFICATION.md")).expect("it is there");
+    let is_command = |span: &&str| span.starts_with("-p ") || span.contains("cargo nextest run");
+    let commands: Vec<&str> = text
+        .split('`')
+        .skip(1)
+        .step_by(2)
+        .filter(is_command)
+        .collect();
+    assert!(commands.len() > 40, "{commands:?}");
+    for command in commands {
+        let (mut crates, mut tests, mut filters) = (Vec::new(), Vec::new(), Vec::new());
+        let after_run = command.split("nextest run").last().unwrap_or_default();
+        let mut words = after_run.split_whitespace();
+        while let Some(word) = words.next() {
+            match word {
+                "-p" => crates.push(root.join("crates").join(words.next().unwrap_or_default())),
+                "--test" => tests.push(words.next().unwrap_or_default()),
+                "-E" => {
+                    let set = words.next().and_then(|set| set.strip_prefix("'test("));
+                    filters.push(set.and_then(|set| set.strip_suffix(")'")).unwrap_or(word));
+                }
+                filter => filters.push(filter),
+            }
+        }
+        let mut found = Vec::new();
+        for folder in &crates {
+            assert!(folder.exists(), "`{command}`: no {}", folder.display());
+            let named = tests
+                .iter()
+                .map(|test| folder.join(format!("tests/{test}.rs")));
+            let all = || files(folder, "rs");
+            found.extend(if tests.is_empty() {
+                all()
+            } else {
+                named.collect()
+            });
+        }
+        for filter in filters {
+            assert!(
+                found.iter().any(|file| has_test(file, filter)),
+                "`{command}`: no test is called {filter}"
+            );
+        }
+        for file in found {
+            assert!(file.exists(), "`{command}`: no {}", file.display());
+        }
+    }
+}
+
+/// Whether a file has a test of which the name, its module's included, contains this.
+fn has_test(file: &Path, part: &str) -> bool {
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    let tests = text.split("#[test]").skip(1);
+    let names = tests.filter_map(|rest| rest.split("fn ").nth(1)?.split('(').next());
+    let is_of_module = file.components().any(|it| it.as_os_str() == part);
+    names
+        .into_iter()
+        .any(|name| is_of_module || name.contains(part))
+}
+
 #[test]
 fn every_source_file_opens_with_its_story() {
     for file in files(&root().join("crates"), "rs") {

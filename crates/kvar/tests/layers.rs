@@ -209,11 +209,13 @@ fn a_put_by_layers_that_is_not_committed_leaves_nothing() {
         }
         layers
     };
+    // Far beyond what is waited for below, so that no deadline does what a Cancel should.
+    let long = 10 * PATIENCE;
     // Given up, dropped, committed too early, committed too late.
-    begin(1, 5, PATIENCE).abort();
-    drop(begin(2, SECTIONS, PATIENCE));
+    begin(1, 5, long).abort();
+    drop(begin(2, SECTIONS, long));
     let wrong = PutOutcome::Refused(Refusal::WrongFormat);
-    assert_eq!(begin(3, 5, PATIENCE).commit().wait(), [wrong]);
+    assert_eq!(begin(3, 5, long).commit().wait(), [wrong]);
     let layers = begin(4, SECTIONS, Duration::from_millis(100));
     until("the deadline", || layers.is_done());
     let late = PutOutcome::Refused(Refusal::Deadline);
@@ -229,7 +231,7 @@ fn a_put_by_layers_that_is_not_committed_leaves_nothing() {
         });
     }
     // A client that goes takes its puts along.
-    let mut layers = begin(9, 3, PATIENCE);
+    let mut layers = begin(9, 3, long);
     layers.section(3, sources(&[9], 3)).unwrap();
     drop((layers, writer));
     until("the id is free again", || {
