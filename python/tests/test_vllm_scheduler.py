@@ -91,20 +91,21 @@ def test_of_windows_only_the_ends_are_loaded(node: Node, rig: Callable[..., Rig]
             assert loaded == saved * 40 / 120
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", GEMMA)
-def test_a_block_that_is_lost_on_the_way_is_computed(
-    kind: str, node: Node, rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+def test_a_block_that_is_lost_on_the_way_of_one_rank_is_computed_by_all(
+    ranks: int, kind: str, node: Node, rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvar.vllm import pages
 
-    engine = rig(transfer(node), specs_of(kind), model=f"lost/{kind}")
+    engine = rig(transfer(node), specs_of(kind), ranks=ranks, model=f"lost/{kind}/{ranks}")
     cold, _ = engine.ask(PROMPT)
     engine.settle()
     loads = 0
     whole = pages.DirectPages.load
 
     def load_less(self: pages.DirectPages, batch: pages.Batch, request: int) -> Any:
-        """The last block of the last order asks for what nobody has."""
+        """The last block of the first rank's last order asks for what nobody has."""
         nonlocal loads
         loads += 1
         if loads == len(specs_of(kind)):
@@ -294,3 +295,64 @@ def test_nobody_hears_of_what_was_not_stored(
     engine.ask(PROMPT)
     engine.settle()
     assert {getattr(event, "medium", "GPU") for event in engine.events} == {"GPU"}
+
+
+def test_loads_by_layers_are_there_in_the_step_that_orders_them(
+    node: Node, rig: Callable[..., Rig]
+) -> None:
+    engine = rig(transfer(node, load="layers"), [full()], model="layers")
+    cold, _ = engine.ask(PROMPT)
+    engine.settle()
+    assert engine.ask(PROMPT) == (cold, 320)
+    engine.settle()
+    assert engine.count("layered_load_seconds") > 0
+    assert engine.count("lost_tokens:full_blocks:partial_block") == 2 * 13
+
+
+@pytest.mark.parametrize("kind", ["one group", "gemma"])
+def test_requests_that_are_preempted_end_with_the_same_answers(
+    kind: str, node: Node, rig: Callable[..., Rig]
+) -> None:
+    prompts = [[number, *PROMPT[: 150 + 10 * number]] for number in range(6)]
+    roomy = rig(transfer(node, mode="off"), specs_of(kind), blocks=2000)
+    expected = roomy.ask_all(prompts, answer=60)
+    roomy.settle()
+    # Half of what all of them would take at their ends.
+    blocks = 40 if kind == "one group" else 100
+    tight = rig(transfer(node), specs_of(kind), blocks=blocks, model=f"preempted/{kind}")
+    for _ in range(2):
+        assert tight.ask_all(prompts, answer=60) == expected
+        tight.settle()
+    assert tight.count("readmitted_tokens") > 0, "nobody was preempted"
+    assert tight.count("funnel_tokens:used") > 0
+    lost = sum(said for name, said in tight.counts.items() if name.startswith("lost_tokens"))
+    ended = tight.count("funnel_tokens:local") + tight.count("funnel_tokens:used")
+    assert tight.count("funnel_tokens:prompt") == ended + lost
+
+
+def test_a_node_that_dies_costs_no_answer(own_node: Node, rig: Callable[..., Rig]) -> None:
+    engine = rig(transfer(own_node, deadline_ms=1000), specs_of("gemma"))
+    cold, _ = engine.ask(PROMPT)
+    engine.settle()
+    waiting = engine.submit(PROMPT)
+    # Its load is ordered; the node is gone before it is there.
+    own_node.kill()
+    engine.until(waiting.is_finished)
+    assert list(waiting.output_token_ids) == cold
+    engine.settle()
+    assert engine.ask(PROMPT) == (cold, 0)
+    engine.settle()
+    assert engine.count("lost_tokens:looked_up:store_away") > 0
+
+
+def test_after_a_reset_from_outside_nothing_older_comes_back(
+    node: Node, rig: Callable[..., Rig]
+) -> None:
+    engine = rig(transfer(node), specs_of("gemma"), model="reset")
+    cold, _ = engine.ask(PROMPT)
+    engine.settle()
+    assert engine.scheduler.reset_prefix_cache(reset_connector=True)
+    assert engine.ask(PROMPT) == (cold, 0)
+    engine.settle()
+    assert engine.ask(PROMPT) == (cold, 320)
+    engine.settle()
