@@ -356,3 +356,25 @@ def test_after_a_reset_from_outside_nothing_older_comes_back(
     engine.settle()
     assert engine.ask(PROMPT) == (cold, 320)
     engine.settle()
+
+
+@pytest.mark.parametrize("kind", ["one group", "gemma"])
+def test_a_request_that_is_aborted_holds_nothing(
+    kind: str, node: Node, rig: Callable[..., Rig]
+) -> None:
+    from vllm.v1.request import RequestStatus
+
+    engine = rig(transfer(node), specs_of(kind), model=f"aborted/{kind}")
+    cold, _ = engine.ask(PROMPT)
+    engine.settle()
+    for prompt, steps in ((PROMPT, 1), (OTHER[::-1], 2)):
+        # Its load has begun; of the other one, a part is computed and being saved.
+        request = engine.submit(prompt)
+        for _ in range(steps):
+            engine.step()
+        assert not request.is_finished()
+        engine.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+        engine.settle()
+    assert engine.count("lost_tokens:loaded:aborted") + engine.count("lost_tokens:used:aborted")
+    assert engine.ask(PROMPT) == (cold, 320)
+    engine.settle()
