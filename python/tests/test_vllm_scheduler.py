@@ -74,6 +74,21 @@ def test_what_one_engine_computed_another_goes_on_with(
     third.settle()
 
 
+@pytest.mark.parametrize("kind", GEMMA)
+def test_a_load_goes_on_from_the_engines_own_hit(
+    kind: str, node: Node, rig: Callable[..., Rig]
+) -> None:
+    first = rig(transfer(node), specs_of(kind), model=f"own/{kind}")
+    cold, _ = first.ask(PROMPT)
+    first.settle()
+    second = rig(transfer(node), specs_of(kind), model=f"own/{kind}")
+    _, hit = second.ask(PROMPT[:100])
+    assert hit == 96
+    warm, hit = second.ask(PROMPT)
+    assert (warm, hit, second.count("funnel_tokens:local")) == (cold, 320 - 96, 96)
+    second.settle()
+
+
 def test_of_windows_only_the_ends_are_loaded(node: Node, rig: Callable[..., Rig]) -> None:
     for kind in ("one group", "gemma"):
         engine = rig(transfer(node), specs_of(kind), model=f"ends/{kind}")

@@ -166,12 +166,19 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             self._groups = groups_of(vllm_config, kv_cache_config, self._settings.load)
         self._key = kvar.NamespaceKey.from_file(self._settings.namespace_key_file)
-        self._link = Link.to(self._settings, introduction(vllm_config, version, role.name.lower()))
         parallel = vllm_config.parallel_config
         self._ranks: int = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
         # Ranks that hold the same bytes (MLA, fewer KV heads than ranks) store them once.
         self._replicas: int = getattr(kv_cache_config, "kv_tp_replicas", 1)
         self._slices: int = self._ranks // self._replicas
+        name = introduction(
+            vllm_config,
+            version,
+            role.name.lower(),
+            parts=self._slices,
+            groups=len(self._groups.all),
+        )
+        self._link = Link.to(self._settings, name)
         self._by_layers = self._settings.load is LoadWay.LAYERS
         if self._by_layers and self._ranks > 1:
             raise SettingsError(
