@@ -266,6 +266,9 @@ def test_a_multi_connector_finds_our_counts_by_name() -> None:
 def test_a_router_hears_what_is_stored_under_the_engines_own_names(
     kind: str, node: Node, rig: Callable[..., Rig]
 ) -> None:
+    import msgspec
+    from vllm.distributed.kv_events import KVEventBatch
+
     specs = specs_of(kind)
     engine = rig(transfer(node), specs, model=f"events/{kind}", events=True)
     engine.ask(PROMPT)
@@ -296,6 +299,8 @@ def test_a_router_hears_what_is_stored_under_the_engines_own_names(
         ]
     ours = [event for event in engine.events if getattr(event, "medium", "") == "STORAGE"]
     assert {(event.locality, event.ownership) for event in ours} == {("REMOTE", "kvar")}
+    # In the form that vLLM's publisher sends.
+    assert msgspec.msgpack.Encoder().encode(KVEventBatch(ts=0.0, events=ours))
     kinds = {event.kv_cache_spec_kind for event in ours}
     assert kinds == {"full_attention"} | ({"sliding_window"} if len(specs) > 1 else set())
 

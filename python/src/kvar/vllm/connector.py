@@ -25,6 +25,7 @@ what to recompute after a failed load, and the choice of what is loaded when.
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import replace
@@ -587,6 +588,7 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
         self._link.close()
 
 
-# In a MultiConnector vLLM finds a connector's counts again by its name alone.
-if "KvarConnector" not in KVConnectorFactory._registry:
+# In a MultiConnector vLLM finds a connector's counts again by its name alone. The error is for a
+# name that is there already.
+with contextlib.suppress(ValueError):
     KVConnectorFactory.register_connector("KvarConnector", "kvar.vllm", "KvarConnector")
