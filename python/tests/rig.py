@@ -98,7 +98,7 @@ class Rank:
 
         self.rig = rig
         # Replicas compute the same.
-        self.part = number // rig.cache.kv_tp_replicas
+        self.slice = number // rig.cache.kv_tp_replicas
         self.layers: dict[str, Any] = {}
         largest = max(group.kv_cache_spec.block_size for group in rig.cache.kv_cache_groups)
         memory = [
@@ -166,7 +166,7 @@ class Rank:
                     position % spec.block_size,
                 )
                 for layer, name in enumerate(group.layer_names):
-                    expected = numbers[position] * 1000 + number * 100 + layer * 10 + self.part
+                    expected = numbers[position] * 1000 + number * 100 + layer * 10 + self.slice
                     here = self.layers[name][page, :, place, :]
                     if position >= first:
                         assert page != 0, "a token's own page is the null page"

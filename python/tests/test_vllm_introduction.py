@@ -20,12 +20,12 @@ def config(model: str = "/models/m", hash_algo: str = "sha256") -> SimpleNamespa
 
 
 def named(config: SimpleNamespace, environment: dict[str, str], role: str = "worker") -> str:
-    return introduction(config, "0.32.0", role, environment, parts=1, groups=1)
+    return introduction(config, "0.32.0", role, environment, slices=1, groups=1)
 
 
 def test_the_name_says_what_blocks_are_made_of() -> None:
-    assert introduction(config(), "0.32.1+cpu", "worker", {}, parts=2, groups=6) == (
-        "vllm 0.32; dtype=bfloat16; block=16; hash=sha256; seed=fixed; parts=2; groups=6; "
+    assert introduction(config(), "0.32.1+cpu", "worker", {}, slices=2, groups=6) == (
+        "vllm 0.32; dtype=bfloat16; block=16; hash=sha256; seed=fixed; slices=2; groups=6; "
         "policy=recompute; role=worker; model=/models/m"
     )
     assert "seed=random" in named(config(hash_algo="xxhash_cbor"), {})

@@ -171,7 +171,7 @@ def test_ranks_with_the_same_kv_store_it_once(
     assert engine.ask(PROMPT) == (cold, 320)
     assert engine.count("loaded_bytes") == engine.count("saved_bytes") * replicas
     engine.settle()
-    # The same blocks are those of an engine with as many parts.
+    # The same blocks are those of an engine with as many slices.
     other = rig(transfer(node), specs_of(kind), ranks=copies, model=model)
     assert other.ask(PROMPT) == (cold, 320)
     other.settle()

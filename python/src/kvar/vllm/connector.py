@@ -176,7 +176,7 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
             vllm_config,
             version,
             role.name.lower(),
-            parts=self._slices,
+            slices=self._slices,
             groups=len(self._groups.all),
         )
         self._link = Link.to(self._settings, name)
@@ -405,7 +405,7 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
             fail_whole=self._groups.fail_whole,
         )
         for text in self._texts:
-            logger.info("kvar: part %d of %d, %s", mine, self._slices, text.replace("\n", " "))
+            logger.info("kvar: slice %d of %d, %s", mine, self._slices, text.replace("\n", " "))
 
     def _caches_of(self, group: Group, caches: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The memory of one group's layers."""

@@ -4,12 +4,12 @@ A link carries a name; the node shows it (``/v1/status``, ``kvar doctor``), so t
 sees who is linked, and why two engines of one model share no block:
 
 ```text
-vllm 0.32; dtype=float32; block=32; hash=sha256; seed=fixed; parts=1; groups=1; policy=recompute;
+vllm 0.32; dtype=float32; block=32; hash=sha256; seed=fixed; slices=1; groups=1; policy=recompute;
   role=worker; model=gemma-3
 ```
 
-``parts`` are ranks whose KV differs, ``groups`` those of the KV cache (one without vLLM's hybrid KV
-cache manager).
+``slices`` are ranks whose KV differs, ``groups`` those of the KV cache (one without vLLM's hybrid
+KV cache manager).
 
 Nothing here decides what is loaded: blocks are told apart by their ids (``fingerprint``).
 """
@@ -71,7 +71,7 @@ def introduction(
     role: str,
     environment: Mapping[str, str] = os.environ,
     *,
-    parts: int,
+    slices: int,
     groups: int,
 ) -> str:
     """The name of this engine's link."""
@@ -83,7 +83,7 @@ def introduction(
         "block": cache.block_size,
         "hash": algorithm,
         "seed": hash_seed(algorithm, environment),
-        "parts": parts,
+        "slices": slices,
         "groups": groups,
         "policy": getattr(vllm_config.kv_transfer_config, "kv_load_failure_policy", "unknown"),
         "role": role,
