@@ -98,7 +98,7 @@ class Rank:
 
         self.rig = rig
         # Replicas compute the same.
-        self.part = number // rig.cache.kv_tp_replicas
+        self.slice = number // rig.cache.kv_tp_replicas
         self.layers: dict[str, Any] = {}
         largest = max(group.kv_cache_spec.block_size for group in rig.cache.kv_cache_groups)
         memory = [
@@ -166,7 +166,7 @@ class Rank:
                     position % spec.block_size,
                 )
                 for layer, name in enumerate(group.layer_names):
-                    expected = numbers[position] * 1000 + number * 100 + layer * 10 + self.part
+                    expected = numbers[position] * 1000 + number * 100 + layer * 10 + self.slice
                     here = self.layers[name][page, :, place, :]
                     if position >= first:
                         assert page != 0, "a token's own page is the null page"
@@ -303,6 +303,18 @@ class Rig:
 
     def ask(self, prompt: Sequence[int], answer: int = 2) -> tuple[list[int], int]:
         """Runs one prompt to its end: the answer, and how many tokens came from outside."""
+        hits = self.count("funnel_tokens:used")
+        (answered,) = self.ask_all([prompt], answer)
+        return answered, int(self.count("funnel_tokens:used") - hits)
+
+    def ask_all(self, prompts: Sequence[Sequence[int]], answer: int = 2) -> list[list[int]]:
+        """Runs prompts at once to their ends: the answers."""
+        requests = [self.submit(prompt, answer) for prompt in prompts]
+        self.until(lambda: all(request.is_finished() for request in requests))
+        return [list(request.output_token_ids) for request in requests]
+
+    def submit(self, prompt: Sequence[int], answer: int = 2) -> Any:
+        """Adds a request, which runs with the next steps."""
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
@@ -314,10 +326,8 @@ class Rig:
             None,
             block_hasher=self._hasher,
         )
-        hits = self.count("funnel_tokens:used")
         self.scheduler.add_request(request)
-        self.until(request.is_finished)
-        return list(request.output_token_ids), int(self.count("funnel_tokens:used") - hits)
+        return request
 
     def until(self, done: Any) -> None:
         """Steps until something holds."""

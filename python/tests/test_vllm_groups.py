@@ -232,7 +232,7 @@ class Engine:
     def load(self, orders: Sequence[LoadOrder]) -> int | None:
         """Fills pages; the first place that was lost."""
         lost = None
-        assert {order.parts for order in orders} == {len(orders)}
+        assert {order.orders for order in orders} == {len(orders)}
         for order in orders:
             for place, (name, page) in enumerate(
                 zip(self.names(order), order.block_ids, strict=True)

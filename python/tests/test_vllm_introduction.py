@@ -15,26 +15,29 @@ def config(model: str = "/models/m", hash_algo: str = "sha256") -> SimpleNamespa
     return SimpleNamespace(
         model_config=SimpleNamespace(model=model, dtype="torch.bfloat16"),
         cache_config=SimpleNamespace(block_size=16, prefix_caching_hash_algo=hash_algo),
-        parallel_config=SimpleNamespace(tensor_parallel_size=2, pipeline_parallel_size=1),
         kv_transfer_config=SimpleNamespace(kv_load_failure_policy="recompute"),
     )
 
 
+def named(config: SimpleNamespace, environment: dict[str, str], role: str = "worker") -> str:
+    return introduction(config, "0.32.0", role, environment, slices=1, groups=1)
+
+
 def test_the_name_says_what_blocks_are_made_of() -> None:
-    assert introduction(config(), "0.32.1+cpu", "worker", {}) == (
-        "vllm 0.32; dtype=bfloat16; block=16; hash=sha256; seed=fixed; ranks=2; "
+    assert introduction(config(), "0.32.1+cpu", "worker", {}, slices=2, groups=6) == (
+        "vllm 0.32; dtype=bfloat16; block=16; hash=sha256; seed=fixed; slices=2; groups=6; "
         "policy=recompute; role=worker; model=/models/m"
     )
-    assert "seed=random" in introduction(config(hash_algo="xxhash_cbor"), "0.32.0", "worker", {})
-    seeded = introduction(config(), "0.32.0", "worker", {"PYTHONHASHSEED": "7"})
+    assert "seed=random" in named(config(hash_algo="xxhash_cbor"), {})
+    seeded = named(config(), {"PYTHONHASHSEED": "7"})
     assert "seed=7" in seeded
 
 
 @pytest.mark.parametrize("model", ["/a;b=c/" + "é" * 500, "x" * 500, "m"])
 def test_any_model_name_fits_and_breaks_nothing(model: str) -> None:
-    name = introduction(config(model), "0.32.0", "scheduler", {})
+    name = named(config(model), {}, role="scheduler")
     assert len(name.encode()) <= module.NAME_BYTES_MAX
-    assert name.count(";") == 8
+    assert name.count(";") == 9
     assert "; role=scheduler; model=" in name
 
 

@@ -74,6 +74,21 @@ def test_what_one_engine_computed_another_goes_on_with(
     third.settle()
 
 
+@pytest.mark.parametrize("kind", GEMMA)
+def test_a_load_goes_on_from_the_engines_own_hit(
+    kind: str, node: Node, rig: Callable[..., Rig]
+) -> None:
+    first = rig(transfer(node), specs_of(kind), model=f"own/{kind}")
+    cold, _ = first.ask(PROMPT)
+    first.settle()
+    second = rig(transfer(node), specs_of(kind), model=f"own/{kind}")
+    _, hit = second.ask(PROMPT[:100])
+    assert hit == 96
+    warm, hit = second.ask(PROMPT)
+    assert (warm, hit, second.count("funnel_tokens:local")) == (cold, 320 - 96, 96)
+    second.settle()
+
+
 def test_of_windows_only_the_ends_are_loaded(node: Node, rig: Callable[..., Rig]) -> None:
     for kind in ("one group", "gemma"):
         engine = rig(transfer(node), specs_of(kind), model=f"ends/{kind}")
@@ -91,20 +106,21 @@ def test_of_windows_only_the_ends_are_loaded(node: Node, rig: Callable[..., Rig]
             assert loaded == saved * 40 / 120
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", GEMMA)
-def test_a_block_that_is_lost_on_the_way_is_computed(
-    kind: str, node: Node, rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+def test_a_block_that_is_lost_on_the_way_of_one_rank_is_computed_by_all(
+    ranks: int, kind: str, node: Node, rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvar.vllm import pages
 
-    engine = rig(transfer(node), specs_of(kind), model=f"lost/{kind}")
+    engine = rig(transfer(node), specs_of(kind), ranks=ranks, model=f"lost/{kind}/{ranks}")
     cold, _ = engine.ask(PROMPT)
     engine.settle()
     loads = 0
     whole = pages.DirectPages.load
 
     def load_less(self: pages.DirectPages, batch: pages.Batch, request: int) -> Any:
-        """The last block of the last order asks for what nobody has."""
+        """The last block of the first rank's last order asks for what nobody has."""
         nonlocal loads
         loads += 1
         if loads == len(specs_of(kind)):
@@ -155,7 +171,7 @@ def test_ranks_with_the_same_kv_store_it_once(
     assert engine.ask(PROMPT) == (cold, 320)
     assert engine.count("loaded_bytes") == engine.count("saved_bytes") * replicas
     engine.settle()
-    # The same blocks are those of an engine with as many parts.
+    # The same blocks are those of an engine with as many slices.
     other = rig(transfer(node), specs_of(kind), ranks=copies, model=model)
     assert other.ask(PROMPT) == (cold, 320)
     other.settle()
@@ -250,6 +266,9 @@ def test_a_multi_connector_finds_our_counts_by_name() -> None:
 def test_a_router_hears_what_is_stored_under_the_engines_own_names(
     kind: str, node: Node, rig: Callable[..., Rig]
 ) -> None:
+    import msgspec
+    from vllm.distributed.kv_events import KVEventBatch
+
     specs = specs_of(kind)
     engine = rig(transfer(node), specs, model=f"events/{kind}", events=True)
     engine.ask(PROMPT)
@@ -280,6 +299,8 @@ def test_a_router_hears_what_is_stored_under_the_engines_own_names(
         ]
     ours = [event for event in engine.events if getattr(event, "medium", "") == "STORAGE"]
     assert {(event.locality, event.ownership) for event in ours} == {("REMOTE", "kvar")}
+    # In the form that vLLM's publisher sends.
+    assert msgspec.msgpack.Encoder().encode(KVEventBatch(ts=0.0, events=ours))
     kinds = {event.kv_cache_spec_kind for event in ours}
     assert kinds == {"full_attention"} | ({"sliding_window"} if len(specs) > 1 else set())
 
@@ -294,3 +315,86 @@ def test_nobody_hears_of_what_was_not_stored(
     engine.ask(PROMPT)
     engine.settle()
     assert {getattr(event, "medium", "GPU") for event in engine.events} == {"GPU"}
+
+
+def test_loads_by_layers_are_there_in_the_step_that_orders_them(
+    node: Node, rig: Callable[..., Rig]
+) -> None:
+    engine = rig(transfer(node, load="layers"), [full()], model="layers")
+    cold, _ = engine.ask(PROMPT)
+    engine.settle()
+    assert engine.ask(PROMPT) == (cold, 320)
+    engine.settle()
+    assert engine.count("layered_load_seconds") > 0
+    assert engine.count("lost_tokens:full_blocks:partial_block") == 2 * 13
+
+
+@pytest.mark.parametrize("kind", ["one group", "gemma"])
+def test_requests_that_are_preempted_end_with_the_same_answers(
+    kind: str, node: Node, rig: Callable[..., Rig]
+) -> None:
+    prompts = [[number, *PROMPT[: 150 + 10 * number]] for number in range(6)]
+    roomy = rig(transfer(node, mode="off"), specs_of(kind), blocks=2000)
+    expected = roomy.ask_all(prompts, answer=60)
+    roomy.settle()
+    # Half of what all of them would take at their ends.
+    blocks = 40 if kind == "one group" else 100
+    tight = rig(transfer(node), specs_of(kind), blocks=blocks, model=f"preempted/{kind}")
+    for _ in range(2):
+        assert tight.ask_all(prompts, answer=60) == expected
+        tight.settle()
+    assert tight.count("readmitted_tokens") > 0, "nobody was preempted"
+    assert tight.count("funnel_tokens:used") > 0
+    lost = sum(said for name, said in tight.counts.items() if name.startswith("lost_tokens"))
+    ended = tight.count("funnel_tokens:local") + tight.count("funnel_tokens:used")
+    assert tight.count("funnel_tokens:prompt") == ended + lost
+
+
+def test_a_node_that_dies_costs_no_answer(own_node: Node, rig: Callable[..., Rig]) -> None:
+    engine = rig(transfer(own_node, deadline_ms=1000), specs_of("gemma"))
+    cold, _ = engine.ask(PROMPT)
+    engine.settle()
+    waiting = engine.submit(PROMPT)
+    # Its load is ordered; the node is gone before it is there.
+    own_node.kill()
+    engine.until(waiting.is_finished)
+    assert list(waiting.output_token_ids) == cold
+    engine.settle()
+    assert engine.ask(PROMPT) == (cold, 0)
+    engine.settle()
+    assert engine.count("lost_tokens:looked_up:store_away") > 0
+
+
+def test_after_a_reset_from_outside_nothing_older_comes_back(
+    node: Node, rig: Callable[..., Rig]
+) -> None:
+    engine = rig(transfer(node), specs_of("gemma"), model="reset")
+    cold, _ = engine.ask(PROMPT)
+    engine.settle()
+    assert engine.scheduler.reset_prefix_cache(reset_connector=True)
+    assert engine.ask(PROMPT) == (cold, 0)
+    engine.settle()
+    assert engine.ask(PROMPT) == (cold, 320)
+    engine.settle()
+
+
+@pytest.mark.parametrize("kind", ["one group", "gemma"])
+def test_a_request_that_is_aborted_holds_nothing(
+    kind: str, node: Node, rig: Callable[..., Rig]
+) -> None:
+    from vllm.v1.request import RequestStatus
+
+    engine = rig(transfer(node), specs_of(kind), model=f"aborted/{kind}")
+    cold, _ = engine.ask(PROMPT)
+    engine.settle()
+    for prompt, steps in ((PROMPT, 1), (OTHER[::-1], 2)):
+        # Its load has begun; of the other one, a part is computed and being saved.
+        request = engine.submit(prompt)
+        for _ in range(steps):
+            engine.step()
+        assert not request.is_finished()
+        engine.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+        engine.settle()
+    assert engine.count("lost_tokens:loaded:aborted") + engine.count("lost_tokens:used:aborted")
+    assert engine.ask(PROMPT) == (cold, 320)
+    engine.settle()

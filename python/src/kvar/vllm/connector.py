@@ -25,6 +25,7 @@ what to recompute after a failed load, and the choice of what is loaded when.
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import replace
@@ -166,12 +167,19 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
         else:
             self._groups = groups_of(vllm_config, kv_cache_config, self._settings.load)
         self._key = kvar.NamespaceKey.from_file(self._settings.namespace_key_file)
-        self._link = Link.to(self._settings, introduction(vllm_config, version, role.name.lower()))
         parallel = vllm_config.parallel_config
         self._ranks: int = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
         # Ranks that hold the same bytes (MLA, fewer KV heads than ranks) store them once.
         self._replicas: int = getattr(kv_cache_config, "kv_tp_replicas", 1)
         self._slices: int = self._ranks // self._replicas
+        name = introduction(
+            vllm_config,
+            version,
+            role.name.lower(),
+            slices=self._slices,
+            groups=len(self._groups.all),
+        )
+        self._link = Link.to(self._settings, name)
         self._by_layers = self._settings.load is LoadWay.LAYERS
         if self._by_layers and self._ranks > 1:
             raise SettingsError(
@@ -397,7 +405,7 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
             fail_whole=self._groups.fail_whole,
         )
         for text in self._texts:
-            logger.info("kvar: part %d of %d, %s", mine, self._slices, text.replace("\n", " "))
+            logger.info("kvar: slice %d of %d, %s", mine, self._slices, text.replace("\n", " "))
 
     def _caches_of(self, group: Group, caches: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The memory of one group's layers."""
@@ -580,6 +588,7 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
         self._link.close()
 
 
-# In a MultiConnector vLLM finds a connector's counts again by its name alone.
-if "KvarConnector" not in KVConnectorFactory._registry:
+# In a MultiConnector vLLM finds a connector's counts again by its name alone. The error is for a
+# name that is there already.
+with contextlib.suppress(ValueError):
     KVConnectorFactory.register_connector("KvarConnector", "kvar.vllm", "KvarConnector")

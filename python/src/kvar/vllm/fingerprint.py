@@ -15,6 +15,7 @@ block_tokens=32
 layers=18                    of this rank
 page=(1, 32, 512)            shape of one layer's page: KV heads, tokens, K and V content
 layout=LBHNC  backend=CPU_ATTN/vec16
+group=0 of 6  window=512     where layers are in several groups, or have windows
 ```
 
 It is made by the worker, which alone knows backend and page shape, and handed to the scheduler

@@ -4,9 +4,12 @@ A link carries a name; the node shows it (``/v1/status``, ``kvar doctor``), so t
 sees who is linked, and why two engines of one model share no block:
 
 ```text
-vllm 0.32; dtype=float32; block=32; hash=sha256; seed=fixed; ranks=1; policy=recompute;
+vllm 0.32; dtype=float32; block=32; hash=sha256; seed=fixed; slices=1; groups=1; policy=recompute;
   role=worker; model=gemma-3
 ```
+
+``slices`` are ranks whose KV differs, ``groups`` those of the KV cache (one without vLLM's hybrid
+KV cache manager).
 
 Nothing here decides what is loaded: blocks are told apart by their ids (``fingerprint``).
 """
@@ -63,19 +66,25 @@ def hash_seed(algorithm: str, environment: Mapping[str, str]) -> str:
 
 
 def introduction(
-    vllm_config: Any, version: str, role: str, environment: Mapping[str, str] = os.environ
+    vllm_config: Any,
+    version: str,
+    role: str,
+    environment: Mapping[str, str] = os.environ,
+    *,
+    slices: int,
+    groups: int,
 ) -> str:
     """The name of this engine's link."""
     model = vllm_config.model_config
     cache = vllm_config.cache_config
-    parallel = vllm_config.parallel_config
     algorithm = str(getattr(cache, "prefix_caching_hash_algo", "unknown"))
     facts = {
         "dtype": str(model.dtype).removeprefix("torch."),
         "block": cache.block_size,
         "hash": algorithm,
         "seed": hash_seed(algorithm, environment),
-        "ranks": parallel.tensor_parallel_size * parallel.pipeline_parallel_size,
+        "slices": slices,
+        "groups": groups,
         "policy": getattr(vllm_config.kv_transfer_config, "kv_load_failure_policy", "unknown"),
         "role": role,
         "model": _end_of(str(model.model).rstrip("/")),

@@ -30,7 +30,7 @@ class LoadOrder:
     request: int = 0
     """The prompt's number towards the store; 0: none."""
     group: int = 0
-    parts: int = 1
+    orders: int = 1
     """Orders of this request in this step: it has what it loads when all of them have ended."""
     tokens: float = 0.0
     """What this order brings, of the request's; groups share."""

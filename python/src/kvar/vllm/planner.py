@@ -398,7 +398,7 @@ class Planner:
             # The engine waits for an answer all the same.
             orders.append(LoadOrder(tracked.request.request_id, [], [], 0, tracked.number))
         for order in orders:
-            order.parts = len(orders)
+            order.orders = len(orders)
             order.tokens = tokens / len(orders)
         return orders
 

@@ -124,8 +124,8 @@ class Mover:
         self._saves: list[_Save] = []
         self._layered: list[_LayeredLoad] = []
         self._failed_at_start: list[LoadOrder] = []
-        self._parts_left: dict[str, int] = {}
-        self._parts_lost: set[str] = set()
+        self._orders_left: dict[str, int] = {}
+        self._orders_lost: set[str] = set()
         self.failures = 0
         self._ended = Ended()
         self._load_ended = float("-inf")
@@ -143,17 +143,17 @@ class Mover:
             except kvar.KvarError as error:
                 self._link.failed(error)
         self._note_misses(order, [STORE_AWAY] * len(order.block_ids))
-        self._end_part(order)
+        self._end_order(order)
 
-    def _end_part(self, order: LoadOrder) -> None:
+    def _end_order(self, order: LoadOrder) -> None:
         """One order of a request has ended; the request's load with the last of them."""
-        left = self._parts_left.pop(order.request_id, order.parts) - 1
+        left = self._orders_left.pop(order.request_id, order.orders) - 1
         if left:
-            self._parts_left[order.request_id] = left
+            self._orders_left[order.request_id] = left
             return
         self._ended.loaded.add(order.request_id)
-        if order.request_id in self._parts_lost:
-            self._parts_lost.discard(order.request_id)
+        if order.request_id in self._orders_lost:
+            self._orders_lost.discard(order.request_id)
             self._ended.useless.add(order.request_id)
 
     def start_layers(self, order: LoadOrder, salt: str) -> None:
@@ -248,7 +248,7 @@ class Mover:
             self._loads.remove(load)
             self._note_misses(load.order, words)
             self._note_hits(load.order, words)
-            self._end_part(load.order)
+            self._end_order(load.order)
             ended_at = load.transfer.ended_at()
             self.counters.add("load_seconds", ended_at - load.started)
             # Loads under way together share the link: time counts once for all of them.
@@ -288,7 +288,7 @@ class Mover:
             if word != "hit":
                 failed = failed or FailedLoad(0 if self._fail_whole else position, word)
                 if self._fail_whole:
-                    self._parts_lost.add(order.request_id)
+                    self._orders_lost.add(order.request_id)
                 else:
                     self._ended.bad_block_ids.add(block)
                 self.counters.add("load_missed_blocks", 1, word)
