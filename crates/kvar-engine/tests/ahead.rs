@@ -198,6 +198,15 @@ const WAITS: ReadHints = ReadHints {
 
 /// Announces a block whose checks are not known yet.
 fn announce(shard: &mut Shard, number: u64, lengths: &[usize]) -> Result<PutTicket, PutOutcome> {
+    announce_until(shard, number, lengths, Moment(u64::MAX))
+}
+
+fn announce_until(
+    shard: &mut Shard,
+    number: u64,
+    lengths: &[usize],
+    deadline: Moment,
+) -> Result<PutTicket, PutOutcome> {
     let request = PutRequest {
         id: id(number),
         sections: lengths
@@ -206,7 +215,7 @@ fn announce(shard: &mut Shard, number: u64, lengths: &[usize]) -> Result<PutTick
             .collect(),
         hints: PutHints::default(),
         durable: false,
-        deadline: Moment(u64::MAX),
+        deadline,
     };
     shard.engine.put_begin(shard.now, &request)
 }
@@ -324,4 +333,29 @@ fn there_are_so_many_who_wait_and_no_more() {
     let events = shard.hear();
     let is_hit = |event: &&Event| matches!(event, Event::Get { outcome: Ok(_), .. });
     assert_eq!(events.iter().filter(is_hit).count(), 1024);
+}
+
+#[test]
+fn a_late_end_of_an_older_put_wakes_nobody_who_waits_for_a_newer() {
+    for is_abort in [true, false] {
+        let mut shard = Shard::new(DEVICE_BYTES, roomy());
+        let deadline = shard.now.after(Duration::from_secs(1));
+        let mut old = announce_until(&mut shard, 1, &[SECTION], deadline).unwrap();
+        fill(&mut old, 1, 0);
+        // Its writer hangs for so long that the id is free again.
+        shard.leap(Duration::from_secs(7));
+        let mut new = announce(&mut shard, 1, &[SECTION]).unwrap();
+        fill(&mut new, 1, 0);
+        let waiting = begin(&mut shard, 1, 0, WAITS);
+        if is_abort {
+            shard.engine.put_abort(old);
+        } else {
+            let token = shard.token();
+            shard.engine.put_commit(shard.now, token, old);
+        }
+        assert_eq!(heard(&mut shard, waiting), None);
+        let token = shard.token();
+        shard.engine.put_commit(shard.now, token, new);
+        assert_eq!(heard(&mut shard, waiting), Some(Ok(0)));
+    }
 }
