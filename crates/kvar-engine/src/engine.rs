@@ -62,6 +62,8 @@ pub struct Engine {
     device: Box<dyn Device>,
     shard: Shard,
     completions: Vec<Completion>,
+    /// Of these, what the next turn takes.
+    later: Vec<Completion>,
 }
 
 impl Engine {
@@ -120,6 +122,7 @@ impl Engine {
             device,
             shard: loaded.shard,
             completions: Vec::new(),
+            later: Vec::new(),
         };
         engine.turn(now);
         engine
@@ -266,19 +269,10 @@ impl Engine {
     /// As [`turn`](Self::turn), of reads that are over about `bytes` (one at least); whether more is
     /// over, for the next turn. Devices answer many operations at once, and who checks all
     /// of them before the first answer leaves keeps the device waiting for what its callers ask next.
+    /// What is no read needs no looking at, and is taken in at once.
     pub fn turn_some(&mut self, now: Moment, bytes: u64) -> bool {
         self.device.poll(&mut self.completions);
-        let mut left = bytes;
-        let some = self.completions.iter().take_while(|completion| {
-            let takes_more = left > 0;
-            // What was written needs no looking at.
-            if let Op::Read { buffer, .. } = &completion.op {
-                left = left.saturating_sub(buffer.padded_len() as u64);
-            }
-            takes_more
-        });
-        let some = some.count();
-        self.advance(now, some);
+        self.advance(now, bytes);
         // A refusal leaves the queue with the device; the next turn tries again.
         if let Err(error) = self.device.kick() {
             self.shard.device_refused(now, &error);
@@ -290,7 +284,7 @@ impl Engine {
     /// system call hands over what is queued and waits, where `turn` and `wait` make two.
     pub fn turn_and_wait(&mut self, now: Moment, timeout: Duration) {
         self.device.poll(&mut self.completions);
-        self.advance(now, self.completions.len());
+        self.advance(now, u64::MAX);
         if self.shard.events.is_empty() && self.device.in_flight() > 0 {
             return self.device.wait(timeout);
         }
@@ -299,11 +293,20 @@ impl Engine {
         }
     }
 
-    /// Takes in the first `some` of what is over.
-    fn advance(&mut self, now: Moment, some: usize) {
-        for completion in self.completions.drain(..some) {
+    /// Takes in what is over, of reads about so many bytes.
+    fn advance(&mut self, now: Moment, bytes: u64) {
+        let mut left = bytes;
+        for completion in self.completions.drain(..) {
+            if let Op::Read { buffer, .. } = &completion.op {
+                if left == 0 {
+                    self.later.push(completion);
+                    continue;
+                }
+                left = left.saturating_sub(buffer.padded_len() as u64);
+            }
             self.shard.complete(now, completion);
         }
+        std::mem::swap(&mut self.completions, &mut self.later);
         self.shard.step(now);
         for (token, op) in self.shard.out.drain(..) {
             self.device.submit(token, op);

@@ -214,3 +214,97 @@ fn of_reads_that_end_at_once_a_turn_takes_in_some_and_the_rest_is_not_lost() {
     answered.sort_unstable();
     assert_eq!(answered, (0..COUNT).collect::<Vec<_>>());
 }
+
+/// Asks for the block behind those that the device reads, under a token of its own.
+fn ask_for_last(shard: &mut Shard, asker: u64, token: u64, deadline: Moment) {
+    let request = GetRequest {
+        id: id(AT_DEVICE),
+        sections: None,
+        deadline,
+        touch: Touch::default(),
+    };
+    let hints = ReadHints {
+        asker,
+        ..ReadHints::default()
+    };
+    shard.engine.get(shard.now, token, request, hints);
+}
+
+#[test]
+fn who_has_given_up_makes_room_in_a_full_line_for_who_has_not() {
+    const WAITING: u64 = 4096;
+    let mut shard = with_blocks(AT_DEVICE + 1);
+    shard
+        .disk
+        .inject(Fault::always(FaultKind::Stuck, FaultOn::Read));
+    for number in 0..AT_DEVICE {
+        ask(&mut shard, 1, number, Moment(u64::MAX));
+    }
+    fill_device(&mut shard);
+    let soon = shard.now.after(Duration::from_millis(50));
+    for token in 1000..1000 + WAITING {
+        ask_for_last(&mut shard, 1, token, soon);
+    }
+    ask_for_last(&mut shard, 1, 1, Moment(u64::MAX));
+    let full = shard.hear();
+    assert!(
+        matches!(
+            full[..],
+            [Event::Get {
+                token: 1,
+                outcome: Err(MissReason::Overloaded)
+            }]
+        ),
+        "nobody has given up yet: {full:?}"
+    );
+    shard.leap(Duration::from_secs(1));
+    ask_for_last(&mut shard, 1, 2, Moment(u64::MAX));
+    let swept = shard.hear();
+    assert_eq!(swept.len() as u64, WAITING);
+    for event in swept {
+        let Event::Get { outcome, .. } = event else {
+            panic!("{event:?}")
+        };
+        assert_eq!(outcome.err(), Some(MissReason::Deadline));
+    }
+    assert_eq!(shard.counters().overdue_at_device, WAITING);
+    shard.disk.clear_faults();
+    shard.disk.release_stuck();
+    let answers = answers(&mut shard, AT_DEVICE + 1);
+    assert!(answers.contains(&(2, Ok(()))));
+}
+
+#[test]
+fn what_was_written_is_taken_in_before_reads_that_were_over_first() {
+    const COUNT: u64 = 10;
+    let mut shard = with_blocks(COUNT);
+    shard
+        .disk
+        .inject(Fault::always(FaultKind::Stuck, FaultOn::Read));
+    for number in 0..COUNT {
+        ask(&mut shard, 1, number, Moment(u64::MAX));
+    }
+    for _ in 0..100 {
+        shard.engine.turn(shard.now);
+    }
+    shard
+        .disk
+        .inject(Fault::always(FaultKind::Stuck, FaultOn::Write));
+    shard.put(COUNT, &[LEN], kvar_engine::PutHints::default());
+    shard.leap(Duration::from_millis(200));
+    for _ in 0..100 {
+        shard.engine.turn(shard.now);
+    }
+    assert!(shard.disk.stuck() as u64 > COUNT, "the write is under way");
+    shard.disk.clear_faults();
+    shard.disk.release_stuck();
+    shard.leap(Duration::from_secs(1));
+    let mut reads = 0;
+    for _ in 0..5 {
+        assert!(shard.engine.turn_some(shard.now, 1));
+        let is_read = |event: &Event| matches!(event, Event::Get { .. });
+        reads += shard.hear().iter().filter(|event| is_read(event)).count();
+    }
+    assert_eq!(reads, 5);
+    assert_eq!(shard.status().flash_blocks, COUNT + 1);
+}

@@ -15,13 +15,13 @@
 //! the bytes of all the others.)
 //!
 //! What must always be true: what is held is served only for the very copy it was read from, and only
-//! if the section matches its content check; what is held counts as memory, and is bounded; a
-//! stretch that is not taken goes by itself.
+//! if the section matches its content check; what is held counts as memory, and is bounded together
+//! with what is coming; a stretch that is not taken goes by itself.
 //!
 //! Left to others: the read itself and its failures (`sections`), whole blocks (`read`).
 
 use super::sections::Known;
-use super::{Copy, Moved, SectionRef, Shard};
+use super::{Copy, Moved, Reader, SectionRef, Shard};
 use crate::dram::{Evicted, Purpose};
 use crate::index::Entry;
 use kvar_base::{BlockId, ContentCheck, MissReason, Moment};
@@ -55,13 +55,9 @@ struct Held {
 /// A stretch that is being read, and who waits for more of it.
 struct Coming {
     reach: Range<u16>,
-    waiters: SmallVec<[Waiter; 4]>,
-}
-
-/// Who waits for a section of a stretch.
-pub(super) struct Waiter {
-    pub(super) token: u64,
-    pub(super) wanted: Range<u16>,
+    /// Bytes that are kept free for what it brings.
+    set_aside: u64,
+    waiters: SmallVec<[Reader; 1]>,
 }
 
 /// What is held, and what is coming: by block and number of the read, since a block may have several
@@ -72,6 +68,8 @@ pub(super) struct Ahead {
     /// In the order of their age; some are gone.
     order: VecDeque<(Moment, (BlockId, u64))>,
     bytes: u64,
+    /// Bytes kept free for all that is coming.
+    set_aside: u64,
     coming: BTreeMap<(BlockId, u64), Coming>,
 }
 
@@ -79,6 +77,16 @@ impl Ahead {
     /// Stretches that are being read.
     pub(super) fn coming(&self) -> usize {
         self.coming.len()
+    }
+
+    /// Those who wait for each stretch that is being read.
+    pub(super) fn waiters_mut(&mut self) -> impl Iterator<Item = &mut SmallVec<[Reader; 1]>> {
+        self.coming.values_mut().map(|coming| &mut coming.waiters)
+    }
+
+    /// When the oldest stretch goes, if nobody takes it.
+    pub(super) fn next_end(&self) -> Option<Moment> {
+        self.order.front().map(|(since, _)| since.after(HELD_MAX))
     }
 }
 
@@ -90,13 +98,12 @@ fn all_of(id: &BlockId) -> RangeInclusive<(BlockId, u64)> {
 impl Shard {
     /// Answers sections from a stretch that is held, or has them wait for one that is coming; whether
     /// it did.
-    pub(super) fn get_held(
-        &mut self,
-        token: u64,
-        id: &BlockId,
-        entry: &Entry,
-        wanted: &Range<u16>,
-    ) -> bool {
+    pub(super) fn get_held(&mut self, reader: &Reader, entry: &Entry) -> bool {
+        let (token, id) = (reader.token, &reader.request.id);
+        let takes_on = entry.sectioned && reader.hints.goes_on;
+        let Some(wanted) = reader.request.sections.as_ref().filter(|_| takes_on) else {
+            return false;
+        };
         let held = self.ahead.held.range(all_of(id));
         let found = { held }.find(|(_, held)| contains(&held.sections, wanted));
         if let Some((key, held)) = found {
@@ -114,36 +121,62 @@ impl Shard {
                 return true;
             }
         }
-        let coming = self.ahead.coming.range_mut(all_of(id));
+        let coming = self.ahead.coming.range(all_of(id));
         let coming = { coming }.find(|(_, coming)| contains(&coming.reach, wanted));
-        if let Some((_, coming)) = coming {
-            let wanted = wanted.clone();
-            coming.waiters.push(Waiter { token, wanted });
-            return true;
+        let Some(key) = coming.map(|(key, _)| *key) else {
+            return false;
+        };
+        if !self.may_join() {
+            self.miss(token, MissReason::Overloaded);
+        } else if let Some(coming) = self.ahead.coming.get_mut(&key) {
+            coming.waiters.push(reader.clone());
+            self.turns.join();
         }
-        false
+        true
     }
 
-    /// Whether so many bytes more may be held.
+    /// Whether so many bytes more may be held, when all that is coming has come.
     pub(super) fn may_hold(&mut self, bytes: u64) -> bool {
         self.tidy_held();
-        self.ahead.bytes + bytes <= self.config.dram_bytes / HELD_SHARE
+        self.ahead.bytes + self.ahead.set_aside + bytes <= self.config.dram_bytes / HELD_SHARE
     }
 
     /// A stretch is being read.
-    pub(super) fn stretch_begun(&mut self, id: &BlockId, number: u64, reach: Range<u16>) {
-        let waiters = SmallVec::new();
-        let coming = Coming { reach, waiters };
-        self.ahead.coming.insert((*id, number), coming);
+    pub(super) fn stretch_begun(&mut self, key: (BlockId, u64), reach: Range<u16>) {
+        let coming = Coming {
+            reach,
+            set_aside: 0,
+            waiters: SmallVec::new(),
+        };
+        self.ahead.coming.insert(key, coming);
+    }
+
+    /// Keeps so many bytes free for what a stretch brings, instead of what was kept for it before;
+    /// none if there is no room for them.
+    pub(super) fn set_aside(&mut self, key: &(BlockId, u64), bytes: u64) -> bool {
+        let Some(coming) = self.ahead.coming.get_mut(key) else {
+            return false;
+        };
+        self.ahead.set_aside -= std::mem::take(&mut coming.set_aside);
+        let fits = self.may_hold(bytes);
+        if fits && let Some(coming) = self.ahead.coming.get_mut(key) {
+            coming.set_aside = bytes;
+            self.ahead.set_aside += bytes;
+        }
+        fits
     }
 
     /// Takes those who wait for this stretch.
-    pub(super) fn stretch_ended(&mut self, id: &BlockId, number: u64) -> SmallVec<[Waiter; 4]> {
-        let coming = self.ahead.coming.remove(&(*id, number));
-        coming.map_or_else(SmallVec::new, |coming| coming.waiters)
+    pub(super) fn stretch_ended(&mut self, key: &(BlockId, u64)) -> SmallVec<[Reader; 1]> {
+        let Some(coming) = self.ahead.coming.remove(key) else {
+            return SmallVec::new();
+        };
+        self.ahead.set_aside -= coming.set_aside;
+        self.turns.part(coming.waiters.len());
+        coming.waiters
     }
 
-    /// Keeps what a stretch brought beyond what was asked for.
+    /// Keeps what a stretch brought beyond what was asked for; whether it does.
     pub(super) fn hold(
         &mut self,
         key: (BlockId, u64),
@@ -152,10 +185,10 @@ impl Shard {
         (from, padded): (u64, u64),
         next: u16,
         bytes: &Shared,
-    ) {
+    ) -> bool {
         let end = known.reach_of(next, from + padded);
-        if end <= next {
-            return;
+        if end <= next || !self.set_aside(&key, padded) {
+            return false;
         }
         let mut gone = Evicted::new();
         let (purpose, keep) = (Purpose::Read, &self.keep);
@@ -163,8 +196,9 @@ impl Shard {
         for gone in gone {
             self.evicted(&gone, false);
         }
+        self.set_aside(&key, 0);
         if !fits {
-            return;
+            return false;
         }
         self.ahead.bytes += padded;
         self.ahead.order.push_back((self.now, key));
@@ -177,6 +211,53 @@ impl Shard {
             bytes: bytes.clone(),
         };
         self.ahead.held.insert(key, held);
+        true
+    }
+
+    /// Answers those who wait for what a stretch brought, from section `first` on, and what is not held
+    /// for them: sections before `held_from`.
+    pub(super) fn share(
+        &mut self,
+        key: &(BlockId, u64),
+        known: &Arc<Known>,
+        (from, padded): (u64, u64),
+        (first, held_from): (u16, u16),
+        bytes: &Shared,
+    ) {
+        let Some(coming) = self.ahead.coming.get_mut(key) else {
+            return;
+        };
+        let brought = first..known.reach_of(first, from + padded);
+        let mut here: SmallVec<[Reader; 1]> = SmallVec::new();
+        coming.waiters.retain(|reader| {
+            let wanted = reader.request.sections.as_ref();
+            let is_here = wanted.is_some_and(|it| contains(&brought, it) && it.start < held_from);
+            if is_here {
+                here.push(reader.clone());
+            }
+            !is_here
+        });
+        self.turns.part(here.len());
+        // As a rule all of them want the same, which is looked at once.
+        let mut last: (Option<Range<u16>>, Option<Copy>) = (None, None);
+        for reader in here {
+            let wanted = reader.request.sections.clone();
+            if wanted != last.0 {
+                let copy = wanted
+                    .as_ref()
+                    .and_then(|it| cut(&key.0, known, from, bytes, it));
+                last = (wanted, copy);
+            }
+            let copy = last.1.clone();
+            if reader.request.deadline <= self.now {
+                self.overdue_at_device(reader.token);
+            } else if let Some(copy) = copy {
+                self.counters.flash_hits += 1;
+                self.answer(reader.token, Ok(copy));
+            } else {
+                self.get_again(reader);
+            }
+        }
     }
 
     fn drop_held(&mut self, key: &(BlockId, u64)) {
@@ -205,7 +286,7 @@ impl Shard {
         let coming = self.ahead.coming.range(all_of(id));
         let coming: SmallVec<[u64; 2]> = coming.map(|((_, number), _)| *number).collect();
         for number in coming {
-            for waiter in self.stretch_ended(id, number) {
+            for waiter in self.stretch_ended(&(*id, number)) {
                 self.miss(waiter.token, reason);
             }
         }

@@ -36,6 +36,11 @@ impl Awaited {
     pub(super) fn count(&self) -> usize {
         self.count
     }
+
+    /// When the first of them has waited long enough, or before.
+    pub(super) fn next_end(&self) -> Option<Moment> {
+        self.next_end
+    }
 }
 
 impl Shard {

@@ -109,6 +109,7 @@ impl Shard {
             + self.ahead.coming()
             + self.awaited.count()
             + self.turns.waiting()
+            + self.turns.joined()
             + self.pending.len()
             // One that waits for a flush has nothing under way for a moment.
             + usize::from(self.checkpoint.is_some())

@@ -311,7 +311,7 @@ impl Shard {
 
     /// A call comes in.
     pub(crate) fn called(&mut self, now: Moment) {
-        self.last_call = now;
+        (self.last_call, self.now) = (now, now);
         self.end_leases(now);
         self.end_waits(now);
         self.tidy_held();
@@ -386,6 +386,8 @@ impl Shard {
     pub(crate) fn step(&mut self, now: Moment) {
         self.pass_time(now);
         self.end_waits(now);
+        self.tidy_held();
+        self.tidy_awaited(now);
         self.give_turns(now);
         self.sweep_stamps();
         self.decide_ahead(now);

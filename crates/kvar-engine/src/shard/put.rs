@@ -177,14 +177,17 @@ impl Shard {
 
     pub(crate) fn put_abort(&mut self, ticket: PutTicket) {
         self.counters.puts_aborted += 1;
-        self.end_filling(&ticket);
+        let mine = self.end_filling(&ticket);
         let PutTicket {
             id, buffer, hints, ..
         } = ticket;
         let padded = buffer.padded_len() as u64;
         self.dram.release(hints.tenant, padded);
         drop(buffer);
-        self.end_awaited(self.now, &id);
+        // Else another put fills the id by now, and whoever waits, waits for that.
+        if mine {
+            self.end_awaited(self.now, &id);
+        }
     }
 
     fn end_filling(&mut self, ticket: &PutTicket) -> bool {
@@ -200,13 +203,15 @@ impl Shard {
 
     pub(crate) fn put_commit(&mut self, now: Moment, token: u64, ticket: PutTicket) {
         let id = ticket.id;
-        self.commit(now, token, ticket);
-        self.end_awaited(now, &id);
+        let mine = self.end_filling(&ticket);
+        self.commit(now, token, ticket, mine);
+        if mine {
+            self.end_awaited(now, &id);
+        }
     }
 
-    fn commit(&mut self, now: Moment, token: u64, ticket: PutTicket) {
+    fn commit(&mut self, now: Moment, token: u64, ticket: PutTicket, mine: bool) {
         let padded = ticket.buffer.padded_len() as u64;
-        let mine = self.end_filling(&ticket);
         let PutTicket {
             id,
             number,

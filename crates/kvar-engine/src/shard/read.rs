@@ -55,6 +55,12 @@ pub(super) struct Reading {
     waiters: SmallVec<[Reader; 1]>,
 }
 
+impl Reading {
+    pub(super) fn waiters_mut(&mut self) -> &mut SmallVec<[Reader; 1]> {
+        &mut self.waiters
+    }
+}
+
 /// A device read under way for whoever waits in `reading`.
 #[derive(Clone, Copy)]
 pub(super) struct FlashRead {
@@ -107,6 +113,9 @@ impl Shard {
         }
         // What is in memory, or on its way there, needs no turn.
         if self.must_wait() && self.dram.get(&id).is_none() && !self.reading.contains_key(&id) {
+            if found.is_some_and(|(_, entry)| self.get_held(&reader, &entry)) {
+                return;
+            }
             return self.wait_for_turn(now, reader);
         }
         self.begin_read(reader, found);
@@ -136,19 +145,20 @@ impl Shard {
             }
             return self.answer(token, outcome);
         }
-        if let Some(reading) = self.reading.get_mut(&id) {
-            reading.waiters.push(reader);
+        if self.reading.contains_key(&id) {
+            if !self.may_join() {
+                return self.miss(token, MissReason::Overloaded);
+            }
+            if let Some(reading) = self.reading.get_mut(&id) {
+                reading.waiters.push(reader);
+                self.turns.join();
+            }
             return;
         }
         let Some((_, entry)) = found else {
             return self.miss(token, MissReason::Absent);
         };
-        let goes_on = reader.hints.goes_on;
-        if let Some(wanted) = &sections
-            && entry.sectioned
-            && (goes_on && self.get_held(token, &id, &entry, wanted)
-                || self.get_part(token, &id, &entry, wanted, goes_on))
-        {
+        if self.get_held(&reader, &entry) || self.get_part(&reader, &entry) {
             return;
         }
         self.read_whole(reader, entry);
@@ -162,6 +172,7 @@ impl Shard {
             return self.miss(reader.token, MissReason::Overloaded);
         };
         self.reads_in_flight += 1;
+        self.turns.join();
         let number = self.next_put;
         self.next_put += 1;
         self.reading.insert(
@@ -223,10 +234,7 @@ impl Shard {
         if !is_wanted {
             return self.dram.release(entry.tenant, padded);
         }
-        let waiters = self
-            .reading
-            .remove(&id)
-            .map_or_else(SmallVec::new, |reading| reading.waiters);
+        let waiters = self.take_readers(&id);
         let Brought::Block(plan) = brought else {
             self.dram.release(entry.tenant, padded);
             for waiter in waiters {
@@ -345,12 +353,17 @@ impl Shard {
     /// up. Who waits for that gets what was put. Else whoever asks later would join that read, and
     /// what it brings would become resident while the index leads to the put.
     pub(super) fn answer_by_put(&mut self, id: &BlockId) {
-        let Some(reading) = self.reading.remove(id) else {
-            return;
-        };
-        for waiter in reading.waiters {
+        for waiter in self.take_readers(id) {
             self.begin_read(waiter, None);
         }
+    }
+
+    /// Takes those who wait for the read of a block; nobody waits for it any more.
+    fn take_readers(&mut self, id: &BlockId) -> SmallVec<[Reader; 1]> {
+        let reading = self.reading.remove(id);
+        let waiters = reading.map_or_else(SmallVec::new, |reading| reading.waiters);
+        self.turns.part(waiters.len());
+        waiters
     }
 
     /// Ends reads under way of a tenant's blocks, or of all.
@@ -373,11 +386,7 @@ impl Shard {
 
     /// Ends reads under way of an id; what the device still delivers is dropped.
     pub(super) fn end_reads(&mut self, id: &BlockId, reason: MissReason) {
-        for waiter in self
-            .reading
-            .remove(id)
-            .map_or_else(SmallVec::new, |reading| reading.waiters)
-        {
+        for waiter in self.take_readers(id) {
             self.miss(waiter.token, reason);
         }
         self.end_parts(id, reason);

@@ -23,14 +23,14 @@
 //! Left to others: whole blocks (`read`), which alone become resident; what a reader that takes one
 //! section after another is spared (`ahead`).
 
-use super::ahead::{STRETCH_BYTES, Waiter};
-use super::{Copy, GetRequest, Moved, Pending, ReadHints, Reader, SectionRef, Shard, Touch};
+use super::ahead::STRETCH_BYTES;
+use super::{Copy, Moved, Pending, Reader, SectionRef, Shard, Touch};
 use crate::dram::Purpose;
 use crate::index::Entry;
 use crate::layout::{ImagePlan, PAGE};
 use kvar_base::FastMap;
 use kvar_base::check::{Place, crc64, version};
-use kvar_base::{BlockId, ContentCheck, MissReason, Moment, page_round_up};
+use kvar_base::{BlockId, ContentCheck, MissReason, page_round_up};
 use kvar_io::{DeviceError, Op};
 use kvar_policy::Tenant;
 use smallvec::SmallVec;
@@ -179,29 +179,33 @@ impl Directories {
 }
 
 impl Shard {
-    /// Reads sections of a block on the device, unless all of it is wanted: then `false`. With
-    /// `is_stretch` those behind them are asked for next, and come along.
-    pub(super) fn get_part(
-        &mut self,
-        token: u64,
-        id: &BlockId,
-        entry: &Entry,
-        wanted: &Range<u16>,
-        is_stretch: bool,
-    ) -> bool {
+    /// Reads sections of a block on the device, unless all of it is wanted: then `false`. To a reader
+    /// that goes on those behind them come along.
+    pub(super) fn get_part(&mut self, reader: &Reader, entry: &Entry) -> bool {
+        let (token, id) = (reader.token, &reader.request.id);
+        let wanted = reader.request.sections.as_ref();
+        let Some(wanted) = wanted.filter(|_| entry.sectioned) else {
+            return false;
+        };
         if wanted.is_empty() {
             self.miss(token, MissReason::WrongFormat);
             return true;
         }
-        let image_bytes = u64::from(entry.len);
-        let is_stretch = is_stretch && self.may_hold(STRETCH_BYTES);
         let known = self.directories.of(id, entry).cloned();
-        let likely = known.as_ref().or_else(|| self.directories.guess(entry.len));
+        let likely = known.clone();
+        let likely = likely.or_else(|| self.directories.guess(entry.len).cloned());
         let likely = likely.filter(|likely| likely.has(wanted));
-        let stretch = match likely {
-            Some(likely) if is_stretch => likely.stretch(wanted),
-            _ => wanted.clone(),
+        let plan = |is_stretch| {
+            let (known, likely) = (known.as_deref(), likely.as_deref());
+            let (stretch, span) = plan_of(known, likely, wanted, is_stretch);
+            (stretch, span.start..span.end.min(u64::from(entry.len)))
         };
+        let mut is_stretch = reader.hints.goes_on;
+        let (mut stretch, mut span) = plan(is_stretch);
+        if is_stretch && !self.may_hold(page_round_up(span.end - span.start)) {
+            is_stretch = false;
+            (stretch, span) = plan(is_stretch);
+        }
         let is_laid_out = likely.is_some();
         if likely.is_some_and(|likely| likely.sections() == stretch.len()) {
             return false;
@@ -210,21 +214,6 @@ impl Shard {
             self.miss(token, MissReason::WrongFormat);
             return true;
         }
-        let span = match (&known, likely) {
-            (Some(known), _) => known.span(&stretch),
-            (None, Some(likely)) => {
-                let directory = (likely.plan.directory_pages * PAGE) as u64;
-                let span = likely.span(&stretch);
-                let near = span.start - directory <= NEAR_BYTES;
-                0..if near { span.end } else { directory }
-            }
-            // Nothing is known: the directory is most likely one page, and a section no longer
-            // than what is near.
-            (None, None) if wanted.start == 0 && is_stretch => 0..PAGE as u64 + STRETCH_BYTES,
-            (None, None) if wanted.start == 0 => 0..PAGE as u64 + NEAR_BYTES,
-            (None, None) => 0..PAGE as u64,
-        };
-        let span = span.start..span.end.min(image_bytes);
         let number = self.next_put;
         self.next_put += 1;
         let (segment, _) = self.segments.locate(entry.position);
@@ -245,7 +234,8 @@ impl Shard {
         if is_stretch {
             // Where nothing is known of the layout, whoever comes meanwhile may have to read after all.
             let reach = if is_laid_out { stretch } else { 0..u16::MAX };
-            self.stretch_begun(id, number, reach);
+            self.stretch_begun((*id, number), reach);
+            self.set_aside(&(*id, number), page_round_up(span.end - span.start));
         }
         self.reads_in_flight += 1;
         self.segments.get(segment).readers += 1;
@@ -305,10 +295,10 @@ impl Shard {
         let span = known.span(&read.wanted);
         if span.start < read.from || span.end > read.from + padded {
             drop(buffer);
-            let span = match read.is_stretch {
-                true => known.span(&known.stretch(&read.wanted)),
-                false => span,
-            };
+            let stretch = known.span(&known.stretch(&read.wanted));
+            let bytes = page_round_up(stretch.end - stretch.start);
+            let has_room = read.is_stretch && self.set_aside(&(read.id, read.number), bytes);
+            let span = if has_room { stretch } else { span };
             let read = PartRead {
                 known: Some(known),
                 ..read
@@ -329,7 +319,11 @@ impl Shard {
         let bytes = buffer.freeze();
         if read.is_stretch {
             let (key, tenant, next) = ((read.id, read.number), read.entry.tenant, read.wanted.end);
-            self.hold(key, tenant, &known, (read.from, padded), next, &bytes);
+            let lies = (read.from, padded);
+            let is_held = self.hold(key, tenant, &known, lies, next, &bytes);
+            let held_from = if is_held { next } else { u16::MAX };
+            let first = read.wanted.start;
+            self.share(&key, &known, lies, (first, held_from), &bytes);
         }
         let copy = Copy {
             version: known.version,
@@ -385,26 +379,30 @@ impl Shard {
         if !read.is_stretch {
             return;
         }
-        for Waiter { token, wanted } in self.stretch_ended(&read.id, read.number) {
-            if let Some(reason) = failed {
-                self.miss(token, reason);
-                continue;
+        // Of the others' reads it says only that there is no such block any more. Nor need what it
+        // brought be theirs: they may want what it did not reach, and the block may be elsewhere by
+        // now, or in memory alone.
+        let is_gone = |reason: &MissReason| {
+            use MissReason::{Corrupt, Removed};
+            matches!(reason, Corrupt | Removed)
+        };
+        let gone = failed.filter(is_gone);
+        for waiter in self.stretch_ended(&(read.id, read.number)) {
+            if let Some(reason) = gone {
+                self.miss(waiter.token, reason);
+            } else if waiter.request.deadline <= self.now {
+                self.overdue_at_device(waiter.token);
+            } else {
+                self.get_again(waiter);
             }
-            // What this read brought need not be theirs: they may want what it did not reach, and the
-            // block may be elsewhere by now, or in memory alone.
-            let request = GetRequest {
-                id: read.id,
-                sections: Some(wanted),
-                deadline: Moment(u64::MAX),
-                touch: Touch::NONE,
-            };
-            let found = self.find(&read.id);
-            let hints = ReadHints {
-                goes_on: true,
-                ..ReadHints::default()
-            };
-            self.begin_read(Reader::new(token, request, hints), found);
         }
+    }
+
+    /// Serves a reader that waited for a read which was not its own.
+    pub(super) fn get_again(&mut self, mut reader: Reader) {
+        // What it is worth is noted.
+        reader.request.touch = Touch::NONE;
+        self.get(self.now, reader);
     }
 
     /// Answers whoever reads sections of a block; what the device still delivers is dropped.
@@ -421,6 +419,35 @@ impl Shard {
         }
         self.end_ahead(id, reason);
     }
+}
+
+/// Which sections a read should bring, and what bytes of the image that takes, as far as the layout is
+/// known, or guessed.
+fn plan_of(
+    known: Option<&Known>,
+    likely: Option<&Known>,
+    wanted: &Range<u16>,
+    is_stretch: bool,
+) -> (Range<u16>, Range<u64>) {
+    let stretch = match likely {
+        Some(likely) if is_stretch => likely.stretch(wanted),
+        _ => wanted.clone(),
+    };
+    let span = match (known, likely) {
+        (Some(known), Some(_)) => known.span(&stretch),
+        (None, Some(likely)) => {
+            let directory = (likely.plan.directory_pages * PAGE) as u64;
+            let span = likely.span(&stretch);
+            let near = span.start - directory <= NEAR_BYTES;
+            0..if near { span.end } else { directory }
+        }
+        // Nothing is known: the directory is most likely one page, and a section no longer
+        // than what is near. (Or it is known that there are no such sections.)
+        (_, None) if wanted.start == 0 && is_stretch => 0..PAGE as u64 + STRETCH_BYTES,
+        (_, None) if wanted.start == 0 => 0..PAGE as u64 + NEAR_BYTES,
+        (_, None) => 0..PAGE as u64,
+    };
+    (stretch, span)
 }
 
 /// What the first bytes of an image say.

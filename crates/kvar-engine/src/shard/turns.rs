@@ -11,7 +11,8 @@
 //! for a thousand blocks is served before who asks for one, and long after it has given up.
 //!
 //! What must always be true: a line that waits is served after at most one read of each other line;
-//! what waits is bounded and holds no memory of blocks; nothing waits while the device has room.
+//! what waits, be it for its turn or for a read that another began, is bounded and holds no memory of
+//! blocks; nothing waits while the device has room.
 //!
 //! Left to others: who asks (the caller numbers them), and the read itself (`read`, `sections`).
 
@@ -24,6 +25,9 @@ use std::time::Duration;
 /// each.
 pub(super) const READS_WAITING_MAX: usize = 4096;
 
+/// Readers that wait for a read which another began, at most, over all reads under way. 120 bytes each.
+pub(super) const READS_JOINED_MAX: usize = 4 * READS_WAITING_MAX;
+
 /// How often, at most, those whose time is over are looked for in a full waiting room.
 const SWEEP_PAUSE: Duration = Duration::from_millis(1);
 
@@ -35,12 +39,30 @@ pub(super) struct Turns {
     order: VecDeque<u64>,
     waiting: usize,
     swept_at: Moment,
+    /// Readers of reads under way.
+    joined: usize,
+    joined_swept_at: Moment,
 }
 
 impl Turns {
     /// How many wait.
     pub(super) fn waiting(&self) -> usize {
         self.waiting
+    }
+
+    /// How many wait for a read that is under way.
+    pub(super) fn joined(&self) -> usize {
+        self.joined
+    }
+
+    /// A read has begun, or one more waits for it.
+    pub(super) fn join(&mut self) {
+        self.joined += 1;
+    }
+
+    /// So many wait for a read no more.
+    pub(super) fn part(&mut self, count: usize) {
+        self.joined -= count;
     }
 
     fn push(&mut self, reader: Reader) {
@@ -128,6 +150,43 @@ impl Shard {
         self.turns.push(reader);
     }
 
+    /// Whether one more may wait for a read that is under way: a device that hangs ends no read, and
+    /// whoever asks for the same again and again would be remembered each time.
+    pub(super) fn may_join(&mut self) -> bool {
+        let now = self.now;
+        let is_full = self.turns.joined >= READS_JOINED_MAX;
+        if is_full && now.since(self.turns.joined_swept_at) >= SWEEP_PAUSE {
+            self.turns.joined_swept_at = now;
+            for token in self.leave_reads(|reader| reader.request.deadline <= now) {
+                self.overdue_at_device(token);
+            }
+        }
+        self.turns.joined < READS_JOINED_MAX
+    }
+
+    /// Takes out those who wait for a read under way and are done with it.
+    fn leave_reads(&mut self, is_done: impl Fn(&Reader) -> bool) -> Vec<u64> {
+        let mut done = Vec::new();
+        let mut stays = |reader: &mut Reader| {
+            let is_done = is_done(reader);
+            if is_done {
+                done.push(reader.token);
+            }
+            !is_done
+        };
+        let whole = self
+            .reading
+            .values_mut()
+            .map(|reading| reading.waiters_mut());
+        whole.for_each(|waiters| waiters.retain(&mut stays));
+        let stretches = self.ahead.waiters_mut();
+        stretches.for_each(|waiters| waiters.retain(&mut stays));
+        self.turns.part(done.len());
+        // The order of a map is its own affair; that of answers is not.
+        done.sort_unstable();
+        done
+    }
+
     /// Begins as many of the reads that wait as the device has room for.
     pub(super) fn give_turns(&mut self, now: Moment) {
         while self.reads_in_flight < READS_AT_DEVICE_MAX {
@@ -149,7 +208,7 @@ impl Shard {
         }
     }
 
-    fn overdue_at_device(&mut self, token: u64) {
+    pub(super) fn overdue_at_device(&mut self, token: u64) {
         self.counters.overdue_at_device += 1;
         self.miss(token, MissReason::Deadline);
     }

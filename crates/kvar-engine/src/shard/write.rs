@@ -546,7 +546,9 @@ impl Shard {
         let scrub = self.scrub_timer();
         let descent = self.descent_timer();
         let dirty = dirty.filter(|_| !stalled);
-        [dirty, sync, shutdown, lease, scrub, descent]
+        // What is held for who asks next, and who waits for a put, are seen to when their time is over.
+        let (held, awaited) = (self.ahead.next_end(), self.awaited.next_end());
+        [dirty, sync, shutdown, lease, scrub, descent, held, awaited]
             .into_iter()
             .flatten()
             .min()
