@@ -177,7 +177,7 @@ impl Shard {
         let whole = self
             .reading
             .values_mut()
-            .map(|reading| reading.waiters_mut());
+            .map(super::read::Reading::waiters_mut);
         whole.for_each(|waiters| waiters.retain(&mut stays));
         let stretches = self.ahead.waiters_mut();
         stretches.for_each(|waiters| waiters.retain(&mut stays));
