@@ -29,9 +29,9 @@ from servers import say
 
 NODE_SIZE, NODE_DRAM = "8GiB", "2GiB"
 FREE_GIB = 10
-CONTEXT_TOKENS = 6144
-# One and a half of the longest conversations: what lies further back is forgotten.
-OWN_CACHE_BYTES = 288 << 20
+CONTEXT_TOKENS = 5120
+# A little more than the longest conversation: what lies further back is forgotten.
+OWN_CACHE_BYTES = 192 << 20
 DOCUMENT_CHARACTERS = 4_500
 HISTORY_CHARACTERS = {"en": 4_800, "zh": 2_000}
 

@@ -27,8 +27,8 @@ from servers import say
 
 NODE_SIZE, NODE_DRAM = "8GiB", "2GiB"
 FREE_GIB = 10
-CONTEXT_TOKENS = 6144
-OWN_CACHE_BYTES = 288 << 20
+CONTEXT_TOKENS = 5120
+OWN_CACHE_BYTES = 192 << 20
 SEED = 7
 ENGINES = 2
 # Points of hit rate that two engines at random may be below one.
