@@ -193,6 +193,20 @@ impl Engine {
         self.shard.get(now, Reader::new(token, request, hints));
     }
 
+    /// Waits for a block that is being put, until that put ends or `until`; ends in
+    /// [`Event::Awaited`]. `asker` as in [`ReadHints`].
+    pub fn await_put(&mut self, now: Moment, asker: u64, token: u64, id: &BlockId, until: Moment) {
+        self.shard.called(now);
+        self.shard.await_put(now, (asker, token), id, until);
+    }
+
+    /// Whoever asked for this block, or waits for it, under this token has gone: what is not under way
+    /// for it alone is answered now, as overdue.
+    pub fn forget(&mut self, now: Moment, asker: u64, token: u64, id: &BlockId) {
+        self.shard.called(now);
+        self.shard.forget(asker, token, id);
+    }
+
     /// Announces a put: room for its bytes, or why not.
     ///
     /// # Errors
@@ -295,7 +309,7 @@ impl Engine {
 
     /// Takes in what is over, of reads about so many bytes.
     fn advance(&mut self, now: Moment, bytes: u64) {
-        let mut left = bytes;
+        let mut left = bytes.max(1);
         for completion in self.completions.drain(..) {
             if let Op::Read { buffer, .. } = &completion.op {
                 if left == 0 {

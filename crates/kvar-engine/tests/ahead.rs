@@ -52,7 +52,6 @@ fn begin(shard: &mut Shard, number: u64, section: u16, hints: ReadHints) -> u64 
 const GOES_ON: ReadHints = ReadHints {
     asker: 0,
     goes_on: true,
-    waits: false,
 };
 
 fn take(shard: &mut Shard, number: u64, section: u16) -> Result<Vec<u16>, MissReason> {
@@ -396,11 +395,24 @@ fn a_small_block_is_read_whole_at_its_first_section() {
 
 // ---- waiting ------------------------------------------------------------------------------------
 
-const WAITS: ReadHints = ReadHints {
-    asker: 0,
-    goes_on: false,
-    waits: true,
-};
+/// Has an asker wait for a put of a block, for a second.
+fn wait(shard: &mut Shard, asker: u64, number: u64) -> u64 {
+    let token = shard.token();
+    let until = shard.now.after(Duration::from_secs(1));
+    let id = id(number);
+    shard.engine.await_put(shard.now, asker, token, &id, until);
+    token
+}
+
+/// Who need not wait any more.
+fn told(shard: &mut Shard) -> Vec<u64> {
+    let events = shard.hear().into_iter();
+    let told = events.filter_map(|event| match event {
+        Event::Awaited { token } => Some(token),
+        _ => None,
+    });
+    told.collect()
+}
 
 /// Announces a block whose checks are not known yet.
 fn announce(shard: &mut Shard, number: u64, lengths: &[usize]) -> Result<PutTicket, PutOutcome> {
@@ -445,53 +457,32 @@ fn heard(shard: &mut Shard, wanted: u64) -> Option<Result<u16, MissReason>> {
 }
 
 #[test]
-fn whoever_waits_for_an_announced_block_reads_it_at_its_commit() {
+fn whoever_waits_for_an_announced_block_is_told_at_its_commit() {
     let mut shard = Shard::new(DEVICE_BYTES, roomy());
-    assert_eq!(
-        begin_and_hear(&mut shard, 1, 0),
-        Some(Err(MissReason::Absent)),
-        "nobody has announced it"
-    );
+    let early = wait(&mut shard, 0, 1);
+    assert_eq!(told(&mut shard), [early], "nobody has announced it");
     let mut ticket = announce(&mut shard, 1, &[SECTION, 100, SECTION]).unwrap();
-    let first = begin(&mut shard, 1, 0, WAITS);
-    let last = begin(&mut shard, 1, 2, WAITS);
+    let waiting = [wait(&mut shard, 0, 1), wait(&mut shard, 0, 1)];
+    let token = begin(&mut shard, 1, 0, ReadHints::default());
     assert_eq!(
-        begin_without(&mut shard, 1),
+        heard(&mut shard, token),
         Some(Err(MissReason::Absent)),
         "who does not wait is told at once"
     );
     for section in 0..3 {
         fill(&mut ticket, 1, section);
-        assert_eq!(heard(&mut shard, first), None, "nothing before the commit");
     }
+    assert!(told(&mut shard).is_empty(), "nothing before the commit");
     let token = shard.token();
     shard.engine.put_commit(shard.now, token, ticket);
-    let events = shard.hear();
-    let mut hits: Vec<u64> = Vec::new();
-    for event in events {
-        match event {
-            Event::Get { token, outcome } => {
-                assert!(outcome.is_ok());
-                hits.push(token);
-            }
-            Event::Put { outcome, .. } => assert_eq!(outcome, PutOutcome::Stored),
-            other => panic!("{other:?}"),
-        }
-    }
-    assert_eq!(hits, [first, last]);
+    assert_eq!(told(&mut shard), waiting);
+    assert_eq!(take(&mut shard, 1, 2), Ok(vec![2]));
     assert_eq!(shard.counters().waited_reads, 2);
+    // It is there: nobody waits.
+    let late = wait(&mut shard, 0, 1);
+    assert_eq!(told(&mut shard), [late]);
     shard.settle();
     assert_eq!(shard.engine.bookkeeping(), 0);
-}
-
-fn begin_and_hear(shard: &mut Shard, number: u64, section: u16) -> Option<Result<u16, MissReason>> {
-    let token = begin(shard, number, section, WAITS);
-    heard(shard, token)
-}
-
-fn begin_without(shard: &mut Shard, number: u64) -> Option<Result<u16, MissReason>> {
-    let token = begin(shard, number, 0, ReadHints::default());
-    heard(shard, token)
 }
 
 #[test]
@@ -499,46 +490,63 @@ fn an_abort_a_wrong_block_and_a_deadline_end_the_wait() {
     let mut shard = Shard::new(DEVICE_BYTES, roomy());
     // Aborted.
     let ticket = announce(&mut shard, 1, &[SECTION]).unwrap();
-    let waiting = begin(&mut shard, 1, 0, WAITS);
+    let waiting = wait(&mut shard, 0, 1);
     shard.engine.put_abort(ticket);
-    assert_eq!(heard(&mut shard, waiting), Some(Err(MissReason::Absent)));
+    assert_eq!(told(&mut shard), [waiting]);
     // Committed with bytes that are not what was said.
     let mut ticket = announce(&mut shard, 1, &[SECTION]).unwrap();
     fill(&mut ticket, 1, 0);
     ticket.buffer_mut()[5] ^= 1;
-    let waiting = begin(&mut shard, 1, 0, WAITS);
+    let waiting = wait(&mut shard, 0, 1);
     let token = shard.token();
     shard.engine.put_commit(shard.now, token, ticket);
-    assert_eq!(heard(&mut shard, waiting), Some(Err(MissReason::Absent)));
-    // Never ended.
+    assert_eq!(told(&mut shard), [waiting]);
+    // Never ended: nobody asks this shard for anything, and it looks by itself.
     let ticket = announce(&mut shard, 1, &[SECTION]).unwrap();
-    let waiting = begin(&mut shard, 1, 0, WAITS);
-    shard.leap(Duration::from_millis(1500));
-    // Any call tidies up.
-    assert!(!shard.is_there(7));
-    assert_eq!(heard(&mut shard, waiting), Some(Err(MissReason::Deadline)));
+    let waiting = wait(&mut shard, 0, 1);
+    let at = shard.engine.next_timer().expect("it will look");
+    assert_eq!(at, shard.now.after(Duration::from_secs(1)));
+    shard.leap(Duration::from_secs(1));
+    shard.engine.turn(shard.now);
+    assert_eq!(told(&mut shard), [waiting]);
+    assert_eq!(shard.engine.next_timer(), None);
     shard.engine.put_abort(ticket);
     shard.settle();
     assert_eq!(shard.engine.bookkeeping(), 0);
 }
 
 #[test]
-fn there_are_so_many_who_wait_and_no_more() {
+fn one_who_asks_leaves_half_of_the_waiting_places_to_others_and_there_are_so_many() {
+    const PLACES: usize = 1024;
     let mut shard = Shard::new(DEVICE_BYTES, roomy());
-    let mut ticket = announce(&mut shard, 1, &[SECTION]).unwrap();
-    for _ in 0..1024 {
-        begin(&mut shard, 1, 0, WAITS);
+    let ticket = announce(&mut shard, 1, &[SECTION]).unwrap();
+    for _ in 0..PLACES {
+        wait(&mut shard, 7, 1);
     }
-    assert_eq!(
-        begin_and_hear(&mut shard, 1, 0),
-        Some(Err(MissReason::Absent))
-    );
-    fill(&mut ticket, 1, 0);
-    let token = shard.token();
-    shard.engine.put_commit(shard.now, token, ticket);
-    let events = shard.hear();
-    let is_hit = |event: &&Event| matches!(event, Event::Get { outcome: Ok(_), .. });
-    assert_eq!(events.iter().filter(is_hit).count(), 1024);
+    assert_eq!(told(&mut shard).len(), PLACES / 2);
+    for asker in 100..100 + PLACES as u64 {
+        wait(&mut shard, asker, 1);
+    }
+    assert_eq!(told(&mut shard).len(), PLACES / 2);
+    shard.engine.put_abort(ticket);
+    assert_eq!(told(&mut shard).len(), PLACES);
+    shard.settle();
+    assert_eq!(shard.engine.bookkeeping(), 0);
+}
+
+#[test]
+fn who_waits_and_goes_frees_its_place() {
+    let mut shard = Shard::new(DEVICE_BYTES, roomy());
+    let ticket = announce(&mut shard, 1, &[SECTION]).unwrap();
+    for _ in 0..2000 {
+        let token = wait(&mut shard, 7, 1);
+        assert!(told(&mut shard).is_empty());
+        shard.engine.forget(shard.now, 7, token, &id(1));
+        assert_eq!(told(&mut shard), [token]);
+    }
+    shard.engine.put_abort(ticket);
+    shard.settle();
+    assert_eq!(shard.engine.bookkeeping(), 0);
 }
 
 #[test]
@@ -552,16 +560,16 @@ fn a_late_end_of_an_older_put_wakes_nobody_who_waits_for_a_newer() {
         shard.leap(Duration::from_secs(7));
         let mut new = announce(&mut shard, 1, &[SECTION]).unwrap();
         fill(&mut new, 1, 0);
-        let waiting = begin(&mut shard, 1, 0, WAITS);
+        let waiting = wait(&mut shard, 0, 1);
         if is_abort {
             shard.engine.put_abort(old);
         } else {
             let token = shard.token();
             shard.engine.put_commit(shard.now, token, old);
         }
-        assert_eq!(heard(&mut shard, waiting), None);
+        assert!(told(&mut shard).is_empty());
         let token = shard.token();
         shard.engine.put_commit(shard.now, token, new);
-        assert_eq!(heard(&mut shard, waiting), Some(Ok(0)));
+        assert_eq!(told(&mut shard), [waiting]);
     }
 }

@@ -308,3 +308,52 @@ fn what_was_written_is_taken_in_before_reads_that_were_over_first() {
     assert_eq!(reads, 5);
     assert_eq!(shard.status().flash_blocks, COUNT + 1);
 }
+
+#[test]
+fn the_device_reads_nothing_for_who_has_gone() {
+    let mut shard = with_blocks(AT_DEVICE + 2);
+    let before = shard.counters();
+    shard
+        .disk
+        .inject(Fault::always(FaultKind::Stuck, FaultOn::Read));
+    for number in 0..AT_DEVICE + 2 {
+        ask(&mut shard, 1, number, Moment(u64::MAX));
+    }
+    fill_device(&mut shard);
+    // One that waits for its turn, and one that has joined a read under way.
+    let joined = 1 << 32;
+    let request = GetRequest {
+        id: id(0),
+        sections: None,
+        deadline: Moment(u64::MAX),
+        touch: Touch::default(),
+    };
+    shard
+        .engine
+        .get(shard.now, joined, request, ReadHints::default());
+    shard.engine.forget(shard.now, 1, AT_DEVICE, &id(AT_DEVICE));
+    shard.engine.forget(shard.now, 0, joined, &id(0));
+    let gone: Vec<u64> = shard
+        .hear()
+        .into_iter()
+        .filter_map(|event| match event {
+            Event::Get { token, outcome } => {
+                assert_eq!(outcome.err(), Some(MissReason::Deadline));
+                Some(token)
+            }
+            _ => None,
+        })
+        .collect();
+    assert_eq!(gone, [AT_DEVICE, joined]);
+    assert_eq!(shard.counters().overdue_at_device, 2);
+    // Twice is no more than once.
+    shard.engine.forget(shard.now, 1, AT_DEVICE, &id(AT_DEVICE));
+    shard.disk.clear_faults();
+    shard.disk.release_stuck();
+    let answers = answers(&mut shard, AT_DEVICE + 1);
+    assert!(answers.iter().all(|(_, outcome)| outcome.is_ok()));
+    let read = shard.counters().device_read_bytes - before.device_read_bytes;
+    assert_eq!(read, (AT_DEVICE + 1) * LEN as u64);
+    shard.settle();
+    assert_eq!(shard.engine.bookkeeping(), 0);
+}

@@ -82,7 +82,7 @@ impl Store {
                 Event::Get { token: of, .. }
                 | Event::Put { token: of, .. }
                 | Event::Done { token: of, .. } => *of == token,
-                Event::Demote { .. } => false,
+                Event::Demote { .. } | Event::Awaited { .. } => false,
             });
             if let Some(answer) = answer {
                 return answer;

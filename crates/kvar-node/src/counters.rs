@@ -191,7 +191,7 @@ pub struct LinkCounters {
     pub overdue: Overdue,
     /// Payload bytes received.
     pub payload_bytes_in: u64,
-    /// Payload bytes handed to links.
+    /// Payload bytes that have left on links.
     pub payload_bytes_out: u64,
 }
 

@@ -69,6 +69,10 @@ pub(crate) enum Ask {
     ReleaseSome(LeaseToken, Vec<BlockId>),
     /// The asker is a number of the asking thread's links.
     Get(GetRequest, ReadHints),
+    /// Waits for a put of a block.
+    Await(AwaitAsk),
+    /// Whoever read or waited for a block has gone.
+    Forget(ForgetAsk),
     PutBegin(PutRequest),
     PutCommit(PutTicket),
     PutAbort(PutTicket),
@@ -80,6 +84,22 @@ pub(crate) enum Ask {
     /// A block from the tier above, sent under these routes. Under newer ones it is not taken: who
     /// removed it under those asked only whom they name.
     Take(Box<Demotion>, Arc<Routes>),
+}
+
+/// Somebody waits for a put, until it ends or this moment.
+pub(crate) struct AwaitAsk {
+    pub(crate) id: BlockId,
+    pub(crate) until: Moment,
+    /// A number of the asking thread's links.
+    pub(crate) link: u64,
+}
+
+/// What was asked of a block under this operation of the same thread is of no use any more.
+pub(crate) struct ForgetAsk {
+    pub(crate) id: BlockId,
+    pub(crate) operation: u64,
+    /// A number of the asking thread's links.
+    pub(crate) link: u64,
 }
 
 /// A lookup that wants what it finds to stay.
@@ -97,7 +117,8 @@ pub(crate) struct LeaseAsk {
 impl Ask {
     /// Whether an answer comes.
     pub(crate) fn wants_answer(&self) -> bool {
-        !matches!(self, Self::PutAbort(_) | Self::ReleaseSome(..))
+        use Ask::{Forget, PutAbort, ReleaseSome};
+        !matches!(self, PutAbort(_) | ReleaseSome(..) | Forget(_))
     }
 }
 
@@ -108,6 +129,8 @@ pub(crate) enum Answer {
     /// Until when a lease lasts now, or did until it was released; `None`: there was none.
     AboutLease(Option<Moment>),
     Get(Result<Copy, MissReason>),
+    /// A block that was waited for is there, or need not be waited for.
+    Awaited,
     PutBegun(Result<Ticket, PutOutcome>),
     Put(PutOutcome),
     Done(Result<u64, String>),

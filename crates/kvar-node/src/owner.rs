@@ -29,7 +29,7 @@
 use crate::loading::{Opened, Progress};
 use crate::mail::{Answer, Ask, EngineKey, Origin, Ticket};
 use crate::report::ShardReport;
-use kvar_base::{MissReason, Moment, PutOutcome, Refusal};
+use kvar_base::{FastMap, MissReason, Moment, PutOutcome, Refusal};
 use kvar_engine::{Demoted, Demotion, Standing};
 use kvar_engine::{
     Engine, Event, LeaseGrant, LeaseRequest, Loaded, ReadHints, RecoveryReport, ShardStatus,
@@ -64,6 +64,8 @@ pub(crate) struct Owner {
     pub(crate) number: u32,
     state: State,
     waiting: Slab<(Origin, Asked)>,
+    /// Where those are that may go before they are answered.
+    tokens: FastMap<(u32, u64), u64>,
     /// What the engine offers to the tier below, in the order of its events.
     pub(crate) offers: Vec<(u64, Box<Demotion>)>,
     standing: Standing,
@@ -82,6 +84,7 @@ pub(crate) struct Owner {
 #[derive(Clone, Copy)]
 enum Asked {
     Get,
+    Await,
     Put,
     Finish,
     Take,
@@ -105,6 +108,7 @@ impl Owner {
             arena_bytes: opened.arena_bytes,
             state: State::Loading(opened, progress),
             waiting: Slab::new(),
+            tokens: FastMap::default(),
             offers: Vec::new(),
             standing: Standing::Only,
             recovery: None,
@@ -123,6 +127,7 @@ impl Owner {
             number,
             state: State::Failed(why),
             waiting: Slab::new(),
+            tokens: FastMap::default(),
             offers: Vec::new(),
             standing: Standing::Only,
             recovery: None,
@@ -245,8 +250,10 @@ impl Owner {
         answers: &mut Vec<(Origin, Answer)>,
     ) {
         self.is_out = true;
+        self.tokens.clear();
         for (origin, asked) in self.waiting.drain() {
             let answer = match asked {
+                Asked::Await => Answer::Awaited,
                 Asked::Get => Answer::Get(Err(MissReason::Absent)),
                 Asked::Put => Answer::Put(PutOutcome::Refused(Refusal::Busy)),
                 Asked::Finish => Answer::Done(Err(OUT.to_owned())),
@@ -375,7 +382,25 @@ impl Owner {
             Ask::Get(request, hints) => {
                 let asker = asker(origin, hints.asker);
                 let hints = ReadHints { asker, ..hints };
-                engine.get(now, wait(Asked::Get), request, hints);
+                let token = wait(Asked::Get);
+                self.tokens.insert(name(origin), token);
+                engine.get(now, token, request, hints);
+            }
+            Ask::Await(ask) => {
+                let token = wait(Asked::Await);
+                self.tokens.insert(name(origin), token);
+                let asker = asker(origin, ask.link);
+                engine.await_put(now, asker, token, &ask.id, ask.until);
+            }
+            Ask::Forget(ask) => {
+                let operation = ask.operation;
+                let token = self.tokens.get(&name(Origin {
+                    operation,
+                    ..origin
+                }));
+                if let Some(token) = token.copied() {
+                    engine.forget(now, asker(origin, ask.link), token, &ask.id);
+                }
             }
             Ask::PutBegin(request) => {
                 let begun = engine.put_begin(now, &request);
@@ -429,6 +454,7 @@ impl Owner {
                     continue;
                 }
                 Event::Get { token, outcome } => (token, Answer::Get(outcome)),
+                Event::Awaited { token } => (token, Answer::Awaited),
                 Event::Put { token, outcome } => (token, Answer::Put(outcome)),
                 Event::Done { token, result } => (token, Answer::Done(result)),
             };
@@ -436,7 +462,11 @@ impl Owner {
             if let Some((origin, asked)) = self.waiting.try_remove(token as usize) {
                 let answer = match asked {
                     Asked::Take => Answer::Taken(taken(&answer)),
-                    Asked::Get | Asked::Put | Asked::Finish => answer,
+                    Asked::Get | Asked::Await => {
+                        self.tokens.remove(&name(origin));
+                        answer
+                    }
+                    Asked::Put | Asked::Finish => answer,
                 };
                 answers.push((origin, answer));
             }
@@ -485,6 +515,11 @@ fn asker(origin: Origin, link: u64) -> u64 {
     u64::from(origin.thread) << 40 ^ link
 }
 
+/// Under what something is known that may go.
+fn name(origin: Origin) -> (u32, u64) {
+    (origin.thread, origin.operation)
+}
+
 /// How a block that was taken ended.
 fn taken(answer: &Answer) -> Demoted {
     match answer {
@@ -507,9 +542,10 @@ pub(crate) fn away(ask: &Ask, reason: MissReason, text: &str) -> Option<Answer> 
         }),
         Ask::Renew(..) | Ask::Release(_) => Answer::AboutLease(None),
         Ask::Get(..) => Answer::Get(Err(reason)),
+        Ask::Await(_) => Answer::Awaited,
         Ask::PutBegin(_) => Answer::PutBegun(Err(PutOutcome::Refused(Refusal::Busy))),
         Ask::PutCommit(_) => Answer::Put(PutOutcome::Refused(Refusal::Busy)),
-        Ask::PutAbort(_) | Ask::ReleaseSome(..) => return None,
+        Ask::PutAbort(_) | Ask::ReleaseSome(..) | Ask::Forget(_) => return None,
         Ask::Remove(_) | Ask::Flush | Ask::Purge(_) => Answer::Done(Err(text.to_owned())),
         Ask::Stat(_) => Answer::Stat(Err(reason)),
         Ask::Take(..) => Answer::Taken(Demoted::Gone),

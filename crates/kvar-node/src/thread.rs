@@ -110,6 +110,8 @@ struct Thread {
     stage: Stage,
     threads_closed: u32,
     answers: Vec<(Origin, Answer)>,
+    /// The lists that `settle` goes through, kept for their memory.
+    settled: (Vec<Outgoing>, Vec<(Origin, Answer)>),
     /// What engines of this thread have on offer: whose it is, and under which token.
     offers: Slab<(EngineKey, u64)>,
     now: Moment,
@@ -152,6 +154,7 @@ pub(crate) fn run(mut parts: ThreadParts) -> std::io::Result<ShutdownReport> {
         stage: Stage::Serving,
         threads_closed: 0,
         answers: Vec::new(),
+        settled: (Vec::new(), Vec::new()),
         offers: Slab::new(),
         now: parts.clock.now(),
         unix_at_start_s: None,
@@ -351,16 +354,18 @@ impl Thread {
     /// there were any.
     fn settle(&mut self) -> bool {
         let mut moved = false;
+        let (mut asks, mut answers) = std::mem::take(&mut self.settled);
         loop {
             // Before the answers: a remove that is answered finds below what was offered before it.
             self.send_offers();
-            let asks = self.links.take_outgoing();
-            let answers = std::mem::take(&mut self.answers);
+            self.links.take_outgoing(&mut asks);
+            std::mem::swap(&mut self.answers, &mut answers);
             if asks.is_empty() && answers.is_empty() {
+                self.settled = (asks, answers);
                 return moved;
             }
             moved = true;
-            for Outgoing { operation, to } in asks {
+            for Outgoing { operation, to } in asks.drain(..) {
                 let origin = Origin {
                     thread: self.number,
                     operation,
@@ -388,7 +393,7 @@ impl Thread {
                     }
                 }
             }
-            for (origin, answer) in answers {
+            for (origin, answer) in answers.drain(..) {
                 if origin.thread == self.number {
                     self.on_answer(origin.operation, answer);
                 } else if origin.thread == KEEPER {

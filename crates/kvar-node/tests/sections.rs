@@ -4,8 +4,19 @@
 mod support;
 
 use kvar_base::{BlockId, ContentCheck, MissReason, PutOutcome, Refusal};
+use kvar_node::NodeHandle;
 use kvar_wire::*;
-use support::{Peer, config, start, until};
+use serde_json::Value;
+use std::time::{Duration, Instant};
+use support::{Peer, config, http, start, until};
+
+/// Bytes of blocks in memory, and of those that come in.
+fn memory(node: &NodeHandle) -> u64 {
+    let status: Value = serde_json::from_str(&http(node, "/v1/status").1).unwrap();
+    let shards = status["shards"].as_array().unwrap().iter();
+    let bytes = shards.map(|shard| shard["engine"]["dram_bytes"].as_u64().unwrap());
+    bytes.sum()
+}
 
 const LENGTHS: [u32; 3] = [5000, 70_000, 1];
 
@@ -166,9 +177,12 @@ fn what_does_not_fit_ends_the_link_and_frees_the_id() {
         assert!(failure.text.contains(words), "{words}: {}", failure.text);
         drop(peer);
         let mut other = Peer::greet(&node);
-        until("the id is free again", || {
-            other.put(id(1), &[b"other"], false) != PutOutcome::InProgress
-        });
+        // Well before an engine gives a put up by itself.
+        let soon = Instant::now() + Duration::from_secs(5);
+        while other.put(id(1), &[b"other"], false) == PutOutcome::InProgress {
+            assert!(Instant::now() < soon, "{words}: the id stays taken");
+            std::thread::sleep(Duration::from_millis(2));
+        }
         let request = other.number();
         other.send(
             request,
@@ -179,6 +193,10 @@ fn what_does_not_fit_ends_the_link_and_frees_the_id() {
         );
         let (_, message, _) = other.receive();
         assert!(matches!(message, Message::RemoveAnswer(_)), "{message:?}");
+        while memory(&node) > 0 {
+            assert!(Instant::now() < until, "{words}: memory stays taken");
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
     node.shutdown();
     node.wait();
@@ -215,6 +233,90 @@ fn a_put_that_has_ended_takes_no_more_and_a_cancel_frees_its_id() {
         peer.put(id(2), &[b"now another"], false),
         PutOutcome::Stored
     );
+    node.shutdown();
+    node.wait();
+}
+
+fn waiting_get(id: BlockId) -> Get {
+    let mut get = Peer::get_message(vec![Peer::item(id)]);
+    get.hints.wait_announced = true;
+    get
+}
+
+#[test]
+fn readers_that_wait_for_a_put_leave_a_fresh_link_to_others() {
+    const WAITING: u64 = 40;
+    let dir = tempfile::tempdir().unwrap();
+    let node = start(&config(dir.path(), 1));
+    let mut writer = Peer::greet(&node);
+    assert_eq!(writer.put(id(2), &[b"there"], false), PutOutcome::Stored);
+    let put = writer.begin(id(1));
+    let mut reader = Peer::greet(&node);
+    let first = reader.number() + 1000;
+    for request in first..first + WAITING {
+        reader.send(request, &waiting_get(id(1)));
+    }
+    assert_eq!(reader.get(id(2)), Ok(b"there".to_vec()));
+    writer.bring(put, id(1), 0..3);
+    writer.send(put, &Commit {});
+    assert_eq!(writer.outcome(put), PutOutcome::Stored);
+    let block: Vec<u8> = (0..3).flat_map(bytes).collect();
+    for _ in 0..WAITING {
+        let (_, message, payload) = reader.receive();
+        assert!(matches!(message, Message::GetAnswer(_)), "{message:?}");
+        assert!(payload == block);
+    }
+    node.shutdown();
+    node.wait();
+}
+
+#[test]
+fn who_waits_for_a_put_and_cancels_or_goes_takes_no_place() {
+    // Of 1,024 places one link may take half.
+    const TIMES: u64 = 520;
+    let dir = tempfile::tempdir().unwrap();
+    let node = start(&config(dir.path(), 1));
+    let mut writer = Peer::greet(&node);
+    assert_eq!(writer.put(id(2), &[b"there"], false), PutOutcome::Stored);
+    let put = writer.begin(id(1));
+    let mut reader = Peer::greet(&node);
+    let first = reader.number() + 1000;
+    for request in first..first + TIMES {
+        reader.send(request, &waiting_get(id(1)));
+        // Answered in order: when this has come, the one before waits.
+        assert_eq!(reader.get(id(2)), Ok(b"there".to_vec()));
+        reader.send(request, &Cancel {});
+    }
+    // And links that go: half of what is left, and half of that.
+    for _ in 0..4 {
+        let mut lost = Peer::greet(&node);
+        for request in first..first + 200 {
+            lost.send(request, &waiting_get(id(1)));
+        }
+        lost.send(1, &Ping {});
+        assert_eq!(lost.receive().1, Pong {}.into());
+    }
+    let links = |node: &NodeHandle| -> u64 {
+        let status: Value = serde_json::from_str(&http(node, "/v1/status").1).unwrap();
+        status["links"]["links_open"].as_u64().unwrap()
+    };
+    let until = Instant::now() + Duration::from_secs(20);
+    while links(&node) > 2 {
+        assert!(Instant::now() < until, "links stay open");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let requests = first + TIMES..first + TIMES + 200;
+    for request in requests.clone() {
+        reader.send(request, &waiting_get(id(1)));
+    }
+    assert_eq!(reader.get(id(2)), Ok(b"there".to_vec()));
+    writer.bring(put, id(1), 0..3);
+    writer.send(put, &Commit {});
+    assert_eq!(writer.outcome(put), PutOutcome::Stored);
+    for _ in requests {
+        let (_, message, payload) = reader.receive();
+        assert!(!payload.is_empty(), "one was told at once: {message:?}");
+    }
     node.shutdown();
     node.wait();
 }

@@ -375,6 +375,9 @@ impl Churn<'_> {
                 Event::Demote { token, .. } => {
                     return Err(format!("an offer, {token}, and there is nobody below"));
                 }
+                Event::Awaited { token } => {
+                    return Err(format!("{token} need not wait, and nobody does"));
+                }
                 Event::Done { result, .. } => {
                     self.removing -= 1;
                     result.map_err(|error| format!("a remove failed: {error}"))?;

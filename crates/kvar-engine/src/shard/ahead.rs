@@ -84,6 +84,15 @@ impl Ahead {
         self.coming.values_mut().map(|coming| &mut coming.waiters)
     }
 
+    /// The same of one block's stretches.
+    pub(super) fn waiters_of(
+        &mut self,
+        id: &BlockId,
+    ) -> impl Iterator<Item = &mut SmallVec<[Reader; 1]>> {
+        let coming = self.coming.range_mut(all_of(id));
+        coming.map(|(_, coming)| &mut coming.waiters)
+    }
+
     /// When the oldest stretch goes, if nobody takes it.
     pub(super) fn next_end(&self) -> Option<Moment> {
         self.order.front().map(|(since, _)| since.after(HELD_MAX))

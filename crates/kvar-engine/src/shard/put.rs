@@ -186,7 +186,7 @@ impl Shard {
         drop(buffer);
         // Else another put fills the id by now, and whoever waits, waits for that.
         if mine {
-            self.end_awaited(self.now, &id);
+            self.end_awaited(&id);
         }
     }
 
@@ -206,7 +206,7 @@ impl Shard {
         let mine = self.end_filling(&ticket);
         self.commit(now, token, ticket, mine);
         if mine {
-            self.end_awaited(now, &id);
+            self.end_awaited(&id);
         }
     }
 

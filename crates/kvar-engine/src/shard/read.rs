@@ -106,9 +106,6 @@ impl Shard {
         // Absent too, although somebody may be reading a copy that was given up meanwhile: whether
         // that one has expired is not known any more.
         if let Err(reason) = self.touch_found(now, &id, found, touch) {
-            if reader.hints.waits && self.wait_announced(now, &reader) {
-                return;
-            }
             return self.miss(token, reason);
         }
         // What is in memory, or on its way there, needs no turn.

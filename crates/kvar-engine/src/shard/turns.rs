@@ -3,7 +3,8 @@
 //! ```text
 //!   get ── fewer than READS_AT_DEVICE_MAX under way, nobody waits ──> device
 //!    └─ else ──> line of whoever asks ── a read has ended, and it is that line's turn ──> device
-//!                       │  the deadline has passed meanwhile:  Miss(deadline), the device reads nothing
+//!                       │  the deadline has passed meanwhile, or who asked has gone:  Miss(deadline), the
+//!                       │  device reads nothing
 //!                       └─ READS_WAITING_MAX wait:  the youngest of the longest line, Miss(overloaded)
 //! ```
 //!
@@ -16,8 +17,9 @@
 //!
 //! Left to others: who asks (the caller numbers them), and the read itself (`read`, `sections`).
 
+use super::read::Reading;
 use super::{READS_AT_DEVICE_MAX, Reader, Shard};
-use kvar_base::{FastMap, MissReason, Moment};
+use kvar_base::{BlockId, FastMap, MissReason, Moment};
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -103,6 +105,23 @@ impl Turns {
         Some(youngest.token)
     }
 
+    /// Takes one out of an asker's line; whether it was there.
+    fn leave(&mut self, asker: u64, is_it: impl Fn(&Reader) -> bool) -> bool {
+        let Some(line) = self.lines.get_mut(&asker) else {
+            return false;
+        };
+        let Some(at) = line.iter().position(is_it) else {
+            return false;
+        };
+        line.remove(at);
+        self.waiting -= 1;
+        if line.is_empty() {
+            self.lines.remove(&asker);
+            self.order.retain(|it| *it != asker);
+        }
+        true
+    }
+
     /// Takes out all whose time is over.
     fn sweep(&mut self, now: Moment) -> Vec<u64> {
         self.swept_at = now;
@@ -164,6 +183,30 @@ impl Shard {
         self.turns.joined < READS_JOINED_MAX
     }
 
+    /// Whoever asked under this token has gone. Its read, if the device has it already, is delivered.
+    pub(crate) fn forget(&mut self, asker: u64, token: u64, id: &BlockId) {
+        if self.forget_awaited(id, token) {
+            return;
+        }
+        let is_it = |reader: &Reader| reader.token == token;
+        let was_here = self.turns.leave(asker, is_it) || self.leave_reads_of(id, is_it);
+        if was_here {
+            self.overdue_at_device(token);
+        }
+    }
+
+    /// Takes one out who waits for a read of this block that is under way; whether there was one.
+    fn leave_reads_of(&mut self, id: &BlockId, is_it: impl Fn(&Reader) -> bool) -> bool {
+        let whole = self.reading.get_mut(id);
+        let whole = whole.map(Reading::waiters_mut).into_iter();
+        let found = whole.chain(self.ahead.waiters_of(id)).any(|waiters| {
+            let at = waiters.iter().position(&is_it);
+            at.map(|at| waiters.remove(at)).is_some()
+        });
+        self.turns.part(usize::from(found));
+        found
+    }
+
     /// Takes out those who wait for a read under way and are done with it.
     fn leave_reads(&mut self, is_done: impl Fn(&Reader) -> bool) -> Vec<u64> {
         let mut done = Vec::new();
@@ -174,10 +217,7 @@ impl Shard {
             }
             !is_done
         };
-        let whole = self
-            .reading
-            .values_mut()
-            .map(super::read::Reading::waiters_mut);
+        let whole = self.reading.values_mut().map(Reading::waiters_mut);
         whole.for_each(|waiters| waiters.retain(&mut stays));
         let stretches = self.ahead.waiters_mut();
         stretches.for_each(|waiters| waiters.retain(&mut stays));
@@ -218,7 +258,6 @@ impl Shard {
 mod tests {
     use super::*;
     use crate::{GetRequest, ReadHints, Touch};
-    use kvar_base::BlockId;
 
     fn reader(asker: u64, token: u64, deadline: u64) -> Reader {
         let request = GetRequest {

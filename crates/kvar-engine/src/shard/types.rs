@@ -109,8 +109,6 @@ pub struct ReadHints {
     pub asker: u64,
     /// It asks for the sections behind these next: they are read along.
     pub goes_on: bool,
-    /// It waits for a block that is being put, until that is visible, or will not be, or its deadline.
-    pub waits: bool,
 }
 
 /// What a writer knows about the worth of a block.
@@ -347,6 +345,12 @@ pub enum Event {
         token: u64,
         /// How.
         outcome: PutOutcome,
+    },
+    /// Who waited for a block that is being put need not wait any more: it is there, or will not be, or
+    /// the deadline has come, or nobody puts it.
+    Awaited {
+        /// The caller's number.
+        token: u64,
     },
     /// A block that reclaim does not keep is offered to the tier below; ends in a call of
     /// [`Engine::demoted`](crate::Engine::demoted).

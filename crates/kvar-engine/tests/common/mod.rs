@@ -414,6 +414,7 @@ impl Store {
                 }
             }
             Event::Demote { .. } => panic!("nobody told this store of a tier below"),
+            Event::Awaited { .. } => panic!("nobody waits for a put"),
         }
     }
 

@@ -18,8 +18,9 @@
 use super::attach::Seat;
 use super::desk::{Desk, LINK_TIMER, LinkKey, Operation};
 use super::filling::Filling;
+use super::get::is_counted;
 use super::overdue::UnsentAnswers;
-use super::request::{Get, Item, ItemState, Kind, Open};
+use super::request::{Get, ItemState, Kind, Open};
 use crate::mail::{Ask, Ticket};
 use crate::report::{ClientReport, NodeFacts};
 use kvar_base::{MissReason, Mode, Moment, PutOutcome, Refusal};
@@ -281,8 +282,9 @@ impl Conversation {
         match &open.kind {
             Kind::Get(get) => {
                 for item in &get.items {
-                    if let ItemState::Asked(bytes) | ItemState::AskedBelow(bytes, _) = item.state {
-                        self.reading_bytes -= bytes;
+                    use ItemState::{Asked, AskedBelow};
+                    if let Asked(reading) | AskedBelow(reading, _) = item.state {
+                        self.reading_bytes -= reading.bytes;
                         self.reads -= 1;
                     }
                 }
@@ -300,18 +302,7 @@ impl Conversation {
         };
         desk.ended_early = true;
         match open.kind {
-            Kind::Get(Get { items, .. }) => {
-                let unanswered = items
-                    .iter()
-                    .enumerate()
-                    .filter(|(_, Item { state, .. })| *state != ItemState::Answered);
-                if answer {
-                    for (index, item) in unanswered {
-                        desk.counters.overdue.line += u64::from(item.state == ItemState::Waiting);
-                        self.send_miss(desk, request, index as u16, MissReason::Deadline);
-                    }
-                }
-            }
+            Kind::Get(get) => self.cut_get_short(desk, request, &get, answer),
             Kind::Put(put) => {
                 self.drop_put(desk, put);
                 if answer {
@@ -322,6 +313,28 @@ impl Conversation {
             }
             kind if answer => self.answer_deadline(desk, request, &kind),
             _ => {}
+        }
+    }
+
+    /// Ends the items of a get that are not answered.
+    fn cut_get_short(&mut self, desk: &mut Desk, request: u64, get: &Get, answer: bool) {
+        for (index, item) in get.items.iter().enumerate() {
+            let forget = match item.state {
+                ItemState::Answered => continue,
+                ItemState::Waiting => None,
+                ItemState::Awaiting(operation) => Some((operation, false)),
+                ItemState::Asked(reading) => Some((reading.operation, false)),
+                ItemState::AskedBelow(reading, _) => Some((reading.operation, true)),
+            };
+            if answer {
+                // An engine knows the deadline as well.
+                desk.counters.overdue.line += u64::from(item.state == ItemState::Waiting);
+                let is_counted = is_counted(get.hints, &item.wanted);
+                let reason = MissReason::Deadline;
+                self.send_miss(desk, request, index as u16, reason, is_counted);
+            } else if let Some((operation, is_below)) = forget {
+                desk.forget(item.wanted.id, operation, self.key, is_below);
+            }
         }
     }
 

@@ -6,7 +6,7 @@
 use crate::counters::{LinkCounters, NamespaceCounters};
 use crate::devices::{Event, Note, Removal, Removed, Routes};
 use crate::links::attach::SharingSettings;
-use crate::mail::{Ask, EngineKey};
+use crate::mail::{Ask, EngineKey, ForgetAsk};
 use crate::modes::Modes;
 use crate::namespaces::Namespaces;
 use crate::report::ThreadReport;
@@ -160,19 +160,40 @@ impl Desk {
         self.next_number
     }
 
-    /// Leaves an ask, to be answered to `operation`.
-    pub(crate) fn ask(&mut self, to: To, operation: Operation) {
+    /// Leaves an ask, to be answered to `operation`; the number it goes under.
+    pub(crate) fn ask(&mut self, to: To, operation: Operation) -> u64 {
         let operation = self.operations.insert(operation) as u64;
         self.outgoing.push(Outgoing { operation, to });
+        operation
     }
 
     /// Leaves an ask for the owner of a block.
-    pub(crate) fn ask_owner(&mut self, id: &BlockId, operation: Operation, ask: Ask) {
+    pub(crate) fn ask_owner(&mut self, id: &BlockId, operation: Operation, ask: Ask) -> u64 {
         let to = match self.routes.owner(id) {
             Some(engine) => To::Engine(engine, ask),
             None => To::Nobody(ask),
         };
-        self.ask(to, operation);
+        self.ask(to, operation)
+    }
+
+    /// Whoever asked for a block under this operation has gone: the owner, or the one below, need not
+    /// read it. Where routes are new since, that is somebody who was not asked, and knows nothing of it.
+    pub(crate) fn forget(&mut self, id: BlockId, operation: u64, link: LinkKey, is_below: bool) {
+        let engine = match is_below {
+            true => self.routes.lower_owner(&id),
+            false => self.routes.owner(&id),
+        };
+        if let Some(engine) = engine {
+            let link = link.serial;
+            self.tell(
+                engine,
+                Ask::Forget(ForgetAsk {
+                    id,
+                    operation,
+                    link,
+                }),
+            );
+        }
     }
 
     /// The keeper hears of a remove at once: before any engine does.

@@ -88,7 +88,9 @@ impl Conversation {
             removal,
         });
         if let Some(operation) = self.open(desk, request, Some(left_us), kind) {
-            asks.into_iter().for_each(|to| desk.ask(to, operation));
+            for to in asks {
+                desk.ask(to, operation);
+            }
         }
     }
 
@@ -138,7 +140,9 @@ impl Conversation {
             opening: open.opening,
             part: 0,
         };
-        asks.into_iter().for_each(|to| desk.ask(to, operation));
+        for to in asks {
+            desk.ask(to, operation);
+        }
     }
 
     pub(super) fn send_finished(

@@ -2,6 +2,8 @@
 //! pushed as they come.
 //!
 //! ```text
+//!   Awaiting ── a put has ended, if that was to be waited for ──> Waiting
+//!
 //!   Waiting ── room for its bytes ──> Asked ── the owner has it ──────────────> pushed, Answered
 //!                                       │ not there, and there is a tier below
 //!                                       └──> AskedBelow ── has it, or not ────> Answered
@@ -9,13 +11,15 @@
 //!
 //! What must always be true: bytes asked for and bytes queued together stay within the budget, but
 //! for one block, which is always let through, and for the first blocks of a link, whose size is
-//! not known yet. A peer that takes its answers too slowly is not listened to meanwhile.
+//! not known yet; what is waited for takes nothing of it. A peer that takes its answers too slowly is
+//! not listened to meanwhile.
 
 use super::conversation::{Conversation, may_be_below};
 use super::desk::{Desk, LinkKey, Operation, To};
-use super::request::{Get, Item, ItemState, Kind, Open};
+use super::overdue::Unsent;
+use super::request::{Get, Item, ItemState, Kind, Open, Reading};
 use super::serve::touch_request;
-use crate::mail::Ask;
+use crate::mail::{Ask, AwaitAsk};
 use crate::report::NodeFacts;
 use kvar_base::{BLOCK_BYTES_MAX, MissReason, Moment};
 use kvar_engine::{Copy, GetRequest, ReadHints, Touch};
@@ -33,8 +37,9 @@ impl Conversation {
             () => None,
         };
         if let Some(reason) = miss {
-            for item in 0..get.items.len() {
-                self.send_miss(desk, request, item as u16, reason);
+            for (item, wanted) in get.items.iter().enumerate() {
+                let is_counted = is_counted(get.hints, wanted);
+                self.send_miss(desk, request, item as u16, reason, is_counted);
             }
             return;
         }
@@ -57,9 +62,49 @@ impl Conversation {
             touch_request: touch_request(desk, self.tenant, get.touch_request),
             hints: get.hints,
         });
+        let waits = get.hints.wait_announced;
         if let Some(operation) = self.open(desk, request, Some(get.deadline_us), kind) {
+            if waits {
+                return self.await_puts(desk, operation);
+            }
             self.line_up(request, operation.opening, count);
             self.start_gets(desk);
+        }
+    }
+
+    /// Asks that a get be told of its blocks when nobody puts them any more, and reads nothing before.
+    fn await_puts(&mut self, desk: &mut Desk, operation: Operation) {
+        let Some(Open {
+            deadline,
+            kind: Kind::Get(get),
+            ..
+        }) = self.open.get_mut(&operation.request)
+        else {
+            return;
+        };
+        for (part, item) in (0..).zip(&mut get.items) {
+            let ask = Ask::Await(AwaitAsk {
+                id: item.wanted.id,
+                until: *deadline,
+                link: self.key.serial,
+            });
+            let operation = Operation { part, ..operation };
+            let operation = desk.ask_owner(&item.wanted.id, operation, ask);
+            item.state = ItemState::Awaiting(operation);
+        }
+    }
+
+    /// What an item waited for is over: now it is read as any other.
+    pub(super) fn on_awaited(&mut self, request: u64, index: u32) {
+        if let Some(Open {
+            opening,
+            kind: Kind::Get(get),
+            ..
+        }) = self.open.get_mut(&request)
+        {
+            get.items[index as usize].state = ItemState::Waiting;
+            self.waiting_gets
+                .push_back((request, *opening, index as u16));
         }
     }
 
@@ -101,7 +146,6 @@ impl Conversation {
             let bytes = expected_bytes(&item.wanted)
                 .unwrap_or(guess)
                 .min(BLOCK_BYTES_MAX);
-            item.state = ItemState::Asked(bytes);
             self.reading_bytes += bytes;
             self.reads += 1;
             let id = item.wanted.id;
@@ -112,7 +156,8 @@ impl Conversation {
                 opening,
                 part: u32::from(index),
             };
-            desk.ask_owner(&id, operation, ask);
+            let operation = desk.ask_owner(&id, operation, ask);
+            item.state = ItemState::Asked(Reading { bytes, operation });
         }
     }
 
@@ -132,18 +177,19 @@ impl Conversation {
             return;
         };
         let item = &mut get.items[index as usize];
+        use ItemState::{Answered, Asked, AskedBelow, Awaiting, Waiting};
         let (bytes, outcome) = match (item.state, outcome) {
-            (ItemState::Asked(bytes), Err(reason)) if may_be_below(reason) => {
+            (Asked(Reading { bytes, .. }), Err(reason)) if may_be_below(reason) => {
                 if self.ask_below(desk, request, index, bytes, reason) {
                     return;
                 }
                 (bytes, Err(reason))
             }
-            (ItemState::Asked(bytes), outcome) => (bytes, outcome),
+            (Asked(reading), outcome) => (reading.bytes, outcome),
             // What the first one said is the reason, unless the other knows more than that.
-            (ItemState::AskedBelow(bytes, above), Err(MissReason::Absent)) => (bytes, Err(above)),
-            (ItemState::AskedBelow(bytes, _), outcome) => (bytes, outcome),
-            (ItemState::Waiting | ItemState::Answered, _) => return,
+            (AskedBelow(reading, above), Err(MissReason::Absent)) => (reading.bytes, Err(above)),
+            (AskedBelow(reading, _), outcome) => (reading.bytes, outcome),
+            (Awaiting(_) | Waiting | Answered, _) => return,
         };
         let Some(Open {
             deadline,
@@ -162,15 +208,11 @@ impl Conversation {
         self.open_weight -= 1;
         let is_over = get.left == 0;
         let outcome = outcome.and_then(|copy| fits(&item.wanted, copy));
-        // A block that is taken section by section is one hit.
-        let is_counted = !get.hints.by_layer || is_first(&item.wanted);
+        let is_counted = is_counted(get.hints, &item.wanted);
+        let item = index as u16;
         match outcome {
-            Ok(copy) => {
-                desk.counters.get_hits += u64::from(is_counted);
-                desk.of_namespace[self.tenant.index()].hits += u64::from(is_counted);
-                self.push_copy(desk, request, index as u16, copy, deadline);
-            }
-            Err(reason) => self.send_miss(desk, request, index as u16, reason),
+            Ok(copy) => self.push_copy(desk, request, item, copy, deadline, is_counted),
+            Err(reason) => self.send_miss(desk, request, item, reason, is_counted),
         }
         if is_over {
             self.close(desk, request);
@@ -198,7 +240,6 @@ impl Conversation {
         let Some(engine) = desk.routes.lower_owner(&item.wanted.id) else {
             return false;
         };
-        item.state = ItemState::AskedBelow(bytes, reason);
         let ask = ask_for(&item.wanted, deadline, touch_request, hints, self.key);
         let operation = Operation {
             link: self.key,
@@ -206,7 +247,8 @@ impl Conversation {
             opening,
             part: index,
         };
-        desk.ask(To::Engine(engine, ask), operation);
+        let operation = desk.ask(To::Engine(engine, ask), operation);
+        item.state = ItemState::AskedBelow(Reading { bytes, operation }, reason);
         true
     }
 
@@ -216,9 +258,12 @@ impl Conversation {
         request: u64,
         item: u16,
         reason: MissReason,
+        is_counted: bool,
     ) {
-        desk.counters.get_misses.add(reason);
-        desk.of_namespace[self.tenant.index()].misses += 1;
+        if is_counted {
+            desk.counters.get_misses.add(reason);
+            desk.of_namespace[self.tenant.index()].misses += 1;
+        }
         self.send(
             desk,
             request,
@@ -236,6 +281,7 @@ impl Conversation {
         item: u16,
         copy: Copy,
         deadline: Moment,
+        is_counted: bool,
     ) {
         let sections: Vec<Section> = copy
             .sections
@@ -269,7 +315,6 @@ impl Conversation {
             return self.link.close();
         }
         self.block_bytes_seen = self.block_bytes_seen.max(Some(bytes as u64));
-        desk.counters.payload_bytes_out += bytes as u64;
         let token = desk.number();
         let source = SharedPieces {
             bytes: copy.bytes,
@@ -278,7 +323,17 @@ impl Conversation {
         if self.link.push(&desk.scratch, token, source).is_err() {
             return self.link.close();
         }
-        self.unsent.add(token, request, item, deadline);
+        self.note_unsent(
+            desk,
+            Unsent {
+                token,
+                request,
+                item,
+                deadline,
+                bytes: bytes as u64,
+                is_counted,
+            },
+        );
     }
 }
 
@@ -307,9 +362,13 @@ fn ask_for(
     let hints = ReadHints {
         asker: link.serial,
         goes_on: hints.by_layer,
-        waits: hints.wait_announced,
     };
     Ask::Get(request, hints)
+}
+
+/// Whether an item counts as a hit or a miss: a block that is taken section by section is one.
+pub(super) fn is_counted(hints: GetHints, wanted: &kvar_wire::GetItem) -> bool {
+    !hints.by_layer || is_first(wanted)
 }
 
 /// Whether an item is a block's first section, or the whole.

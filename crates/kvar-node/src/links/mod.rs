@@ -223,11 +223,11 @@ impl Links {
         !self.listed.is_empty()
     }
 
-    /// What was asked since the last call.
-    pub(crate) fn take_outgoing(&mut self) -> Vec<Outgoing> {
-        let mut outgoing = std::mem::take(&mut self.desk.outgoing);
-        self.drop_dead(&mut outgoing);
-        outgoing
+    /// What was asked since the last call, into an empty list that is filled again and again.
+    pub(crate) fn take_outgoing(&mut self, outgoing: &mut Vec<Outgoing>) {
+        debug_assert!(outgoing.is_empty());
+        std::mem::swap(&mut self.desk.outgoing, outgoing);
+        self.drop_dead(outgoing);
     }
 
     /// When the next timer is due.
@@ -347,7 +347,11 @@ impl Links {
                 continue;
             }
             match link.phase {
-                Phase::Serving => {}
+                // Something it has queued is overdue, and its peer may take nothing for long.
+                Phase::Serving => {
+                    link.unsent.timer_over(at);
+                    self.list(key.index);
+                }
                 Phase::Handshake(_) => {
                     self.desk.counters.handshakes_failed += 1;
                     let text = "the handshake took too long; connect again";
@@ -432,7 +436,7 @@ fn pump_one(link: &mut Conversation, desk: &mut Desk) -> ControlFlow<(), bool> {
                 link.link.discard();
             }
             Happened::Received(ticket) => link.on_received(desk, ticket),
-            Happened::Sent(token) => link.on_sent(token),
+            Happened::Sent(token) => link.on_sent(desk, token),
             Happened::Returned(ticket) => {
                 link.incoming = Incoming::Nothing;
                 abort(desk, ticket);

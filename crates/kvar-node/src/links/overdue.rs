@@ -19,19 +19,22 @@
 
 use super::Links;
 use super::conversation::Conversation;
-use super::desk::{Desk, Outgoing, To};
+use super::desk::{Desk, LINK_TIMER, Outgoing, To};
 use crate::mail::Ask;
 use kvar_base::{MissReason, Moment};
 use kvar_transport::Link as _;
-use kvar_wire::{GetAnswer, GetOutcome};
 use std::collections::VecDeque;
 
 /// An answer whose bytes have not left.
-struct Unsent {
-    token: u64,
-    request: u64,
-    item: u16,
-    deadline: Moment,
+pub(super) struct Unsent {
+    pub(super) token: u64,
+    pub(super) request: u64,
+    pub(super) item: u16,
+    pub(super) deadline: Moment,
+    /// Of its payload.
+    pub(super) bytes: u64,
+    /// Whether it is a hit once it has left, or a miss if it has not in time.
+    pub(super) is_counted: bool,
 }
 
 /// The answers with bytes that a link has queued.
@@ -40,6 +43,8 @@ pub(super) struct UnsentAnswers {
     queue: VecDeque<Unsent>,
     /// Before this none is overdue.
     first_deadline: Moment,
+    /// When the link is looked at next for their sake.
+    timer: Option<Moment>,
 }
 
 impl Default for UnsentAnswers {
@@ -47,30 +52,43 @@ impl Default for UnsentAnswers {
         Self {
             queue: VecDeque::new(),
             first_deadline: Moment(u64::MAX),
+            timer: None,
         }
     }
 }
 
 impl UnsentAnswers {
     /// An answer is queued.
-    pub(super) fn add(&mut self, token: u64, request: u64, item: u16, deadline: Moment) {
-        self.first_deadline = self.first_deadline.min(deadline);
-        self.queue.push_back(Unsent {
-            token,
-            request,
-            item,
-            deadline,
-        });
+    fn add(&mut self, unsent: Unsent) {
+        self.first_deadline = self.first_deadline.min(unsent.deadline);
+        self.queue.push_back(unsent);
     }
 
     /// One has left: the first, unless it was taken back.
-    fn sent(&mut self, token: u64) {
-        if self.queue.front().is_some_and(|first| first.token == token) {
-            self.queue.pop_front();
-        }
+    fn sent(&mut self, token: u64) -> Option<Unsent> {
+        let is_first = self.queue.front().is_some_and(|first| first.token == token);
+        let sent = is_first.then(|| self.queue.pop_front()).flatten();
         if self.queue.is_empty() {
             self.first_deadline = Moment(u64::MAX);
         }
+        sent
+    }
+
+    /// When the link is to be looked at, if it would not be by then. One timer is enough for a link
+    /// whose answers leave: it is set anew when it is over.
+    fn next_timer(&mut self) -> Option<Moment> {
+        let first = self.first_deadline;
+        let is_late = self.timer.is_none_or(|timer| timer > first);
+        if first == Moment(u64::MAX) || !is_late {
+            return None;
+        }
+        self.timer = Some(first);
+        self.timer
+    }
+
+    /// The link is looked at.
+    pub(super) fn timer_over(&mut self, now: Moment) {
+        self.timer = self.timer.filter(|timer| *timer > now);
     }
 
     /// Takes those out whose time is over.
@@ -91,29 +109,52 @@ impl UnsentAnswers {
 }
 
 impl Conversation {
+    /// An answer is queued: it is looked for at its deadline, whether or not the link moves.
+    pub(super) fn note_unsent(&mut self, desk: &mut Desk, unsent: Unsent) {
+        self.unsent.add(unsent);
+        self.set_timer(desk);
+    }
+
+    fn set_timer(&mut self, desk: &mut Desk) {
+        if let Some(at) = self.unsent.next_timer() {
+            desk.timers.insert((at, self.key, LINK_TIMER));
+        }
+    }
+
     /// The bytes of an answer have left.
-    pub(super) fn on_sent(&mut self, token: u64) {
-        self.unsent.sent(token);
+    pub(super) fn on_sent(&mut self, desk: &mut Desk, token: u64) {
+        if let Some(sent) = self.unsent.sent(token) {
+            self.count_hit(desk, &sent);
+        }
+    }
+
+    /// What is taken back was no hit, so hits are counted when they have left.
+    fn count_hit(&self, desk: &mut Desk, sent: &Unsent) {
+        let hits = u64::from(sent.is_counted);
+        desk.counters.payload_bytes_out += sent.bytes;
+        desk.counters.get_hits += hits;
+        desk.of_namespace[self.tenant.index()].hits += hits;
     }
 
     /// Takes back what is queued and of no use any more; asked before anything is sent.
     pub(super) fn drop_overdue(&mut self, desk: &mut Desk) {
-        for Unsent {
-            token,
-            request,
-            item,
-            ..
-        } in self.unsent.take_overdue(desk.now)
-        {
+        for unsent in self.unsent.take_overdue(desk.now) {
             // What has begun to leave is sent to its end: the stream must stay whole.
-            let fenced = self.link.fence_push(token);
+            let fenced = self.link.fence_push(unsent.token);
             if !fenced.is_some_and(|fenced| fenced.unsent) {
+                self.count_hit(desk, &unsent);
                 continue;
             }
             desk.counters.overdue.link += 1;
-            let outcome = GetOutcome::Miss(MissReason::Deadline);
-            self.send(desk, request, &GetAnswer { item, outcome });
+            let Unsent {
+                request,
+                item,
+                is_counted,
+                ..
+            } = unsent;
+            self.send_miss(desk, request, item, MissReason::Deadline, is_counted);
         }
+        self.set_timer(desk);
     }
 }
 
@@ -133,7 +174,7 @@ impl Links {
             // that was given out comes back.
             let is_idle = matches!(
                 ask,
-                Ask::Get(..) | Ask::PutBegin(_) | Ask::Lookup { .. } | Ask::Stat(_)
+                Ask::Get(..) | Ask::Await(_) | Ask::PutBegin(_) | Ask::Lookup { .. } | Ask::Stat(_)
             );
             let number = *operation as usize;
             let Some(operation) = desk.operations.get(number).filter(|_| is_idle) else {
@@ -160,18 +201,29 @@ mod tests {
     fn answers_are_overdue_by_their_own_deadline_wherever_they_stand() {
         let mut unsent = UnsentAnswers::default();
         for (token, deadline) in [(1, 30), (2, 10), (3, 20)] {
-            unsent.add(token, 7, token as u16, Moment(deadline));
+            unsent.add(Unsent {
+                token,
+                request: 7,
+                item: token as u16,
+                deadline: Moment(deadline),
+                bytes: 1,
+                is_counted: true,
+            });
         }
+        assert_eq!(unsent.next_timer(), Some(Moment(10)));
+        assert_eq!(unsent.next_timer(), None, "it is set");
         assert!(unsent.take_overdue(Moment(9)).is_empty());
         let tokens = |overdue: Vec<Unsent>| -> Vec<u64> {
             overdue.into_iter().map(|unsent| unsent.token).collect()
         };
+        unsent.timer_over(Moment(10));
         assert_eq!(tokens(unsent.take_overdue(Moment(10))), [2]);
+        assert_eq!(unsent.next_timer(), Some(Moment(20)));
         assert!(unsent.take_overdue(Moment(19)).is_empty());
-        unsent.sent(1);
+        assert!(unsent.sent(1).is_some());
         assert_eq!(tokens(unsent.take_overdue(Moment(40))), [3]);
         assert_eq!(unsent.first_deadline, Moment(u64::MAX));
         // One that was taken back and leaves all the same is nobody's.
-        unsent.sent(3);
+        assert!(unsent.sent(3).is_none());
     }
 }

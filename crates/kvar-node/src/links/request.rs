@@ -4,7 +4,7 @@
 //!   Lookup   asked of every engine concerned ............ answered when all have
 //!            with two tiers: of the fast ones, then of the big ones for what those lack
 //!   Lease    the same; AboutLease: a renewal or release, asked of all engines
-//!   Get      each item: waiting for budget -> asked (-> asked below) -> answered
+//!   Get      each item: (waiting for a put ->) waiting for budget -> asked (-> asked below) -> answered
 //!   Put      Beginning -> (Pulling, announced) -> Receiving -> Committing -> answered
 //!            section by section: Pulling -> Receiving -> Pulling ... until Commit
 //!   Finish   remove, flush, purge: asked of engines ..... answered when all have
@@ -126,15 +126,25 @@ pub(crate) struct Item {
     pub(crate) state: ItemState,
 }
 
+/// An item that an owner reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Reading {
+    /// Of the link's budget, set aside for it.
+    pub(crate) bytes: u64,
+    pub(crate) operation: u64,
+}
+
 /// How far it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ItemState {
+    /// For the end of a put, under this operation; of the budget nothing is set aside yet.
+    Awaiting(u64),
     /// For room in the link's budget.
     Waiting,
-    /// Its owner reads it; so many bytes of the budget are set aside.
-    Asked(u64),
+    /// Its owner reads it, under this operation.
+    Asked(Reading),
     /// The first owner did not have it, for this reason, and the one below reads it.
-    AskedBelow(u64, MissReason),
+    AskedBelow(Reading, MissReason),
     Answered,
 }
 

@@ -139,6 +139,7 @@ impl Conversation {
             Answer::Leased(grant) => self.on_leased(desk, request, part, &grant),
             Answer::AboutLease(until) => self.on_about_leased(desk, request, until),
             Answer::Get(outcome) => self.on_got(desk, request, part, outcome),
+            Answer::Awaited => self.on_awaited(request, part),
             Answer::PutBegun(begun) => self.on_put_begun(desk, request, begun),
             Answer::Put(outcome) => self.answer_put(desk, request, outcome),
             Answer::Done(result) => self.on_done(desk, request, result),

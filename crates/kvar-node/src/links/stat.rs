@@ -44,7 +44,8 @@ impl Conversation {
         let answer = match (answer, stat.above, below) {
             (Err(reason), None, Some(engine)) if may_be_below(reason) => {
                 stat.above = Some(reason);
-                return desk.ask(To::Engine(engine, Ask::Stat(stat.id)), operation);
+                desk.ask(To::Engine(engine, Ask::Stat(stat.id)), operation);
+                return;
             }
             (Err(MissReason::Absent), Some(above), _) => Err(above),
             (answer, ..) => answer,

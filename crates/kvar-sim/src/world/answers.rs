@@ -176,6 +176,7 @@ impl World {
                 Ok(())
             }
             Event::Demote { token, block } => self.hear_offer(token, block),
+            Event::Awaited { token } => wrong(format!("{token} need not wait, and nobody does")),
             Event::Done { token, result } => {
                 let Some(waiting) = self.waiting.remove(&token) else {
                     return wrong(format!("an answer to {token}, which waits for none"));
