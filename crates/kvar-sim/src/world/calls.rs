@@ -265,7 +265,7 @@ impl World {
         // Every other reader of sections takes one after another.
         let hints = ReadHints {
             goes_on: request.sections.is_some() && token.is_multiple_of(2),
-            ..ReadHints::default()
+            asker: token % 3,
         };
         self.engine().get(now, token, request, hints);
         self.hear_journal(Some(memory))?;
@@ -409,7 +409,12 @@ impl World {
         let now = self.now;
         self.model.promises.begin_moment(now);
         self.answer_from_below();
-        self.engine().turn(now);
+        // As a node does: of what is over a bounded part, now and then all.
+        let bytes = match self.turns % 4 {
+            0 => u64::MAX,
+            part => part << 14,
+        };
+        self.engine().turn_some(now, bytes);
         self.hear_disk(false);
         self.hear()?;
         let ended = self.model.promises.end_moment();
