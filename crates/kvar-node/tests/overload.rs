@@ -25,10 +25,6 @@ fn overdue(node: &NodeHandle, place: &str) -> u64 {
     status(node)["links"]["overdue"][place].as_u64().unwrap()
 }
 
-fn hits(node: &NodeHandle) -> u64 {
-    status(node)["links"]["get_hits"].as_u64().unwrap()
-}
-
 fn frame<B: Body>(request: u64, body: &B) -> Vec<u8> {
     let mut frame = Vec::new();
     encode(
