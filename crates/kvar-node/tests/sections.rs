@@ -8,7 +8,7 @@ use kvar_node::NodeHandle;
 use kvar_wire::*;
 use serde_json::Value;
 use std::time::{Duration, Instant};
-use support::{Peer, config, http, start, until};
+use support::{Peer, config, http, start};
 
 /// Bytes of blocks in memory, and of those that come in.
 fn memory(node: &NodeHandle) -> u64 {
@@ -194,7 +194,7 @@ fn what_does_not_fit_ends_the_link_and_frees_the_id() {
         let (_, message, _) = other.receive();
         assert!(matches!(message, Message::RemoveAnswer(_)), "{message:?}");
         while memory(&node) > 0 {
-            assert!(Instant::now() < until, "{words}: memory stays taken");
+            assert!(Instant::now() < soon, "{words}: memory stays taken");
             std::thread::sleep(Duration::from_millis(2));
         }
     }
