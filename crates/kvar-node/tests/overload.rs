@@ -59,8 +59,8 @@ fn bytes_that_wait_for_a_slow_link_are_taken_back_when_their_time_is_over() {
     let mut get = Peer::get_message(ids.iter().map(|id| Peer::item(*id)).collect());
     get.deadline_us = PATIENCE.as_micros() as u64;
     peer.send(request, &get);
-    // It reads nothing, so that its link has no cause to move: the socket is full long before its time
-    // is over, and what is queued is taken back all the same.
+    // It reads nothing: the socket is full long before its time is over, and what is queued is taken
+    // back all the same.
     until("what is queued is taken back", || {
         overdue(&node, "link") > 0
     });
@@ -98,6 +98,32 @@ fn bytes_that_wait_for_a_slow_link_are_taken_back_when_their_time_is_over() {
     let metrics = http(&node, "/metrics").1;
     let line = format!("kvar_overdue_total{{where=\"link\"}} {link}");
     assert!(metrics.contains(&line), "{line}");
+}
+
+/// A client that stops when all it asked for is queued: nothing else happens on its link, and what is
+/// overdue does not hold memory until it goes on.
+#[test]
+fn what_a_stopped_client_does_not_take_is_taken_back_at_its_deadline() {
+    const COUNT: usize = 56;
+    const LEN: usize = 240 << 10;
+    let dir = tempfile::tempdir().unwrap();
+    let node = start(&config(dir.path(), 1));
+    let mut peer = Peer::greet(&node);
+    let ids = ids(COUNT);
+    for id in &ids {
+        let stored = peer.put(*id, &[&bytes_of(id, LEN)], false);
+        assert_eq!(stored, PutOutcome::Stored);
+    }
+    let request = peer.number();
+    let mut get = Peer::get_message(ids.iter().map(|id| Peer::item(*id)).collect());
+    get.deadline_us = 2_000_000;
+    peer.send(request, &get);
+    until("what is queued is taken back", || {
+        overdue(&node, "link") > 0
+    });
+    assert_eq!(overdue(&node, "line"), 0, "all of it was queued");
+    node.shutdown();
+    node.wait();
 }
 
 /// After a node was stopped for a while requests and their cancels lie in its sockets together.

@@ -349,8 +349,9 @@ impl Links {
             match link.phase {
                 // Something it has queued is overdue, and its peer may take nothing for long.
                 Phase::Serving => {
-                    link.unsent.timer_over(at);
-                    self.list(key.index);
+                    if link.unsent.timer_over(at) {
+                        self.list(key.index);
+                    }
                 }
                 Phase::Handshake(_) => {
                     self.desk.counters.handshakes_failed += 1;

@@ -86,9 +86,9 @@ impl UnsentAnswers {
         self.timer
     }
 
-    /// The link is looked at.
-    pub(super) fn timer_over(&mut self, now: Moment) {
-        self.timer = self.timer.filter(|timer| *timer > now);
+    /// A timer of the link is over; whether it was this one, and the link is to be looked at.
+    pub(super) fn timer_over(&mut self, now: Moment) -> bool {
+        self.timer.take_if(|timer| *timer <= now).is_some()
     }
 
     /// Takes those out whose time is over.
@@ -216,7 +216,8 @@ mod tests {
         let tokens = |overdue: Vec<Unsent>| -> Vec<u64> {
             overdue.into_iter().map(|unsent| unsent.token).collect()
         };
-        unsent.timer_over(Moment(10));
+        assert!(!unsent.timer_over(Moment(9)));
+        assert!(unsent.timer_over(Moment(10)));
         assert_eq!(tokens(unsent.take_overdue(Moment(10))), [2]);
         assert_eq!(unsent.next_timer(), Some(Moment(20)));
         assert!(unsent.take_overdue(Moment(19)).is_empty());
