@@ -89,11 +89,11 @@ WARM_UP = Cell(prompt_tokens=600, answer_tokens=4, concurrency=2, prompts=2)
 def cells(options: argparse.Namespace) -> list[Cell]:
     """Lengths x answers x concurrency."""
     lengths = [100, 1024] if options.quick else options.lengths
-    answers = [1, 16] if options.quick else [1, 128]
+    answers = [1, 16] if options.quick else options.answers
     prompts = 2 if options.quick else 4
     return [
         Cell(length, answer, concurrency, max(prompts, concurrency))
-        for length, answer, concurrency in itertools.product(lengths, answers, [1, 4])
+        for length, answer, concurrency in itertools.product(lengths, answers, options.concurrency)
     ]
 
 

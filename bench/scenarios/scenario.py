@@ -54,6 +54,8 @@ def options() -> argparse.Namespace:
     add("--chat-template", type=Path, help="for a model whose tokenizer has none")
     add("--block-tokens", type=int, default=32, help="tokens a block (default: 32)")
     add("--lengths", type=int, nargs="+", default=LENGTHS, help="of random prompts, in tokens")
+    add("--answers", type=int, nargs="+", default=[1, 128], help="to them, in tokens")
+    add("--concurrency", type=int, nargs="+", default=[1, 4], help="of them at once")
     add("--out", type=Path, default=HERE / "out", help="where results go (default: %(default)s)")
     add("--quick", action="store_true", help="few and short requests: shows that it works")
     add("--keep", action="store_true", help="keep the logs also when all went well")
