@@ -21,6 +21,16 @@ fn status(node: &NodeHandle) -> Value {
     serde_json::from_str(&http(node, "/v1/status").1).unwrap()
 }
 
+/// So many blocks of one length, put; their ids.
+fn stored(peer: &mut Peer, count: usize, len: usize) -> Vec<BlockId> {
+    let ids = ids(count);
+    for id in &ids {
+        let outcome = peer.put(*id, &[&bytes_of(id, len)], false);
+        assert_eq!(outcome, PutOutcome::Stored);
+    }
+    ids
+}
+
 fn overdue(node: &NodeHandle, place: &str) -> u64 {
     status(node)["links"]["overdue"][place].as_u64().unwrap()
 }
@@ -50,11 +60,7 @@ fn bytes_that_wait_for_a_slow_link_are_taken_back_when_their_time_is_over() {
     settings.dram = ByteSize(160 << 20);
     let node = start(&settings);
     let mut peer = Peer::greet(&node);
-    let ids = ids(COUNT);
-    for id in &ids {
-        let stored = peer.put(*id, &[&bytes_of(id, LEN)], false);
-        assert_eq!(stored, PutOutcome::Stored);
-    }
+    let ids = stored(&mut peer, COUNT, LEN);
     let request = peer.number();
     let mut get = Peer::get_message(ids.iter().map(|id| Peer::item(*id)).collect());
     get.deadline_us = PATIENCE.as_micros() as u64;
@@ -109,11 +115,7 @@ fn what_a_stopped_client_does_not_take_is_taken_back_at_its_deadline() {
     let dir = tempfile::tempdir().unwrap();
     let node = start(&config(dir.path(), 1));
     let mut peer = Peer::greet(&node);
-    let ids = ids(COUNT);
-    for id in &ids {
-        let stored = peer.put(*id, &[&bytes_of(id, LEN)], false);
-        assert_eq!(stored, PutOutcome::Stored);
-    }
+    let ids = stored(&mut peer, COUNT, LEN);
     let request = peer.number();
     let mut get = Peer::get_message(ids.iter().map(|id| Peer::item(*id)).collect());
     get.deadline_us = 2_000_000;
@@ -201,11 +203,7 @@ fn a_flood_that_reads_no_answers_is_held_back_and_costs_nobody_else() {
     let dir = tempfile::tempdir().unwrap();
     let node = start(&config(dir.path(), 2));
     let mut small = Peer::greet(&node);
-    let ids = ids(100);
-    for id in &ids {
-        let stored = small.put(*id, &[&bytes_of(id, LEN)], false);
-        assert_eq!(stored, PutOutcome::Stored);
-    }
+    let ids = stored(&mut small, 100, LEN);
     let items: Vec<GetItem> = ids.iter().map(|id| Peer::item(*id)).collect();
     let before = resident_bytes();
     let mut floods: Vec<Peer> = (0..LINKS).map(|_| Peer::greet(&node)).collect();
