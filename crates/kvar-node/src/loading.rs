@@ -154,7 +154,13 @@ impl OpenShard {
             if let Some(memory) = memory {
                 // Not at a lower priority: it holds the lock of the process's memory meanwhile, and
                 // on a busy machine whoever serves would wait for a thread that never runs.
-                memory.prefault();
+                if let Err(error) = memory.prefault() {
+                    tracing::warn!(
+                        %error,
+                        "memory for blocks is not taken at start but by the first puts, which are \
+                         slower: is dram more than this machine has?"
+                    );
+                }
             }
         };
         spawn
