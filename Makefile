@@ -3,7 +3,7 @@
 # make test      every test but the engines'
 # make e2e       stock vLLM on this machine's CPU, killed and restarted, against the same prompts
 # make e2e-lmcache   stock vLLM over the real LMCache server over a node, all killed and restarted
-# make scenario-random | scenario-chat | scenario-sharing | scenario-outages | scenarios
+# make scenario-random | scenario-chat | scenario-sharing | scenario-outages | scenario-burden | scenarios
 #                stock vLLM with and without kvar on real input: tables, plots, bench/scenarios/out/report.html
 #                (SCENARIO_ARGS goes to it; --quick is a short form)
 # make bench     engine against fio, links against plain sockets

@@ -177,6 +177,10 @@ class Node(Server):
         """Blocks put since the node was started."""
         return int(self.status()["links"]["puts"]["stored"])
 
+    def blocks_evicted(self) -> int:
+        """Blocks that left the store because room was wanted."""
+        return sum(int(one["evicted"]) for one in self.status()["namespaces"])
+
     def blocks_corrupt(self) -> int:
         """Blocks that did not pass their check when they were asked for."""
         return int(self.status()["links"]["get_misses"]["corrupt"])

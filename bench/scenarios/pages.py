@@ -15,6 +15,7 @@ TITLES = {
     "chat": "Conversations, turn by turn",
     "sharing": "Two engines, one store",
     "outages": "When things die, and come back",
+    "burden": "What it costs when it brings nothing",
 }
 BARE, STORE, OWN = "#b5482a", "#2a6f97", "#777777"
 
@@ -164,11 +165,37 @@ def _outages(result: dict[str, Any]) -> list[tuple[str, Table]]:
     return [("Phases, in order", (head, body))]
 
 
+def _burden(result: dict[str, Any]) -> list[tuple[str, Table]]:
+    head = ["the node is", "pairs", "TTFT p50 s, without", "with kvar", "ratio", "90 % of them"]
+    head += ["ITL ratio", "90 % of them", "first request s, without", "with kvar"]
+    head += ["scheduler's hooks, ms a request"]
+    body = [
+        [
+            row["state"],
+            str(row["pairs"]),
+            _s(row["ttft_s"]["bare"]["p50"]),
+            _s(row["ttft_s"]["kvar"]["p50"]),
+            *_ratio(row["ttft"]),
+            *_ratio(row["itl"]),
+            _s(row["first_s"]["bare"]),
+            _s(row["first_s"]["kvar"]),
+            f"{row['hooks_ms_a_request']:.2f}",
+        ]
+        for row in result["states"]
+    ]
+    return [("The same new prompts with and without the connector", (head, body))]
+
+
+def _ratio(found: dict[str, float]) -> tuple[str, str]:
+    return f"{found['p50']:.3f}", f"{found['low']:.3f} to {found['high']:.3f}"
+
+
 _TABLES: dict[str, Callable[[dict[str, Any]], list[tuple[str, Table]]]] = {
     "random": _random,
     "chat": _chat,
     "sharing": _sharing,
     "outages": _outages,
+    "burden": _burden,
 }
 
 
@@ -259,11 +286,22 @@ def _plot_outages(result: dict[str, Any], axes: Any) -> None:
     axes.set_xlabel("seconds since the start; each dot is one request")
 
 
+def _plot_burden(result: dict[str, Any], axes: Any) -> None:
+    states = [row["state"] for row in result["states"]]
+    for arm, colour, shift in (("bare", BARE, -0.2), ("kvar", STORE, 0.2)):
+        at = [number + shift for number in range(len(states))]
+        times = [row["ttft_s"][arm]["p50"] for row in result["states"]]
+        label = "with the connector" if arm == "kvar" else "without"
+        axes.bar(at, times, 0.4, color=colour, label=label)
+    axes.set_xticks(range(len(states)), [f"node {state}" for state in states])
+
+
 _PLOTS: dict[str, Callable[[dict[str, Any], Any], None]] = {
     "random": _plot_random,
     "chat": _plot_chat,
     "sharing": _plot_sharing,
     "outages": _plot_outages,
+    "burden": _plot_burden,
 }
 
 _STYLE = """

@@ -1,6 +1,6 @@
 """Runs one scenario, or all, and writes what was found: JSON, a table, plots, one HTML page.
 
-    scenario.py random | chat | sharing | outages | all [--quick]
+    scenario.py random | chat | sharing | outages | burden | all [--quick]
 
 The same on a machine with a GPU: ``--model`` and ``--engine-arguments`` for engines started here,
 or ``--engine URL`` for engines that run already (with the connector,
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from types import FrameType, ModuleType
 
+import burden
 import chat
 import facts
 import outages
@@ -32,6 +33,7 @@ SCENARIOS: dict[str, ModuleType] = {
     "chat": chat,
     "sharing": sharing,
     "outages": outages,
+    "burden": burden,
 }
 HERE = Path(__file__).parent
 CPU_ARGUMENTS = "--dtype float32 --enforce-eager --max-num-seqs 4 --disable-hybrid-kv-cache-manager"
