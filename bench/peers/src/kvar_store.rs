@@ -5,7 +5,7 @@ use crate::{MEMORY_BYTES, Store, VALUE_BYTES, is_value, value};
 use anyhow::{Context, Result, bail, ensure};
 use kvar_base::{BlockId, Clock, ContentCheck, Moment, SystemClock};
 use kvar_engine::{
-    Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, Touch,
+    Engine, EngineConfig, Event, FormatOptions, GetRequest, PutHints, PutRequest, ReadHints, Touch,
 };
 use kvar_io::{Arena, DeviceOptions, Target, Wanted, open_device};
 use std::path::Path;
@@ -135,7 +135,9 @@ impl Store for Kvar {
                     deadline: Moment(u64::MAX),
                     touch: Touch::default(),
                 };
-                self.engine.get(self.clock.now(), token as u64, request);
+                let now = self.clock.now();
+                self.engine
+                    .get(now, token as u64, request, ReadHints::default());
             }
             ensure!(
                 Instant::now() < run.end_at() + FLUSH_MAX,

@@ -19,7 +19,7 @@ pub mod wake;
 pub use check::{ContentCheck, Crc64};
 pub use fast_map::FastMap;
 pub use fingerprint::ContentFingerprint;
-pub use id::{BlockId, DeviceUuid, LeaseToken, NamespaceKey, NamespaceKeyError};
+pub use id::{BlockId, DeviceUuid, LeaseToken, NamespaceKey, NamespaceKeyError, ids_hashed};
 pub use mode::{Mode, ModeCell};
 pub use outcome::{MissReason, PutOutcome, Refusal};
 pub use size::{ByteSize, ByteSizeError, PAGE_BYTES, page_round_up};

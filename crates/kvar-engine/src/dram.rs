@@ -130,6 +130,40 @@ impl Resident {
     }
 }
 
+/// What of a resident its place among those that may leave depends on: read once, where the resident
+/// is at hand, so that coming, changing and leaving ask the map once each.
+struct Spot {
+    state: State,
+    bytes: u64,
+    is_alone: bool,
+    may_leave: bool,
+    arrival: u64,
+    depth: u32,
+    class: BlockClass,
+    used_at: u64,
+    number: u64,
+    until: Moment,
+    tenant: Tenant,
+}
+
+impl Spot {
+    fn of(resident: &Resident) -> Self {
+        Self {
+            state: resident.state,
+            bytes: resident.bytes(),
+            is_alone: resident.is_alone(),
+            may_leave: resident.may_leave(),
+            arrival: resident.arrival,
+            depth: resident.depth,
+            class: resident.leaving_class(),
+            used_at: resident.used_at,
+            number: resident.number,
+            until: resident.awaited_until(),
+            tenant: resident.hints.tenant,
+        }
+    }
+}
+
 /// What had to leave: one block for another of its size, as a rule.
 pub(crate) type Evicted = SmallVec<[Gone; 1]>;
 
@@ -445,53 +479,41 @@ impl Dram {
     }
 
     /// Gives a resident its place among those that may leave, if it is one.
-    fn enter(&mut self, id: &BlockId) {
-        let Some(resident) = self.residents.get(id) else {
-            return;
-        };
-        self.alone += usize::from(resident.is_alone());
-        let (state, bytes) = (resident.state, resident.bytes());
+    fn enter(&mut self, id: &BlockId, spot: &Spot) {
+        let (state, bytes, number) = (spot.state, spot.bytes, spot.number);
+        self.alone += usize::from(spot.is_alone);
         self.awaited_bytes += if state == State::Awaited { bytes } else { 0 };
-        if !resident.may_leave() {
+        if !spot.may_leave {
             return;
         }
-        let (arrival, depth) = (resident.arrival, resident.depth);
-        let (class, used_at) = (resident.leaving_class(), resident.used_at);
-        let (number, until) = (resident.number, resident.awaited_until());
-        let tenant = resident.hints.tenant;
         self.evictable_bytes += bytes;
-        self.evictable.add(tenant, bytes);
+        self.evictable.add(spot.tenant, bytes);
         self.held_bytes += if state == State::Held { bytes } else { 0 };
-        let orders = self.orders(tenant);
+        let orders = self.orders(spot.tenant);
         match state {
-            State::Awaited => drop(orders.awaited.insert((until, number, *id))),
+            State::Awaited => drop(orders.awaited.insert((spot.until, number, *id))),
             State::Spent => drop(orders.spent.insert((number, *id))),
             _ => {}
         }
         if let Some(order) = orders.of(state) {
-            order.touch(*id, arrival, depth, class, used_at);
+            order.touch(*id, spot.arrival, spot.depth, spot.class, spot.used_at);
         }
     }
 
     /// Takes that place away.
-    fn leave(&mut self, id: &BlockId) {
-        let Some(resident) = self.residents.get(id) else {
-            return;
-        };
-        self.alone -= usize::from(resident.is_alone());
-        let (state, bytes) = (resident.state, resident.bytes());
+    fn leave(&mut self, id: &BlockId, spot: &Spot) {
+        let (state, bytes, number) = (spot.state, spot.bytes, spot.number);
+        self.alone -= usize::from(spot.is_alone);
         self.awaited_bytes -= if state == State::Awaited { bytes } else { 0 };
-        if !resident.may_leave() {
+        if !spot.may_leave {
             return;
         }
-        let (number, until) = (resident.number, resident.awaited_until());
-        let tenant = resident.hints.tenant;
         self.evictable_bytes -= bytes;
-        self.evictable.take(tenant, bytes);
+        self.evictable.take(spot.tenant, bytes);
         self.held_bytes -= if state == State::Held { bytes } else { 0 };
-        let orders = self.orders(tenant);
+        let orders = self.orders(spot.tenant);
         match state {
-            State::Awaited => drop(orders.awaited.remove(&(until, number, *id))),
+            State::Awaited => drop(orders.awaited.remove(&(spot.until, number, *id))),
             State::Spent => drop(orders.spent.remove(&(number, *id))),
             _ => {}
         }
@@ -508,18 +530,21 @@ impl Dram {
         let (tenant, bytes) = (resident.hints.tenant, resident.bytes());
         self.reserved.take(tenant, bytes);
         self.resident.add(tenant, bytes);
+        let spot = Spot::of(&resident);
         let before = self.residents.insert(id, resident);
         debug_assert!(
             before.is_none(),
             "a resident is replaced only after it was removed"
         );
-        self.enter(&id);
+        self.enter(&id, &spot);
     }
 
     pub(crate) fn remove(&mut self, id: &BlockId) -> Option<Resident> {
-        self.leave(id);
         let gone = self.residents.remove(id)?;
-        self.expiring.remove(&(gone.hints.expires_unix_s, *id));
+        self.leave(id, &Spot::of(&gone));
+        if gone.hints.expires_unix_s != 0 {
+            self.expiring.remove(&(gone.hints.expires_unix_s, *id));
+        }
         self.used_bytes -= gone.bytes();
         self.resident.take(gone.hints.tenant, gone.bytes());
         Some(gone)
@@ -543,11 +568,14 @@ impl Dram {
     }
 
     fn change(&mut self, id: &BlockId, change: impl FnOnce(&mut Resident)) {
-        self.leave(id);
-        if let Some(resident) = self.residents.get_mut(id) {
-            change(resident);
-        }
-        self.enter(id);
+        let Some(resident) = self.residents.get_mut(id) else {
+            return;
+        };
+        let before = Spot::of(resident);
+        change(resident);
+        let after = Spot::of(resident);
+        self.leave(id, &before);
+        self.enter(id, &after);
     }
 
     /// Part of an Awaited resident was read; whether that was all of it, and it is Spent now.

@@ -299,6 +299,25 @@ impl Index {
         Some((at, self.entry(at)))
     }
 
+    /// The entry of an id that was found at `at` before, and led there. Cost: the cache line that it lay
+    /// in, if it still does; else as [`find`](Self::find).
+    #[must_use]
+    pub fn find_again(
+        &self,
+        id: &BlockId,
+        at: SlotRef,
+        before: &Entry,
+    ) -> Option<(SlotRef, Entry)> {
+        let bucket = &self.buckets[at.bucket];
+        // No two blocks lie at one place, and the check is of this id alone.
+        let is_there = (bucket.word[at.slot] & POSITION_MASK) as u32 == before.position
+            && bucket.check[at.slot] == before.check64;
+        if is_there {
+            return Some((at, self.entry(at)));
+        }
+        self.find(id)
+    }
+
     /// The entries of many ids, in order. A lookup of one id waits for memory; here up to
     /// sixteen wait together.
     pub fn find_all(&self, ids: &[BlockId], found: &mut Vec<Option<(SlotRef, Entry)>>) {

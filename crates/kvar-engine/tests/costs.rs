@@ -1,5 +1,5 @@
 //! What a read and a put cost, in counts that do not depend on how busy the machine is: memory
-//! allocations and system calls of the shard's own thread.
+//! allocations, system calls and hashes of block ids (each a search in a map) of the shard's own thread.
 //!
 //! Each bound says what is behind it. A count that goes up is a change of the hot path that nobody
 //! asked for: look for it before you raise the bound.
@@ -25,6 +25,14 @@ const NAP: Duration = Duration::from_millis(50);
 const READ_ALLOCATIONS_MAX: f64 = 0.25;
 /// A hit in memory: the same tree, which is asked to move a block.
 const HIT_ALLOCATIONS_MAX: f64 = 0.25;
+/// A read from the device. Memory: is it here, to use it, to begin (3), who leaves (1), is it here
+/// meanwhile, to come in (2); the order of memory: to leave, to come in (1 and 2); reads under way:
+/// is there one, to begin, is it still wanted, to end (4). The index and what is learned hash for
+/// themselves.
+const READ_HASHES_MAX: f64 = 13.5;
+/// A hit. Memory: is it here, to use it, to move it, to answer (4); the order: to leave and to enter
+/// (3).
+const HIT_HASHES_MAX: f64 = 7.5;
 /// A put: the trees of recency and of what is not flushed (one node for six each), and, shared by
 /// the 16 blocks of a gather write, its two lists; directory pages, footers, headers and reclaim
 /// make up the rest, shared by the blocks of a sync or a segment.
@@ -216,6 +224,16 @@ fn cost(store: &mut Store, count: u64, mut run: impl FnMut(&mut Store)) -> (f64,
     )
 }
 
+/// Hashes of ids of one operation, over `count` of them; none where the build does not count them.
+fn hashes(store: &mut Store, count: u64, mut run: impl FnMut(&mut Store)) -> f64 {
+    let before = kvar_base::ids_hashed();
+    run(store);
+    let after = kvar_base::ids_hashed();
+    before.zip(after).map_or(0.0, |(before, after)| {
+        (after - before) as f64 / count as f64
+    })
+}
+
 fn holds(what: &str, found: f64, most: f64) {
     println!("{what}: {found:.3} (at most {most})");
     assert!(
@@ -255,6 +273,8 @@ fn a_read_from_the_device_takes_no_memory_and_few_calls() {
         READ_ALLOCATIONS_MAX,
     );
     holds("system calls of a read alone", calls, READ_CALLS_QD1_MAX);
+    let hashes = hashes(&mut store, 1024, |store| store.read(512, 1024, DEPTH));
+    holds("hashes of ids of a read", hashes, READ_HASHES_MAX);
 }
 
 #[test]
@@ -268,6 +288,8 @@ fn a_hit_in_memory_takes_no_memory_and_no_calls() {
     assert_eq!(store.engine.counters().dram_hits - before, 512);
     holds("allocations of a hit", allocations, HIT_ALLOCATIONS_MAX);
     holds("system calls of a hit", calls, 0.0);
+    let hashes = hashes(&mut store, 512, |store| store.read(0, 512, DEPTH));
+    holds("hashes of ids of a hit", hashes, HIT_HASHES_MAX);
 }
 
 #[test]

@@ -11,7 +11,7 @@
 //!
 //! The count of a frozen buffer's handles stands in a table of the arena, one place a page (4 bytes
 //! for 4 KiB, used is that of the first page): freezing takes no memory, and a block's read none but
-//! the block's own.
+//! the block's own. The places of pages that nobody has tell where a free run begins and ends.
 //!
 //! Memory is taken from the system when first touched, or before by whoever calls
 //! [`ArenaWatch::prefault`]; an untouched arena costs address space.
@@ -19,7 +19,7 @@
 
 use kvar_base::PAGE_BYTES;
 use memmap2::MmapMut;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicU32, Ordering, fence};
@@ -39,7 +39,7 @@ struct Inner {
     base: *mut u8,
     len: usize,
     free: Mutex<FreeRuns>,
-    /// Handles of the frozen buffer that starts at a page.
+    /// Handles of the frozen buffer that starts at a page; of a free run, see [`FREE`].
     handles: Box<[AtomicU32]>,
     // Keeps `base` mapped; its bytes are never touched through this field.
     map: MmapMut,
@@ -56,20 +56,25 @@ impl Arena {
     /// Maps `bytes` (rounded up to a page, at least one).
     ///
     /// # Errors
-    /// When the system refuses the mapping.
+    /// When the system refuses the mapping, or it is beyond what the table of pages can count (8 TiB).
     pub fn new(bytes: usize) -> std::io::Result<Self> {
-        let len = bytes.div_ceil(PAGE).max(1) * PAGE;
+        let pages = bytes.div_ceil(PAGE).max(1);
+        if pages >= FREE as usize {
+            return Err(std::io::ErrorKind::OutOfMemory.into());
+        }
+        let len = pages * PAGE;
         let mut map = MmapMut::map_anon(len)?;
         // Blocks are read and written whole; larger pages mean fewer misses of the address cache.
         // A system without transparent huge pages says no, which costs nothing.
         let _ = map.advise(memmap2::Advice::HugePage);
         let base = map.as_mut_ptr();
-        let free = Mutex::new(FreeRuns::new(len / PAGE));
+        let handles = zeroes(pages);
+        let free = Mutex::new(FreeRuns::new(pages, &handles));
         Ok(Self(Arc::new(Inner {
             base,
             len,
             free,
-            handles: zeroes(len / PAGE),
+            handles,
             map,
         })))
     }
@@ -78,13 +83,21 @@ impl Arena {
     /// whatever was there before, its padding to the page is zero.
     #[must_use]
     pub fn allocate(&self, len: usize) -> Option<Buffer> {
+        self.allocate_beside(len, 0)
+    }
+
+    /// The same, if at least so many bytes stay free beside it.
+    #[must_use]
+    pub fn allocate_beside(&self, len: usize, free_bytes: usize) -> Option<Buffer> {
         let pages = len.div_ceil(PAGE).max(1);
-        let first = self
-            .0
-            .free
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take(pages)?;
+        let first = {
+            let mut free = self.0.free.lock().unwrap_or_else(PoisonError::into_inner);
+            let left = free.pages.checked_sub(pages)?;
+            if left < free_bytes.div_ceil(PAGE) {
+                return None;
+            }
+            free.take(&self.0.handles, pages)?
+        };
         let mut buffer = Buffer {
             arena: self.clone(),
             offset: first * PAGE,
@@ -286,7 +299,7 @@ impl Drop for Buffer {
             .free
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        free.give(self.offset / PAGE, self.pages);
+        free.give(&self.arena.0.handles, self.offset / PAGE, self.pages);
     }
 }
 
@@ -349,59 +362,73 @@ fn zeroes(count: usize) -> Box<[AtomicU32]> {
     unsafe { Box::from_raw(Box::into_raw(plain) as *mut [AtomicU32]) }
 }
 
-/// Which pages are free: by offset (to merge) and by length (to find the best fit).
+/// In the arena's table of pages: here a free run begins or ends, and this is its length. What is in
+/// use has a count of handles there, which stays below.
+const FREE: u32 = 1 << 31;
+const _: () = assert!(HANDLES_MAX < FREE);
+
+/// Which pages are free: by length, to find the best fit. Where a run begins and ends says the arena's
+/// table, so that one that comes back finds its free neighbours without a search.
 struct FreeRuns {
-    by_offset: BTreeMap<usize, usize>,
     by_length: BTreeSet<(usize, usize)>,
     pages: usize,
 }
 
 impl FreeRuns {
-    fn new(pages: usize) -> Self {
+    fn new(pages: usize, table: &[AtomicU32]) -> Self {
         let mut runs = Self {
-            by_offset: BTreeMap::new(),
             by_length: BTreeSet::new(),
-            pages: 0,
+            pages,
         };
-        runs.insert(0, pages);
-        runs.pages = pages;
+        runs.insert(table, 0, pages);
         runs
     }
 
-    fn insert(&mut self, first: usize, pages: usize) {
-        self.by_offset.insert(first, pages);
+    fn mark(table: &[AtomicU32], first: usize, pages: usize, mark: u32) {
+        table[first].store(mark, Ordering::Relaxed);
+        table[first + pages - 1].store(mark, Ordering::Relaxed);
+    }
+
+    fn insert(&mut self, table: &[AtomicU32], first: usize, pages: usize) {
+        Self::mark(table, first, pages, FREE | pages as u32);
         self.by_length.insert((pages, first));
     }
 
-    fn remove(&mut self, first: usize, pages: usize) {
-        self.by_offset.remove(&first);
+    fn remove(&mut self, table: &[AtomicU32], first: usize, pages: usize) {
+        Self::mark(table, first, pages, 0);
         self.by_length.remove(&(pages, first));
     }
 
-    fn take(&mut self, pages: usize) -> Option<usize> {
+    /// The length of the free run that begins or ends at a page.
+    fn at(table: &[AtomicU32], page: usize) -> Option<usize> {
+        let mark = table.get(page)?.load(Ordering::Relaxed);
+        (mark & FREE != 0).then_some((mark & !FREE) as usize)
+    }
+
+    fn take(&mut self, table: &[AtomicU32], pages: usize) -> Option<usize> {
         let &(found, first) = self.by_length.range((pages, 0)..).next()?;
-        self.remove(first, found);
+        self.remove(table, first, found);
         if found > pages {
-            self.insert(first + pages, found - pages);
+            self.insert(table, first + pages, found - pages);
         }
         self.pages -= pages;
         Some(first)
     }
 
-    fn give(&mut self, first: usize, pages: usize) {
+    fn give(&mut self, table: &[AtomicU32], first: usize, pages: usize) {
         self.pages += pages;
         let (mut start, mut len) = (first, pages);
-        if let Some((&before, &before_len)) = self.by_offset.range(..first).next_back()
-            && before + before_len == first
-        {
-            self.remove(before, before_len);
-            (start, len) = (before, before_len + len);
+        let before = first.checked_sub(1).and_then(|page| Self::at(table, page));
+        if let Some(before) = before {
+            start -= before;
+            len += before;
+            self.remove(table, start, before);
         }
-        if let Some(&after_len) = self.by_offset.get(&(first + pages)) {
-            self.remove(first + pages, after_len);
-            len += after_len;
+        if let Some(after) = Self::at(table, first + pages) {
+            self.remove(table, first + pages, after);
+            len += after;
         }
-        self.insert(start, len);
+        self.insert(table, start, len);
     }
 }
 
@@ -494,6 +521,30 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_is_to_stay_free_stays_free() {
+        let arena = Arena::new(4 * PAGE).unwrap();
+        assert!(arena.allocate_beside(2 * PAGE, 2 * PAGE + 1).is_none());
+        let two = arena.allocate_beside(2 * PAGE, 2 * PAGE).unwrap();
+        assert!(arena.allocate_beside(1, PAGE + 1).is_none());
+        assert!(arena.allocate_beside(3 * PAGE, 0).is_none());
+        drop(two);
+        assert!(arena.allocate_beside(4 * PAGE, 0).is_some());
+    }
+
+    /// Marks of free runs stand at their two ends, and nowhere else.
+    fn marks_hold(arena: &Arena) -> bool {
+        let free = arena.0.free.lock().unwrap();
+        let mut marks = vec![0; arena.bytes() / PAGE];
+        for (pages, first) in &free.by_length {
+            marks[*first] = *pages;
+            marks[first + pages - 1] = *pages;
+        }
+        let found = (0..marks.len()).map(|page| FreeRuns::at(&arena.0.handles, page).unwrap_or(0));
+        found.eq(marks.iter().copied())
+            && free.by_length.iter().map(|(pages, _)| pages).sum::<usize>() == free.pages
+    }
+
     proptest! {
         #[test]
         fn runs_never_overlap_and_merge_back(steps in prop::collection::vec((any::<bool>(), 1_usize..9), 1..200)) {
@@ -509,9 +560,13 @@ mod tests {
                 } else if !held.is_empty() {
                     let (buffer, mark) = held.swap_remove(number % held.len());
                     prop_assert!(buffer.as_slice().iter().all(|byte| *byte == mark));
+                    // What was frozen comes back like the rest.
+                    drop(buffer.freeze());
                 }
+                prop_assert!(marks_hold(&arena), "after step {number}");
             }
             held.clear();
+            prop_assert!(marks_hold(&arena));
             prop_assert!(arena.allocate(64 * PAGE).is_some());
         }
     }

@@ -34,6 +34,14 @@ use std::collections::VecDeque;
 pub const SAMPLE_MAX: usize = 1 << 16;
 const BUCKETS: usize = 42;
 const BUCKETS_PER_OCTAVE: f64 = 4.0;
+/// Where the other three of an octave begin, as the mantissa of a number of 64 bits: the roots of two.
+const QUARTERS: [u64; 3] = [
+    1.189_207_115_002_721_f64.to_bits() & MANTISSA,
+    std::f64::consts::SQRT_2.to_bits() & MANTISSA,
+    1.681_792_830_507_429_f64.to_bits() & MANTISSA,
+];
+const MANTISSA: u64 = (1 << MANTISSA_BITS) - 1;
+const MANTISSA_BITS: u32 = f64::MANTISSA_DIGITS - 1;
 /// Units of age in one capacity: how finely the young are told apart.
 const UNITS_PER_CAPACITY: f64 = 64.0;
 /// After so many capacities without use an interval has ended with "never".
@@ -210,7 +218,11 @@ impl ReuseModel {
         if units < 1.0 {
             return 0;
         }
-        ((units.log2() * BUCKETS_PER_OCTAVE) as usize + 1).min(BUCKETS - 1)
+        // Four times the logarithm, rounded down, is in the number already.
+        let bits = units.to_bits();
+        let octave = (bits >> MANTISSA_BITS) as usize - (f64::MAX_EXP - 1) as usize;
+        let quarter = QUARTERS.map(|begin| usize::from(bits & MANTISSA >= begin));
+        (octave * BUCKETS_PER_OCTAVE as usize + quarter.iter().sum::<usize>() + 1).min(BUCKETS - 1)
     }
 
     fn begin(&self, bucket: usize) -> f64 {

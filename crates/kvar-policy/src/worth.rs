@@ -177,12 +177,13 @@ impl<K: Copy + Eq + Hash> WorthOrder<K> {
         let Some((request, place)) = self.places.remove(key) else {
             return false;
         };
-        if let Some(group) = self.groups.get_mut(&request) {
+        if let Entry::Occupied(mut occupied) = self.groups.entry(request) {
+            let group = occupied.get_mut();
             let before = group.tail();
             group.remove(place);
             let (after, used_at) = (group.tail(), group.used_at);
             if after.is_none() {
-                self.groups.remove(&request);
+                occupied.remove();
             }
             self.move_tail((request, used_at), before, after);
         }
@@ -225,21 +226,22 @@ impl<K: Copy + Eq + Hash> WorthOrder<K> {
     /// The block worth least at `now`: of equals, the one of the oldest request.
     #[must_use]
     pub fn least(&self, model: &ReuseModel, now: u64) -> Option<Candidate<K>> {
-        let ends = self.filled().flat_map(|class| {
+        let mut least: Option<(f64, u64, u64)> = None;
+        for class in self.filled() {
             let requests = &self.tails[class];
-            let ends = [requests.first(), requests.last()];
-            ends.into_iter().flatten().map(move |end| (class, *end))
-        });
-        let (worth, request, age) = ends
-            .map(|(class, (request, used_at))| {
-                let age = now.saturating_sub(used_at);
-                (
-                    model.worth(BlockClass::from_number(class), age),
-                    request,
-                    age,
-                )
-            })
-            .min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)))?;
+            let of_class = BlockClass::from_number(class);
+            for (request, used_at) in [requests.first(), requests.last()].into_iter().flatten() {
+                let age = now.saturating_sub(*used_at);
+                let worth = model.worth(of_class, age);
+                let is_less = |(other, before, _): &(f64, u64, u64)| {
+                    worth.total_cmp(other).then(request.cmp(before)).is_lt()
+                };
+                if least.as_ref().is_none_or(is_less) {
+                    least = Some((worth, *request, age));
+                }
+            }
+        }
+        let (worth, request, age) = least?;
         let group = self.groups.get(&request)?;
         let ((depth, _), key, class) = group.last()?;
         Some(Candidate {

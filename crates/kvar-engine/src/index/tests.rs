@@ -34,6 +34,7 @@ proptest! {
     fn agrees_with_a_map(steps in prop::collection::vec((0_u8..3, 0_u32..300, 1_u32..5000), 1..600)) {
         let mut index = Index::new(64, 1);
         let mut model: HashMap<u32, Entry> = HashMap::new();
+        let mut seen = HashMap::new();
         for (what, number, position) in steps {
             match what {
                 0 => {
@@ -60,6 +61,14 @@ proptest! {
                         known.length = class.length();
                     }
                 }
+            }
+            // Where it was found before it is found again, or wherever it is by now.
+            for number in [number, (number + 7) % 300] {
+                let found = index.find(&id(number));
+                if let Some((at, before)) = seen.get(&number) {
+                    prop_assert_eq!(index.find_again(&id(number), *at, before), found);
+                }
+                found.map(|found| seen.insert(number, found));
             }
             prop_assert_eq!(index.len(), model.len());
             let mut held = Holdings::default();

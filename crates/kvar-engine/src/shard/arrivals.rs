@@ -45,7 +45,9 @@ impl Default for Arrivals {
 impl Arrivals {
     /// The arrival number of a request: equal for all calls about one prompt, growing with time.
     pub(super) fn number(&mut self, request: u64) -> u64 {
-        if let Some(arrival) = self.by_request.get_mut(&request) {
+        if request != 0
+            && let Some(arrival) = self.by_request.get_mut(&request)
+        {
             arrival.uses += 1;
             if arrival.uses.is_multiple_of(USES_MAX) {
                 arrival.number = self.next;
@@ -74,14 +76,17 @@ impl Arrivals {
 
     /// Whether a request looked its chain up before: that counted as its touch.
     pub(super) fn has_looked_up(&self, request: u64) -> bool {
-        self.by_request
-            .get(&request)
-            .is_some_and(|arrival| arrival.looked_up)
+        self.get(request).is_some_and(|arrival| arrival.looked_up)
+    }
+
+    fn get(&self, request: u64) -> Option<&Arrival> {
+        // What stands for itself is never remembered, and need not be looked for.
+        (request != 0).then(|| self.by_request.get(&request))?
     }
 
     /// How many blocks the prompt of a request has, if this one is at `depth` in it.
     pub(super) fn blocks(&self, request: u64, depth: u32) -> u32 {
-        let known = self.by_request.get(&request).map_or(0, |one| one.blocks);
+        let known = self.get(request).map_or(0, |one| one.blocks);
         known.max(depth.saturating_add(1))
     }
 

@@ -103,11 +103,13 @@ impl Shard {
         touch: Touch,
         blocks: u32,
     ) -> u64 {
-        let resident = self.dram.get(id);
-        let is_awaited = resident.is_some_and(|resident| resident.state == State::Awaited);
-        let resident = resident.map(|resident| resident.class);
-        let before = resident.or(found.map(|(_, entry)| entry.class()));
-        if is_awaited {
+        let resident = self.dram.get(id).map(|resident| {
+            let bytes = resident.image.padded_len() as u64;
+            (resident.class, resident.state, bytes)
+        });
+        let before = resident.map(|(class, ..)| class);
+        let before = before.or(found.map(|(_, entry)| entry.class()));
+        if resident.is_some_and(|(_, state, _)| state == State::Awaited) {
             self.touch_awaited(id, touch);
         } else if let Some(before) = before {
             let class = self.used(id, before, blocks);
@@ -120,9 +122,9 @@ impl Shard {
                 self.dram.touch(id, arrival, touch.depth, class, now);
             }
         }
-        match (found, self.dram.get(id)) {
+        match (found, resident) {
             (Some((_, entry)), _) => Self::demand_of(&entry),
-            (None, Some(resident)) => resident.image.padded_len() as u64,
+            (None, Some((.., bytes))) => bytes,
             (None, None) => 0,
         }
     }

@@ -169,10 +169,7 @@ impl Shard {
 
     /// Memory for a block, if that leaves enough for pages.
     pub(super) fn allocate_block(&self, bytes: usize) -> Option<Buffer> {
-        let taken = self.arena.allocated_bytes() + page_round_up(bytes as u64) as usize;
-        (taken + PAGES_RESERVE_BYTES <= self.arena.bytes())
-            .then(|| self.arena.allocate(bytes))
-            .flatten()
+        self.arena.allocate_beside(bytes, PAGES_RESERVE_BYTES)
     }
 
     pub(crate) fn put_abort(&mut self, ticket: PutTicket) {

@@ -66,6 +66,8 @@ impl Reading {
 pub(super) struct FlashRead {
     id: BlockId,
     number: u64,
+    /// Where the index had the entry.
+    at: SlotRef,
     entry: Entry,
     place: Place,
     segment: u32,
@@ -152,17 +154,17 @@ impl Shard {
             }
             return;
         }
-        let Some((_, entry)) = found else {
+        let Some((at, entry)) = found else {
             return self.miss(token, MissReason::Absent);
         };
         if self.get_held(&reader, &entry) || self.get_part(&reader, &entry) {
             return;
         }
-        self.read_whole(reader, entry);
+        self.read_whole(reader, at, entry);
     }
 
     /// Reads all of a block that lies on the device and is not being read.
-    fn read_whole(&mut self, reader: Reader, entry: Entry) {
+    fn read_whole(&mut self, reader: Reader, at: SlotRef, entry: Entry) {
         let id = reader.request.id;
         let (tenant, bytes) = (entry.tenant, entry.len as usize);
         let Some(buffer) = self.reserve_buffer(tenant, bytes, Purpose::Read) else {
@@ -187,6 +189,7 @@ impl Shard {
         let read = FlashRead {
             id,
             number,
+            at,
             entry,
             place,
             segment,
@@ -208,6 +211,7 @@ impl Shard {
         let FlashRead {
             id,
             number,
+            at,
             entry,
             place,
             segment,
@@ -261,7 +265,8 @@ impl Shard {
         };
         // Nor does what the index does not know any more: a block that was dropped by reclaim while it
         // was read stays dropped.
-        let known = self.find(&id).filter(|_| self.dram.get(&id).is_none());
+        let known = self.index.find_again(&id, at, &entry);
+        let known = known.filter(|_| self.dram.get(&id).is_none());
         let Some((_, known)) = known else {
             return self.dram.release(entry.tenant, padded);
         };

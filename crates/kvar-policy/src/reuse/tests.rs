@@ -35,6 +35,24 @@ fn teach_class(
     }
 }
 
+/// The bucket is read out of the number; what it stands for is the logarithm.
+#[test]
+fn the_bucket_of_an_age_is_its_logarithm_in_quarters() {
+    for capacity in [64, 1000, CAPACITY, 3 << 30, (7 << 40) + 1] {
+        let model = ReuseModel::new(capacity);
+        let by_logarithm = |age: u64| match age as f64 / model.unit {
+            units if units < 1.0 => 0,
+            units => ((units.log2() * BUCKETS_PER_OCTAVE) as usize + 1).min(BUCKETS - 1),
+        };
+        let unit = model.unit as u64;
+        let near = (0..13).flat_map(|octave| [0, 1, 2].map(|more| (unit << octave) + more));
+        let spread = (0..20_000_u64).map(|number| number * number * number % (40 * capacity));
+        for age in near.chain(spread).chain([0, u64::MAX]) {
+            assert_eq!(model.bucket(age), by_logarithm(age), "{age} of {capacity}");
+        }
+    }
+}
+
 #[test]
 fn before_anything_is_known_it_is_lru() {
     let model = ReuseModel::new(CAPACITY);
