@@ -1,10 +1,11 @@
 //! `kvar.Client`: each method turns arguments into a call of `kvar-client`, waits for it without
 //! the interpreter's lock, and turns what came back into Python. No decisions are made here.
 
-use crate::arguments::{Blocks, block_ids, deadline, lease_token};
+use crate::arguments::{Blocks, PageBlocks, block_ids, deadline, lease_token};
 use crate::errors::{ConfigError, ConnectError, RequestError, VersionError, WrongKeyError};
 use crate::hints::PyPutHints;
 use crate::ids::{PyNamespaceKey, block_id};
+use crate::layer_put::PyLayerPut;
 use crate::layers::PyLayerGet;
 use crate::lease::{PyLease, lease_time};
 use crate::pending::{Preparer, PyPending};
@@ -54,6 +55,15 @@ fn key_of(
              (the node wrote one beside its data)",
         )),
     }
+}
+
+fn living(ttl_s: Option<u32>) -> PyResult<()> {
+    if ttl_s == Some(0) {
+        return Err(RequestError::new_err(
+            "ttl_s is 0: a block lives for a second at least; leave it out to keep the block",
+        ));
+    }
+    Ok(())
 }
 
 impl PyClient {
@@ -109,11 +119,7 @@ impl PyClient {
         ttl_s: Option<u32>,
         hints: Option<PyPutHints>,
     ) -> PyResult<PyPending> {
-        if ttl_s == Some(0) {
-            return Err(RequestError::new_err(
-                "ttl_s is 0: a block lives for a second at least; leave it out to keep the block",
-            ));
-        }
+        living(ttl_s)?;
         let open = self.open()?;
         let (items, exported) = blocks.into_puts(depth, durable, ttl_s, hints);
         let options = self.options(deadline_ms);
@@ -206,6 +212,14 @@ impl PyClient {
     fn block_bytes_max(&self) -> PyResult<Option<u32>> {
         let limits = self.open()?.client.limits();
         Ok(limits.map(|limits| limits.block_bytes_max))
+    }
+
+    /// How many bytes of blocks a put layer by layer may have announced at a time (what is more
+    /// waits for its turn); None until a link stands.
+    #[getter]
+    fn announced_bytes_max(&self) -> PyResult<Option<u64>> {
+        let limits = self.open()?.client.limits();
+        Ok(limits.map(|limits| limits.bytes_max / kvar_client::ANNOUNCED_SHARE))
     }
 
     /// How many leading blocks of a chain are there; refreshes their recency.
@@ -495,7 +509,7 @@ impl PyClient {
         depth: u32,
         request: u64,
     ) -> PyResult<PyPending> {
-        let blocks = Blocks::of_pages(&ids, &layers, &indices, page_bytes, true)?;
+        let blocks = Blocks::of_pages(&ids, &layers, indices, page_bytes, true)?;
         self.submit_gets(blocks, deadline_ms, depth, request)
     }
 
@@ -520,7 +534,7 @@ impl PyClient {
         request: u64,
         wait_announced: bool,
     ) -> PyResult<PyLayerGet> {
-        let blocks = Blocks::of_pages(&ids, &layers, &indices, page_bytes, true)?;
+        let blocks = Blocks::of_pages(&ids, &layers, indices, page_bytes, true)?;
         let open = self.open()?;
         let (items, exported) = blocks.into_layers(depth);
         let options = CallOptions {
@@ -550,8 +564,37 @@ impl PyClient {
         ttl_s: Option<u32>,
         hints: Option<PyPutHints>,
     ) -> PyResult<PyPending> {
-        let blocks = Blocks::of_pages(&ids, &layers, &indices, page_bytes, false)?;
+        let blocks = Blocks::of_pages(&ids, &layers, indices, page_bytes, false)?;
         self.submit_puts(blocks, deadline_ms, durable, depth, ttl_s, hints)
+    }
+
+    /// As submit_put_pages, layer by layer: the blocks are announced now, and each section is sent
+    /// when the handle is told that it is filled. They become visible after its commit.
+    ///
+    /// `deadline_ms` is for all of it; what the writer computes meanwhile counts.
+    #[pyo3(signature = (
+        ids, layers, indices, page_bytes, *, deadline_ms = None, durable = false, depth = 0,
+        ttl_s = None, hints = None,
+    ))]
+    #[allow(clippy::too_many_arguments)]
+    fn submit_put_layers(
+        &self,
+        ids: Vec<PyBackedBytes>,
+        layers: Vec<Bound<'_, PyAny>>,
+        indices: Vec<usize>,
+        page_bytes: usize,
+        deadline_ms: Option<u64>,
+        durable: bool,
+        depth: u32,
+        ttl_s: Option<u32>,
+        hints: Option<PyPutHints>,
+    ) -> PyResult<PyLayerPut> {
+        living(ttl_s)?;
+        let open = self.open()?;
+        let blocks = PageBlocks::new(&ids, &layers, indices, page_bytes, false)?;
+        let items = blocks.to_layer_puts(depth, durable, ttl_s, hints)?;
+        let put = open.client.put_layers(items, self.options(deadline_ms));
+        Ok(PyLayerPut::of(put, blocks, &open.preparer, self.deadline))
     }
 
     /// Ends the connection; calls under way end without an outcome. Closing twice is fine.

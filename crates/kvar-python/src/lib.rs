@@ -21,6 +21,7 @@ mod client;
 mod errors;
 mod hints;
 mod ids;
+mod layer_put;
 mod layers;
 mod lease;
 mod pending;
@@ -40,6 +41,8 @@ mod _kvar {
     use crate::hints::PyPutHints;
     #[pymodule_export]
     use crate::ids::{PyContentFingerprint, PyNamespaceKey, derive_ids, id_from_name};
+    #[pymodule_export]
+    use crate::layer_put::PyLayerPut;
     #[pymodule_export]
     use crate::layers::PyLayerGet;
     #[pymodule_export]

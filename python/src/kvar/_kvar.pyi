@@ -17,6 +17,7 @@ __all__ = [
     "GetResult",
     "KvarError",
     "LayerGet",
+    "LayerPut",
     "Lease",
     "NamespaceKey",
     "Pending",
@@ -138,6 +139,14 @@ class LayerGet:
     def result(self, timeout: float | None = None) -> list[str]: ...
 
 @final
+class LayerPut:
+    @property
+    def sections(self) -> int: ...
+    def section(self, section: int) -> None: ...
+    def commit(self, *, deadline_ms: int | None = None) -> Pending[list[str]]: ...
+    def abort(self) -> None: ...
+
+@final
 class Client:
     def __new__(
         cls,
@@ -163,6 +172,8 @@ class Client:
     def mode(self) -> str: ...
     @property
     def block_bytes_max(self) -> int | None: ...
+    @property
+    def announced_bytes_max(self) -> int | None: ...
     def lookup(
         self, ids: Sequence[bytes], *, deadline_ms: int | None = None, request: int = 0
     ) -> int: ...
@@ -279,6 +290,19 @@ class Client:
         ttl_s: int | None = None,
         hints: PutHints | None = None,
     ) -> Pending[list[str]]: ...
+    def submit_put_layers(
+        self,
+        ids: Sequence[bytes],
+        layers: Sequence[Buffer],
+        indices: Sequence[int],
+        page_bytes: int,
+        *,
+        deadline_ms: int | None = None,
+        durable: bool = False,
+        depth: int = 0,
+        ttl_s: int | None = None,
+        hints: PutHints | None = None,
+    ) -> LayerPut: ...
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(

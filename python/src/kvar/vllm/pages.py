@@ -77,6 +77,19 @@ class LayeredTransfer(Protocol):
         """How long it took, once it is finished."""
 
 
+class LayeredSave(Protocol):
+    """A save by layers under way; let go of without a commit, nothing of it becomes visible."""
+
+    def computed(self, layer: int) -> None:
+        """One layer of all blocks is filled. In any order, and more than once."""
+
+    def commit(self, deadline_ms: int) -> Transfer:
+        """All layers are filled: the blocks become visible."""
+
+    def abort(self) -> None:
+        """Gives it up."""
+
+
 class Pages(Protocol):
     """The engine's pages as the store sees them."""
 
@@ -118,6 +131,57 @@ class _Layered:
 
     def seconds(self) -> float:
         return self._get.seconds or 0.0
+
+
+class _LayeredSave:
+    """A save by layers that is one call of the client, which takes layers in their order."""
+
+    def __init__(self, put: kvar.LayerPut) -> None:
+        self._put = put
+        self._next = 0
+        self._filled: set[int] = set()
+
+    def computed(self, layer: int) -> None:
+        if layer >= self._next:
+            self._filled.add(layer)
+        while self._next in self._filled:
+            self._filled.remove(self._next)
+            self._send()
+
+    def _send(self) -> None:
+        self._put.section(self._next)
+        self._next += 1
+
+    def commit(self, deadline_ms: int) -> Transfer:
+        # A layer that the engine did not speak of was computed all the same.
+        while self._next < self._put.sections:
+            self._send()
+        return _Pending(self._put.commit(deadline_ms=deadline_ms))
+
+    def abort(self) -> None:
+        self._put.abort()
+
+
+class Together:
+    """Transfers of one order, one behind the other in its blocks."""
+
+    def __init__(self, transfers: Sequence[Transfer]) -> None:
+        self._transfers = transfers
+        self._words: list[list[str] | None] = [None] * len(transfers)
+
+    def advance(self) -> list[str] | None:
+        """Pushes all of them along; when all have ended, for each block its outcome."""
+        for number, transfer in enumerate(self._transfers):
+            if self._words[number] is None:
+                self._words[number] = transfer.advance()
+        words = [its for its in self._words if its is not None]
+        if len(words) < len(self._words):
+            return None
+        return [word for its in words for word in its]
+
+    def ended_at(self) -> float:
+        """When the last of them ended."""
+        return max(transfer.ended_at() for transfer in self._transfers)
 
 
 def _as_bytes(layer: torch.Tensor) -> torch.Tensor:
@@ -196,6 +260,19 @@ class DirectPages:
             hints=hints,
         )
         return _Pending(pending)
+
+    def save_layers(self, batch: Batch, hints: kvar.PutHints) -> LayeredSave:
+        """Announces blocks whose layers are being computed; ``deadline_ms`` is for all of it."""
+        put = batch.client.submit_put_layers(
+            batch.ids,
+            self._layers,
+            batch.blocks,
+            self._page_bytes,
+            deadline_ms=batch.deadline_ms,
+            depth=batch.depth,
+            hints=hints,
+        )
+        return _LayeredSave(put)
 
 
 class StagedPages:
