@@ -216,12 +216,10 @@ def test_layers_go_one_after_another_and_are_there_at_the_commit(
     ids = [name(n) for n in range(3)]
     put = client.submit_put_layers(ids, layers, [7, 2, 9], page, deadline_ms=60_000)
     assert put.sections == layer_count
-    with pytest.raises(ValueError, match="section 1 was given, section 0 comes next"):
-        put.section(1)
-    for section in range(layer_count):
-        put.section(section)
-    with pytest.raises(IndexError, match="section 5 of 5"):
-        put.section(5)
+    for filled in (0, 1, 3, 2, 5):
+        put.filled(filled)
+    with pytest.raises(IndexError, match="6 of 5"):
+        put.filled(6)
     assert client.present(ids) == [False] * 3
     pending = put.commit(deadline_ms=10_000)
     assert pending.result() == ["stored"] * 3
@@ -235,8 +233,7 @@ def test_layers_go_one_after_another_and_are_there_at_the_commit(
         assert bytes(mine[: 3 * page]) == expected
     # Of what is there already nothing is sent.
     again = client.submit_put_layers(ids, layers, [7, 2, 9], page)
-    for section in range(layer_count):
-        again.section(section)
+    again.filled(layer_count)
     assert again.commit().result() == ["exists"] * 3
 
 
@@ -245,8 +242,7 @@ def test_a_put_by_layers_without_its_commit_is_nothing(client: kvar.Client, name
 
     def begin(id: bytes, sections: int) -> kvar.LayerPut:
         put = client.submit_put_layers([id], layers, [1], 64, deadline_ms=60_000)
-        for section in range(sections):
-            put.section(section)
+        put.filled(sections)
         return put
 
     begin(name("given up"), 3).abort()

@@ -20,6 +20,12 @@ PROMPT = [(n * 7919 + 13) % 1000 for n in range(333)]
 BLOCK_BYTES_A_LAYER = 16 * HEADS * CONTENT * 8
 
 
+@pytest.fixture(autouse=True)
+def every_layer_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rig's layers are small; a real one is sent with as many as make it worth a word."""
+    monkeypatch.setattr("kvar.vllm.pages.SENT_BYTES_MIN", 1)
+
+
 @pytest.fixture
 def rig() -> Iterator[Callable[..., Rig]]:
     """Builds rigs, and closes them."""

@@ -414,3 +414,34 @@ def test_a_request_that_is_aborted_holds_nothing(
     assert engine.count("lost_tokens:loaded:aborted") + engine.count("lost_tokens:used:aborted")
     assert engine.ask(PROMPT) == (cold, 320)
     engine.settle()
+
+
+def test_the_store_is_asked_when_a_request_arrives(
+    node: Node, rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvar.vllm.link import Link
+
+    engine = rig(transfer(node), specs_of("gemma"), model="early")
+    cold, _ = engine.ask(PROMPT)
+    engine.settle()
+    begun: list[Any] = []
+    taken: list[Any] = []
+    begin, take = Link.begin_lookup, Link.lookup_leased
+
+    def beginning(self: Link, *arguments: Any) -> Any:
+        begun.append(begin(self, *arguments))
+        return begun[-1]
+
+    def taking(self: Link, *arguments: Any) -> Any:
+        taken.append(arguments[-1])
+        return take(self, *arguments)
+
+    monkeypatch.setattr(Link, "begin_lookup", beginning)
+    monkeypatch.setattr(Link, "lookup_leased", taking)
+    request = engine.submit(PROMPT)
+    assert len(begun) == 1 and not taken
+    engine.until(request.is_finished)
+    assert taken[0] is begun[0] and len(begun) == 1
+    assert list(request.output_token_ids) == cold
+    engine.settle()
+    assert engine.count("funnel_tokens:used") == 320

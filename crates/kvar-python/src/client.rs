@@ -7,7 +7,7 @@ use crate::hints::PyPutHints;
 use crate::ids::{PyNamespaceKey, block_id};
 use crate::layer_put::PyLayerPut;
 use crate::layers::PyLayerGet;
-use crate::lease::{PyLease, lease_time};
+use crate::lease::{PyLease, PyPendingLease, lease_time};
 use crate::pending::{Preparer, PyPending};
 use kvar_base::{MissReason, NamespaceKey};
 use kvar_client::{CallOptions, Client, ClientConfig, ClientError, GetItem};
@@ -57,6 +57,25 @@ fn key_of(
     }
 }
 
+/// "Nobody could be asked" is not "nothing is there".
+pub(crate) fn was_asked(
+    open: Option<&Open>,
+    leading: usize,
+    reason: Option<MissReason>,
+) -> PyResult<()> {
+    match reason {
+        Some(MissReason::Unreachable) if leading == 0 => {
+            let error = open.and_then(|open| open.client.last_error());
+            Err(raise(&error.unwrap_or_else(|| {
+                let node = open.map_or("the node", |open| open.client.endpoint());
+                ClientError::Unreachable(format!("{node} does not answer"))
+            })))
+        }
+        Some(MissReason::Deadline) if leading == 0 => Err(raise(&ClientError::Deadline)),
+        _ => Ok(()),
+    }
+}
+
 fn living(ttl_s: Option<u32>) -> PyResult<()> {
     if ttl_s == Some(0) {
         return Err(RequestError::new_err(
@@ -77,19 +96,6 @@ impl PyClient {
 
     fn options(&self, deadline_ms: Option<u64>) -> CallOptions {
         CallOptions::within(deadline(deadline_ms).unwrap_or(self.deadline))
-    }
-
-    /// "Nobody could be asked" is not "nothing is there".
-    fn was_asked(&self, open: &Open, leading: usize, reason: Option<MissReason>) -> PyResult<()> {
-        match reason {
-            Some(MissReason::Unreachable) if leading == 0 => {
-                Err(raise(&open.client.last_error().unwrap_or_else(|| {
-                    ClientError::Unreachable(format!("{} does not answer", self.endpoint))
-                })))
-            }
-            Some(MissReason::Deadline) if leading == 0 => Err(raise(&ClientError::Deadline)),
-            _ => Ok(()),
-        }
     }
 
     fn submit_gets(
@@ -240,7 +246,7 @@ impl PyClient {
             ..self.options(deadline_ms)
         };
         let lookup = py.detach(|| open.client.submit_lookup(ids, options).wait());
-        self.was_asked(&open, lookup.leading, lookup.reason)?;
+        was_asked(Some(&open), lookup.leading, lookup.reason)?;
         Ok(lookup.leading)
     }
 
@@ -257,14 +263,26 @@ impl PyClient {
         deadline_ms: Option<u64>,
         request: u64,
     ) -> PyResult<PyLease> {
+        self.submit_lookup_leased(ids, ttl_s, deadline_ms, request)?
+            .result(py)
+    }
+
+    /// As lookup_leased, without waiting.
+    #[pyo3(signature = (ids, *, ttl_s = 2.0, deadline_ms = None, request = 0))]
+    fn submit_lookup_leased(
+        &self,
+        ids: Vec<PyBackedBytes>,
+        ttl_s: f64,
+        deadline_ms: Option<u64>,
+        request: u64,
+    ) -> PyResult<PyPendingLease> {
         let (open, ids, ttl) = (self.open()?, block_ids(&ids)?, lease_time(ttl_s)?);
         let options = CallOptions {
             touch_request: request,
             ..self.options(deadline_ms)
         };
-        let leased = py.detach(|| open.client.submit_lookup_leased(ids, ttl, options).wait());
-        self.was_asked(&open, leased.leading, leased.reason)?;
-        Ok(PyLease::of(&leased, &open, self.options(None)))
+        let pending = open.client.submit_lookup_leased(ids, ttl, options);
+        Ok(PyPendingLease::of(pending, &open, self.options(None)))
     }
 
     /// Lets the lease of this token last `ttl_s` seconds from now (30 at most): how many seconds it

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //!   submit_put_layers ──> announced at once (the client's call)
-//!   section(0) ─┐
-//!   section(1) ─┼──> the preparing thread, in this order: content checks, then the client
-//!   commit() ───┘                                └─> Pending
+//!   filled(1) ─┐
+//!   filled(2) ─┼──> the preparing thread, in this order: content checks, then the client
+//!   commit() ──┘                                └─> Pending
 //! ```
 //!
 //! What must always be true: no method reads a byte of a section or waits for anybody; the buffers stay
@@ -64,7 +64,7 @@ pub(crate) struct PyLayerPut {
     deadline: Duration,
     blocks: usize,
     sections: usize,
-    next: AtomicUsize,
+    filled: AtomicUsize,
 }
 
 impl PyLayerPut {
@@ -87,7 +87,7 @@ impl PyLayerPut {
             deadline,
             blocks: indices.len(),
             sections: layers.len(),
-            next: AtomicUsize::new(0),
+            filled: AtomicUsize::new(0),
             writer: Arc::new(Mutex::new(Some(Writer {
                 put,
                 layers: Pieces::new(layers, &exported),
@@ -106,32 +106,27 @@ impl PyLayerPut {
         self.sections
     }
 
-    /// This section of every block is filled, and does not change until the call has ended: it is
-    /// sent. They come in their order, each once.
-    fn section(&self, section: usize) -> PyResult<()> {
-        if section >= self.sections {
-            let text = format!("section {section} of {} sections", self.sections);
+    /// The first `count` sections of every block are filled, and do not change until the call has
+    /// ended: those that were not sent yet are.
+    fn filled(&self, count: usize) -> PyResult<()> {
+        if count > self.sections {
+            let text = format!("{count} of {} sections are filled", self.sections);
             return Err(PyIndexError::new_err(text));
         }
-        let next = self
-            .next
-            .compare_exchange(section, section + 1, Relaxed, Relaxed);
-        if let Err(next) = next {
-            return Err(PyValueError::new_err(format!(
-                "section {section} was given, section {next} comes next"
-            )));
+        let before = self.filled.fetch_max(count, Relaxed);
+        if before < count {
+            let writer = Arc::clone(&self.writer);
+            self.preparer.run(move || {
+                let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(writer) = writer.as_mut() {
+                    (before..count).for_each(|section| writer.section(section));
+                }
+            });
         }
-        let writer = Arc::clone(&self.writer);
-        self.preparer.run(move || {
-            let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(writer) = writer.as_mut() {
-                writer.section(section);
-            }
-        });
         Ok(())
     }
 
-    /// All sections were given: the blocks become visible, each when all of it has arrived. An
+    /// All sections are filled and were said to be: the blocks become visible, each when all of it has arrived. An
     /// outcome word for each, as of a put; at most `deadline_ms` from now.
     #[pyo3(signature = (*, deadline_ms = None))]
     fn commit(&self, deadline_ms: Option<u64>) -> PyResult<PyPending> {
@@ -163,7 +158,7 @@ impl PyLayerPut {
     }
 
     fn __repr__(&self) -> String {
-        let (blocks, next, sections) = (self.blocks, self.next.load(Relaxed), self.sections);
-        format!("LayerPut({blocks} blocks, {next} of {sections} sections)")
+        let (blocks, filled, sections) = (self.blocks, self.filled.load(Relaxed), self.sections);
+        format!("LayerPut({blocks} blocks, {filled} of {sections} sections)")
     }
 }

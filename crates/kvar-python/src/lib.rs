@@ -46,7 +46,7 @@ mod _kvar {
     #[pymodule_export]
     use crate::layers::PyLayerGet;
     #[pymodule_export]
-    use crate::lease::PyLease;
+    use crate::lease::{PyLease, PyPendingLease};
     #[pymodule_export]
     use crate::pending::{PyGetResult, PyPending};
     use pyo3::prelude::*;

@@ -21,6 +21,7 @@ __all__ = [
     "Lease",
     "NamespaceKey",
     "Pending",
+    "PendingLease",
     "PutHints",
     "RequestError",
     "VersionError",
@@ -121,6 +122,11 @@ class Lease:
     ) -> None: ...
 
 @final
+class PendingLease:
+    def done(self) -> bool: ...
+    def result(self) -> Lease: ...
+
+@final
 class Pending(Generic[_T_co]):
     def done(self) -> bool: ...
     def result(self, timeout: float | None = None) -> _T_co: ...
@@ -142,7 +148,7 @@ class LayerGet:
 class LayerPut:
     @property
     def sections(self) -> int: ...
-    def section(self, section: int) -> None: ...
+    def filled(self, count: int) -> None: ...
     def commit(self, *, deadline_ms: int | None = None) -> Pending[list[str]]: ...
     def abort(self) -> None: ...
 
@@ -185,6 +191,14 @@ class Client:
         deadline_ms: int | None = None,
         request: int = 0,
     ) -> Lease: ...
+    def submit_lookup_leased(
+        self,
+        ids: Sequence[bytes],
+        *,
+        ttl_s: float = 2.0,
+        deadline_ms: int | None = None,
+        request: int = 0,
+    ) -> PendingLease: ...
     def renew(
         self, token: bytes, ttl_s: float = 2.0, *, deadline_ms: int | None = None
     ) -> float | None: ...

@@ -221,6 +221,8 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
             lease_s=self._settings.lease_ms / 1000,
             by_layers=self._by_layers,
             announce=self._event_maker(),
+            begin_lookup=self._begin_lookup,
+            forget_lookup=self._forget_lookup,
         )
         logger.info(
             "kvar: %s of namespace %s at %s, mode %s, key %s",
@@ -296,6 +298,23 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
         if self._finder is None:
             return Unanswered(NOT_NAMED)
         return self._finder.find(chain, tokens, request, lease_s, self._planner.salt)
+
+    def _begin_lookup(
+        self, chain: Sequence[bytes], tokens: int, request: int, lease_s: float
+    ) -> None:
+        if self._finder is not None:
+            self._finder.begin(chain, tokens, request, lease_s, self._planner.salt)
+
+    def _forget_lookup(self, request: int) -> None:
+        if self._finder is not None:
+            self._finder.forget(request)
+
+    def on_new_request(self, request: Request) -> None:
+        """Asks the store about it, so that the answer is there when the scheduler asks."""
+        if self._is_untried or request.skip_reading_prefix_cache:
+            return
+        with self._hooks("on_new_request"):
+            self._planner.arrived(request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -536,6 +555,9 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose load has ended, well or not."""
         if self._mover is not None:
+            orders = self._step_orders()
+            if orders is not None and not orders.tokens:
+                self._mover.wait()
             with self._hooks("get_finished"):
                 self._ended = self._mover.ended()
         return None, self._ended.loaded or None

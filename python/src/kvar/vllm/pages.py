@@ -21,6 +21,7 @@ Transfers are pushed along by :meth:`Transfer.advance`, called once an engine st
 
 from __future__ import annotations
 
+import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -39,6 +40,11 @@ LANE_BLOCKS = 16
 
 # Lanes in all: while one is copied, another is on the link, for loads and saves at once.
 LANES = 4
+
+
+# Layers are sent when so much of them is computed: waking the thread that sends costs an engine
+# some 10 us, and what is left to be sent at a step's end takes a link a millisecond or two.
+SENT_BYTES_MIN = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,9 @@ class Transfer(Protocol):
 
     def ended_at(self) -> float:
         """When it ended, by the monotonic clock; asked once it has."""
+
+    def wait(self, at_most_s: float) -> None:
+        """Returns when it may be pushed along again, or by then: for who has nothing else to do."""
 
 
 class LayeredTransfer(Protocol):
@@ -136,26 +145,24 @@ class _Layered:
 class _LayeredSave:
     """A save by layers that is one call of the client, which takes layers in their order."""
 
-    def __init__(self, put: kvar.LayerPut) -> None:
+    def __init__(self, put: kvar.LayerPut, layer_bytes: int) -> None:
         self._put = put
-        self._next = 0
+        self._at_a_time = max(SENT_BYTES_MIN // max(layer_bytes, 1), 1)
         self._filled: set[int] = set()
+        self._ready = 0
+        self._sent = 0
 
     def computed(self, layer: int) -> None:
-        if layer >= self._next:
-            self._filled.add(layer)
-        while self._next in self._filled:
-            self._filled.remove(self._next)
-            self._send()
-
-    def _send(self) -> None:
-        self._put.section(self._next)
-        self._next += 1
+        self._filled.add(layer)
+        while self._ready in self._filled:
+            self._ready += 1
+        if self._ready - self._sent >= self._at_a_time:
+            self._sent = self._ready
+            self._put.filled(self._sent)
 
     def commit(self, deadline_ms: int) -> Transfer:
         # A layer that the engine did not speak of was computed all the same.
-        while self._next < self._put.sections:
-            self._send()
+        self._put.filled(self._put.sections)
         return _Pending(self._put.commit(deadline_ms=deadline_ms))
 
     def abort(self) -> None:
@@ -182,6 +189,13 @@ class Together:
     def ended_at(self) -> float:
         """When the last of them ended."""
         return max(transfer.ended_at() for transfer in self._transfers)
+
+    def wait(self, at_most_s: float) -> None:
+        """Waits for the first that has not ended."""
+        for words, transfer in zip(self._words, self._transfers, strict=True):
+            if words is None:
+                transfer.wait(at_most_s)
+                return
 
 
 def _as_bytes(layer: torch.Tensor) -> torch.Tensor:
@@ -212,6 +226,15 @@ class _Pending:
 
     def ended_at(self) -> float:
         return time.monotonic() if self._ended_at is None else self._ended_at
+
+    def wait(self, at_most_s: float) -> None:
+        wait_for(self._pending, at_most_s)
+
+
+def wait_for(pending: kvar.Pending[Any], at_most_s: float) -> None:
+    """Waits for a call to end, at most so long."""
+    with contextlib.suppress(TimeoutError):
+        pending.result(at_most_s)
 
 
 class DirectPages:
@@ -272,7 +295,7 @@ class DirectPages:
             depth=batch.depth,
             hints=hints,
         )
-        return _LayeredSave(put)
+        return _LayeredSave(put, self._page_bytes * len(batch.blocks))
 
 
 class StagedPages:
@@ -398,6 +421,13 @@ class _Staged(ABC):
     def ended_at(self) -> float:
         """Now: a piece ends when it is pushed."""
         return time.monotonic()
+
+    def wait(self, at_most_s: float) -> None:
+        """Waits for the first piece that is on the link."""
+        for piece in self._pieces:
+            if piece.pending is not None:
+                wait_for(piece.pending, at_most_s)
+                return
 
     @abstractmethod
     def begin(self, piece: _Piece) -> None:

@@ -1,7 +1,8 @@
 """The worker's half: moves pages as ordered, in the background, and says how it ended.
 
 What must always be true:
-* nothing here waits; every call is a look at what the client's threads have done meanwhile;
+* nothing here waits while the engine has something to compute; every call is a look at what the
+  client's threads have done meanwhile;
 * every order gets its answer, also when the store is away or a call raises: a load's request is
   reported as received (with its bad pages), a save's job is reported, or the engine would wait
   for ever;
@@ -61,6 +62,11 @@ AWAY = ("unreachable", "deadline")
 # What a step may take while blocks of it are announced. An engine that hangs is no reason to hold a
 # store's memory for longer.
 STEP_MS_MAX = 60_000
+
+# In a step that computes nothing the engine only asks what has ended, hundreds of times a second in
+# several processes, which takes cores from those who move the bytes. So such a step waits here
+# instead; a request that comes meanwhile waits at most so long for its turn.
+IDLE_WAIT_S = 0.002
 
 # What becomes of a load that was not even begun.
 STORE_AWAY = "store_away"
@@ -324,6 +330,13 @@ class Mover:
         within_ms = self._deadline_ms + more_ms
         return Batch(client, ids, order.block_ids, within_ms, order.depth)
 
+    def wait(self) -> None:
+        """The step computes nothing: waits a little for what it is there to look after."""
+        for under_way in (self._loads, self._saves):
+            if under_way:
+                under_way[0].transfer.wait(IDLE_WAIT_S)
+                return
+
     def ended(self) -> Ended:
         """Pushes everything along and hands over what has ended since the last call."""
         for load in list(self._loads):
@@ -406,6 +419,9 @@ class _Over:
 
     def ended_at(self) -> float:
         return self._at
+
+    def wait(self, at_most_s: float) -> None:
+        pass
 
 
 def _first(order: SaveOrder, blocks: int) -> SaveOrder:
