@@ -445,3 +445,28 @@ def test_the_store_is_asked_when_a_request_arrives(
     assert list(request.output_token_ids) == cold
     engine.settle()
     assert engine.count("funnel_tokens:used") == 320
+
+
+def test_only_steps_that_compute_nothing_wait(
+    node: Node, rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvar.vllm.connector import KvarConnector
+    from kvar.vllm.worker import Mover
+
+    steps: list[int] = []
+    waits: list[int] = []
+    bind = KvarConnector.bind_connector_metadata
+
+    def binding(self: KvarConnector, metadata: Any) -> None:
+        steps.append(metadata.orders.tokens)
+        bind(self, metadata)
+
+    monkeypatch.setattr(KvarConnector, "bind_connector_metadata", binding)
+    monkeypatch.setattr(Mover, "wait", lambda self: waits.append(steps[-1]))
+    engine = rig(transfer(node), [full()], model="waits")
+    engine.ask(PROMPT)
+    engine.settle()
+    engine.ask(PROMPT)
+    engine.settle()
+    assert waits and set(waits) == {0}
+    assert len(waits) == steps.count(0) < len(steps)
