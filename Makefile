@@ -13,7 +13,7 @@
 # make lint      what CI refuses
 SHELL := /bin/bash
 
-.PHONY: run test e2e e2e-lmcache scenarios bench bench-peers bench-peers-net bench-lmcache lint tools
+.PHONY: run test e2e e2e-lmcache compare-lmcache scenarios bench bench-peers bench-peers-net bench-lmcache lint tools
 
 run:
 	@ONCE=$(ONCE) scripts/run.sh
@@ -26,6 +26,9 @@ e2e: tools
 
 e2e-lmcache: tools
 	@e2e/lmcache.sh run $(E2E_ARGS)
+
+compare-lmcache: tools
+	@e2e/lmcache.sh compare $(E2E_ARGS)
 
 bench-lmcache: tools
 	@e2e/lmcache.sh bench $(BENCH_ARGS)

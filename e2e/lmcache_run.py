@@ -66,13 +66,18 @@ class LMCache(Server):
         self._http_port = free_port()
 
     def start(self, node: Node) -> None:
-        """Starts the server and waits until it is healthy."""
-        adapter = {
-            "type": "native_plugin",
-            "module_path": "kvar.lmcache",
-            "class_name": "Client",
-            "adapter_params": {"endpoint": node.endpoint, "key_file": str(node.key_file)},
-        }
+        """Starts the server over this node and waits until it is healthy."""
+        self.serve(
+            {
+                "type": "native_plugin",
+                "module_path": "kvar.lmcache",
+                "class_name": "Client",
+                "adapter_params": {"endpoint": node.endpoint, "key_file": str(node.key_file)},
+            }
+        )
+
+    def serve(self, adapter: dict[str, Any]) -> None:
+        """Starts the server over this L2 and waits until it is healthy."""
         command = [str(self._python), "-m", "lmcache.cli.main", "server", "--host", "127.0.0.1"]
         command += ["--port", str(self.port), "--http-port", str(self._http_port)]
         command += ["--chunk-size", str(CHUNK_TOKENS), "--l1-size-gb", "1"]
@@ -86,6 +91,13 @@ class LMCache(Server):
                 raise SystemExit(f"LMCache is not up after {START_S_MAX} s; see {self.log}")
             time.sleep(0.2)
         say(f"LMCache up after {time.monotonic() - started:.0f} s")
+
+    def clear(self) -> None:
+        """Empties the server's own memory, its L1."""
+        clear = urllib.request.Request(
+            f"http://127.0.0.1:{self._http_port}/cache/clear", method="POST"
+        )
+        urllib.request.urlopen(clear, timeout=30).close()
 
     def _healthy(self) -> bool:
         try:

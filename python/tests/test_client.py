@@ -6,6 +6,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,70 @@ def grows(buffer: bytearray) -> bool:
     except BufferError:
         return False
     return True
+
+
+def test_layers_go_one_after_another_and_are_there_at_the_commit(
+    client: kvar.Client, name: Name
+) -> None:
+    page, layer_count = 4096, 5
+    layers = layers_of(page, layer_count)
+    ids = [name(n) for n in range(3)]
+    put = client.submit_put_layers(ids, layers, [7, 2, 9], page, deadline_ms=60_000)
+    assert put.sections == layer_count
+    for filled in (0, 1, 3, 2, 5):
+        put.filled(filled)
+    with pytest.raises(IndexError, match="6 of 5"):
+        put.filled(6)
+    assert client.present(ids) == [False] * 3
+    pending = put.commit(deadline_ms=10_000)
+    assert pending.result() == ["stored"] * 3
+    with pytest.raises(ValueError, match="before"):
+        put.commit()
+    empty = [bytearray(10 * page) for _ in layers]
+    got = client.get_pages(ids, empty, [0, 1, 2], page)
+    assert [result.outcome for result in got] == ["hit"] * 3
+    for mine, theirs in zip(empty, layers, strict=True):
+        expected = b"".join(theirs[n * page : (n + 1) * page] for n in (7, 2, 9))
+        assert bytes(mine[: 3 * page]) == expected
+    # Of what is there already nothing is sent.
+    again = client.submit_put_layers(ids, layers, [7, 2, 9], page)
+    again.filled(layer_count)
+    assert again.commit().result() == ["exists"] * 3
+
+
+def test_a_put_by_layers_without_its_commit_is_nothing(client: kvar.Client, name: Name) -> None:
+    layers = layers_of(64, 3)
+
+    def begin(id: bytes, sections: int) -> kvar.LayerPut:
+        put = client.submit_put_layers([id], layers, [1], 64, deadline_ms=60_000)
+        put.filled(sections)
+        return put
+
+    begin(name("given up"), 3).abort()
+    begin(name("forgotten"), 3)
+    assert begin(name("not whole"), 2).commit().result() == ["wrong_format"]
+
+    def is_free(word: str) -> bool:
+        return client.put([(name(word), b"new")]) == ["stored"]
+
+    def may_grow() -> bool:
+        try:
+            layers[0].append(1)
+        except BufferError:
+            return False
+        return True
+
+    for word in ("given up", "forgotten", "not whole"):
+        # It does not stand in the way either.
+        until(partial(is_free, word))
+        assert client.get_bytes(name(word)) == b"new"
+    # The memory is the caller's again.
+    until(may_grow)
+
+
+def test_pages_of_a_put_by_layers_lie_inside(client: kvar.Client, name: Name) -> None:
+    with pytest.raises(ValueError, match="page 10 of 64 bytes lies outside"):
+        client.submit_put_layers([name(0)], layers_of(64, 2), [10], 64)
 
 
 def test_a_batch_larger_than_any_message(client: kvar.Client, name: Name) -> None:

@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -62,6 +63,7 @@ class FakeStore:
         self.promises: list[Promise] = []
         self.questions = 0
         self.silent_from = 1 << 30
+        self.begun = 0
 
     def _asked(self) -> bool:
         self.questions += 1
@@ -73,12 +75,23 @@ class FakeStore:
     def lookup(self, ids: Sequence[bytes], deadline_ms: int, request: int = 0) -> int | None:
         return self._leading(ids) if self._asked() else None
 
-    def lookup_leased(
+    def begin_lookup(
         self, ids: Sequence[bytes], deadline_ms: int, ttl_s: float, request: int = 0
+    ) -> Any:
+        self.begun += 1
+        return self._leading(ids)
+
+    def lookup_leased(
+        self,
+        ids: Sequence[bytes],
+        deadline_ms: int,
+        ttl_s: float,
+        request: int = 0,
+        begun: Any = None,
     ) -> tuple[int, StoreLease | None] | None:
         if not self._asked():
             return None
-        found = self._leading(ids)
+        found = self._leading(ids) if begun is None else begun
         return found, Promise(self, ids[:found]) if found else None
 
     def present(self, ids: Sequence[bytes], deadline_ms: int) -> list[bool] | None:
@@ -478,3 +491,51 @@ def test_when_few_pages_may_be_held_those_go_first_that_a_window_leaves_behind(
         (1, [6, 7, 8, 9, 10]),
         (0, [1]),
     ]
+
+
+def test_what_was_asked_at_arrival_is_the_answer_while_it_is_good(key: kvar.NamespaceKey) -> None:
+    clock = [0.0]
+    store = FakeStore()
+    finder = Finder(
+        store=store,
+        key=key,
+        groups=Groups.one(HASH),
+        texts=["f"],
+        slices=1,
+        deadline_ms=20,
+        now=lambda: clock[0],
+    )
+    chain = chain_of(range(4))
+    ids = names(key, chain, "f", "", (0, 1), 0)
+    tokens = 4 * HASH
+
+    def found(request: int, *, later: float) -> int:
+        """Two blocks are there at arrival, and all of them ``later``."""
+        store.blocks = dict.fromkeys(ids[:2], (0, b""))
+        finder.begin(chain, tokens, request, 2.0, "")
+        store.blocks = dict.fromkeys(ids, (0, b""))
+        clock[0] += later
+        found = finder.find(chain, tokens, request, 2.0, "")
+        assert isinstance(found, Found) and found.lease is not None
+        found.lease.release()
+        assert not store.promises
+        return found.tokens
+
+    assert found(1, later=0.01) == 2 * HASH
+    # The question is spent; asked again it is asked anew.
+    assert finder.find(chain, tokens, 1, 0.0, "") == Found(tokens, None, tokens)
+    # More may have come since.
+    assert found(2, later=0.1) == tokens
+    assert found(3, later=1.0) == tokens
+    # After a reset it was about other blocks.
+    finder.begin(chain, tokens, 4, 2.0, "")
+    assert finder.find(chain, tokens, 4, 2.0, "new") == Found(0)
+    # Where all was there at arrival, nothing more can have come.
+    finder.begin(chain, tokens, 5, 2.0, "")
+    clock[0] += 0.1
+    before = store.questions
+    finder.find(chain, tokens, 5, 2.0, "")
+    assert (store.questions, store.begun) == (before + 1, 5)
+    finder.begin(chain, tokens, 6, 2.0, "")
+    finder.forget(6)
+    assert not finder._begun

@@ -182,6 +182,26 @@ def test_a_load_by_layers_that_fails_is_told_in_its_step(own_node: Node) -> None
     link.close()
 
 
+@pytest.mark.parametrize("kind", ["direct", "staged"])
+def test_a_wait_ends_with_what_it_waits_for_and_soon_without(own_node: Node, kind: str) -> None:
+    link = Link.to(settings(own_node))
+    worker = mover(own_node, link, layers_of(kind, fill=True), "waits")
+    # Nothing is under way.
+    worker.wait()
+    worker.start_save(SaveOrder(1, [b"h"], [1], 0), "")
+    while not worker.idle:
+        worker.wait()
+        worker.ended()
+    own_node.pause()
+    worker.start_load(LoadOrder("r", [b"h"], [2], 0), "")
+    for _ in range(3):
+        worker.wait()
+        assert not worker.ended().loaded
+    own_node.resume()
+    assert run_dry(worker).loaded == {"r"}
+    link.close()
+
+
 def test_blocks_of_a_prefill_engine_are_handed_over(node: Node, link: Link) -> None:
     def handed_over() -> int:
         with urllib.request.urlopen(f"http://{node.admin}/v1/status", timeout=5) as answer:

@@ -28,20 +28,26 @@ def check(
     context: int = 1,
     draft: bool = False,
     load: str = "async",
+    save: str = "after",
+    speculative: object = None,
+    batches: bool = False,
 ) -> Any:
     from kvar.vllm.refusals import groups_of
-    from kvar.vllm.settings import LoadWay
+    from kvar.vllm.settings import LoadWay, SaveWay
 
     config = SimpleNamespace(
         kv_transfer_config=SimpleNamespace(kv_load_failure_policy=policy),
         cache_config=SimpleNamespace(enable_prefix_caching=caching, block_size=32),
         parallel_config=SimpleNamespace(
-            decode_context_parallel_size=context, prefill_context_parallel_size=1
+            decode_context_parallel_size=context,
+            prefill_context_parallel_size=1,
+            use_ubatching=batches,
         ),
+        speculative_config=speculative,
     )
     groups = [SimpleNamespace(kv_cache_spec=one, is_eagle_group=draft) for one in specs or [spec()]]
     cache = SimpleNamespace(kv_cache_groups=groups, hash_block_size=hashed)
-    return groups_of(config, cache, LoadWay(load))
+    return groups_of(config, cache, LoadWay(load), SaveWay(save))
 
 
 def test_the_usual_set_up_starts() -> None:
@@ -72,6 +78,8 @@ def test_full_attention_and_windows_start_in_any_number() -> None:
         ({"caching": False}, "--enable-prefix-caching"),
         ({"hashed": 16}, "--block-size"),
         ({"context": 2}, "context-parallel"),
+        ({"save": "layers", "speculative": object()}, "Set save to after"),
+        ({"save": "layers", "batches": True}, "Set save to after"),
     ],
 )
 def test_a_refusal_names_the_setting_and_the_fix(change: dict[str, Any], words: str) -> None:

@@ -47,16 +47,17 @@ def specs_of(kind: str) -> list[Any]:
     }[kind]()
 
 
+@pytest.mark.parametrize("save", ["after", "layers"])
 @pytest.mark.parametrize("kind", GEMMA)
 def test_what_one_engine_computed_another_goes_on_with(
-    kind: str, node: Node, rig: Callable[..., Rig]
+    save: str, kind: str, node: Node, rig: Callable[..., Rig]
 ) -> None:
-    model = f"again/{kind}"
-    first = rig(transfer(node), specs_of(kind), model=model)
+    model = f"again/{kind}/{save}"
+    first = rig(transfer(node, save=save), specs_of(kind), model=model)
     cold, hit = first.ask(PROMPT)
     assert hit == 0
     first.settle()
-    second = rig(transfer(node), specs_of(kind), model=model)
+    second = rig(transfer(node, save=save), specs_of(kind), model=model)
     warm, hit = second.ask(PROMPT)
     block = max(spec.block_size for spec in specs_of(kind))
     assert (warm, hit) == (cold, (len(PROMPT) - 1) // block * block)
@@ -68,7 +69,7 @@ def test_what_one_engine_computed_another_goes_on_with(
     _, hit = second.ask(OTHER)
     assert hit == (len(OTHER) - 1) // block * block
     second.settle()
-    third = rig(transfer(node), specs_of(kind), model=model)
+    third = rig(transfer(node, save=save), specs_of(kind), model=model)
     _, hit = third.ask([*OTHER[:250], 1, 2, 3])
     assert hit == 250 // block * block
     third.settle()
@@ -142,26 +143,32 @@ def test_a_block_that_is_lost_on_the_way_of_one_rank_is_computed_by_all(
     engine.settle()
 
 
-def test_ranks_that_share_heads_store_a_slice_each(node: Node, rig: Callable[..., Rig]) -> None:
-    engine = rig(transfer(node), specs_of("gemma"), ranks=2, model="slices")
+@pytest.mark.parametrize("save", ["after", "layers"])
+def test_ranks_that_share_heads_store_a_slice_each(
+    save: str, node: Node, rig: Callable[..., Rig]
+) -> None:
+    engine = rig(transfer(node, save=save), specs_of("gemma"), ranks=2, model=f"slices/{save}")
     cold, _ = engine.ask(PROMPT)
     engine.settle()
     assert engine.count("save_refused_blocks:busy") == 0
     assert engine.ask(PROMPT) == (cold, 320)
     engine.settle()
     # Another number of ranks cuts other slices.
-    alone = rig(transfer(node), specs_of("gemma"), model="slices")
+    alone = rig(transfer(node, save=save), specs_of("gemma"), model=f"slices/{save}")
     assert alone.ask(PROMPT) == (cold, 0)
     alone.settle()
 
 
+@pytest.mark.parametrize("save", ["after", "layers"])
 @pytest.mark.parametrize(("ranks", "replicas"), [(4, 4), (4, 2)])
 def test_ranks_with_the_same_kv_store_it_once(
-    ranks: int, replicas: int, node: Node, rig: Callable[..., Rig]
+    save: str, ranks: int, replicas: int, node: Node, rig: Callable[..., Rig]
 ) -> None:
     kind = "latent" if ranks == replicas else "one group"
-    model = f"replicas/{ranks}/{replicas}"
-    engine = rig(transfer(node), specs_of(kind), ranks=ranks, replicas=replicas, model=model)
+    model = f"replicas/{ranks}/{replicas}/{save}"
+    engine = rig(
+        transfer(node, save=save), specs_of(kind), ranks=ranks, replicas=replicas, model=model
+    )
     cold, _ = engine.ask(PROMPT)
     engine.settle()
     copies = ranks // replicas
@@ -172,7 +179,7 @@ def test_ranks_with_the_same_kv_store_it_once(
     assert engine.count("loaded_bytes") == engine.count("saved_bytes") * replicas
     engine.settle()
     # The same blocks are those of an engine with as many slices.
-    other = rig(transfer(node), specs_of(kind), ranks=copies, model=model)
+    other = rig(transfer(node, save=save), specs_of(kind), ranks=copies, model=model)
     assert other.ask(PROMPT) == (cold, 320)
     other.settle()
 
@@ -329,17 +336,21 @@ def test_loads_by_layers_are_there_in_the_step_that_orders_them(
     assert engine.count("lost_tokens:full_blocks:partial_block") == 2 * 13
 
 
+@pytest.mark.parametrize("save", ["after", "layers"])
 @pytest.mark.parametrize("kind", ["one group", "gemma"])
 def test_requests_that_are_preempted_end_with_the_same_answers(
-    kind: str, node: Node, rig: Callable[..., Rig]
+    save: str, kind: str, node: Node, rig: Callable[..., Rig]
 ) -> None:
     prompts = [[number, *PROMPT[: 150 + 10 * number]] for number in range(6)]
     roomy = rig(transfer(node, mode="off"), specs_of(kind), blocks=2000)
     expected = roomy.ask_all(prompts, answer=60)
     roomy.settle()
     # Half of what all of them would take at their ends.
-    blocks = 40 if kind == "one group" else 100
-    tight = rig(transfer(node), specs_of(kind), blocks=blocks, model=f"preempted/{kind}")
+    blocks = 40 if kind == "one group" else 80
+    tight = rig(
+        transfer(node, save=save), specs_of(kind), blocks=blocks, model=f"preempted/{kind}/{save}"
+    )
+    tight.wait_for_saves()
     for _ in range(2):
         assert tight.ask_all(prompts, answer=60) == expected
         tight.settle()
@@ -350,8 +361,11 @@ def test_requests_that_are_preempted_end_with_the_same_answers(
     assert tight.count("funnel_tokens:prompt") == ended + lost
 
 
-def test_a_node_that_dies_costs_no_answer(own_node: Node, rig: Callable[..., Rig]) -> None:
-    engine = rig(transfer(own_node, deadline_ms=1000), specs_of("gemma"))
+@pytest.mark.parametrize("save", ["after", "layers"])
+def test_a_node_that_dies_costs_no_answer(
+    save: str, own_node: Node, rig: Callable[..., Rig]
+) -> None:
+    engine = rig(transfer(own_node, deadline_ms=1000, save=save), specs_of("gemma"))
     cold, _ = engine.ask(PROMPT)
     engine.settle()
     waiting = engine.submit(PROMPT)
@@ -365,10 +379,11 @@ def test_a_node_that_dies_costs_no_answer(own_node: Node, rig: Callable[..., Rig
     assert engine.count("lost_tokens:looked_up:store_away") > 0
 
 
+@pytest.mark.parametrize("save", ["after", "layers"])
 def test_after_a_reset_from_outside_nothing_older_comes_back(
-    node: Node, rig: Callable[..., Rig]
+    save: str, node: Node, rig: Callable[..., Rig]
 ) -> None:
-    engine = rig(transfer(node), specs_of("gemma"), model="reset")
+    engine = rig(transfer(node, save=save), specs_of("gemma"), model=f"reset/{save}")
     cold, _ = engine.ask(PROMPT)
     engine.settle()
     assert engine.scheduler.reset_prefix_cache(reset_connector=True)
@@ -378,13 +393,14 @@ def test_after_a_reset_from_outside_nothing_older_comes_back(
     engine.settle()
 
 
+@pytest.mark.parametrize("save", ["after", "layers"])
 @pytest.mark.parametrize("kind", ["one group", "gemma"])
 def test_a_request_that_is_aborted_holds_nothing(
-    kind: str, node: Node, rig: Callable[..., Rig]
+    save: str, kind: str, node: Node, rig: Callable[..., Rig]
 ) -> None:
     from vllm.v1.request import RequestStatus
 
-    engine = rig(transfer(node), specs_of(kind), model=f"aborted/{kind}")
+    engine = rig(transfer(node, save=save), specs_of(kind), model=f"aborted/{kind}/{save}")
     cold, _ = engine.ask(PROMPT)
     engine.settle()
     for prompt, steps in ((PROMPT, 1), (OTHER[::-1], 2)):
@@ -398,3 +414,59 @@ def test_a_request_that_is_aborted_holds_nothing(
     assert engine.count("lost_tokens:loaded:aborted") + engine.count("lost_tokens:used:aborted")
     assert engine.ask(PROMPT) == (cold, 320)
     engine.settle()
+
+
+def test_the_store_is_asked_when_a_request_arrives(
+    node: Node, rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvar.vllm.link import Link
+
+    engine = rig(transfer(node), specs_of("gemma"), model="early")
+    cold, _ = engine.ask(PROMPT)
+    engine.settle()
+    begun: list[Any] = []
+    taken: list[Any] = []
+    begin, take = Link.begin_lookup, Link.lookup_leased
+
+    def beginning(self: Link, *arguments: Any) -> Any:
+        begun.append(begin(self, *arguments))
+        return begun[-1]
+
+    def taking(self: Link, *arguments: Any) -> Any:
+        taken.append(arguments[-1])
+        return take(self, *arguments)
+
+    monkeypatch.setattr(Link, "begin_lookup", beginning)
+    monkeypatch.setattr(Link, "lookup_leased", taking)
+    request = engine.submit(PROMPT)
+    assert len(begun) == 1 and not taken
+    engine.until(request.is_finished)
+    assert taken[0] is begun[0] and len(begun) == 1
+    assert list(request.output_token_ids) == cold
+    engine.settle()
+    assert engine.count("funnel_tokens:used") == 320
+
+
+def test_only_steps_that_compute_nothing_wait(
+    node: Node, rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvar.vllm.connector import KvarConnector
+    from kvar.vllm.worker import Mover
+
+    steps: list[int] = []
+    waits: list[int] = []
+    bind = KvarConnector.bind_connector_metadata
+
+    def binding(self: KvarConnector, metadata: Any) -> None:
+        steps.append(metadata.orders.tokens)
+        bind(self, metadata)
+
+    monkeypatch.setattr(KvarConnector, "bind_connector_metadata", binding)
+    monkeypatch.setattr(Mover, "wait", lambda self: waits.append(steps[-1]))
+    engine = rig(transfer(node), [full()], model="waits")
+    engine.ask(PROMPT)
+    engine.settle()
+    engine.ask(PROMPT)
+    engine.settle()
+    assert waits and set(waits) == {0}
+    assert len(waits) == steps.count(0) < len(steps)

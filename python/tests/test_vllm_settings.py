@@ -9,7 +9,7 @@ import pytest
 
 from kvar.vllm.choice import Override
 from kvar.vllm.fingerprint import SAMPLE_BYTES, config_digest, fingerprint_text, model_name
-from kvar.vllm.settings import LoadWay, Mode, Settings, SettingsError
+from kvar.vllm.settings import LoadWay, Mode, SaveWay, Settings, SettingsError
 
 NEEDED = {"endpoint": "127.0.0.1:1", "namespace_key_file": "/k"}
 
@@ -30,6 +30,11 @@ def test_loads_are_outside_the_batch_unless_layers_are_asked_for() -> None:
     assert Settings.from_extra_config(NEEDED | {"load": "layers"}).load is LoadWay.LAYERS
 
 
+def test_saves_are_after_the_step_unless_layers_are_asked_for() -> None:
+    assert Settings.from_extra_config(NEEDED).save is SaveWay.AFTER
+    assert Settings.from_extra_config(NEEDED | {"save": "layers"}).save is SaveWay.LAYERS
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -46,6 +51,7 @@ def test_loads_are_outside_the_batch_unless_layers_are_asked_for() -> None:
         ({"traffic_class": 256}, ["traffic_class", "1 to 255"]),
         ({"traffic_class": True}, ["traffic_class"]),
         ({"load": "sync"}, ["'sync'", "async, layers"]),
+        ({"save": "sync"}, ["'sync'", "after, layers"]),
         ({"handover": "yes"}, ["handover", "true or false"]),
     ],
 )

@@ -89,8 +89,8 @@ enum Command {
 pub(crate) enum PutWord {
     /// The next section of each block that is still wanted.
     Section(Vec<Option<SectionPart>>),
-    /// That was all.
-    Commit,
+    /// That was all; the call ends by then, if that is sooner than it would anyway.
+    Commit(Option<Moment>),
     /// There will be no more.
     Abort,
 }
@@ -396,6 +396,10 @@ impl Client {
 
     pub(crate) fn tell_put(&self, put: u64, word: PutWord) {
         self.0.send(Command::Put(put, word));
+    }
+
+    pub(crate) fn moment_in(&self, within: Duration) -> Moment {
+        self.0.clock.now().after(within)
     }
 
     /// Removes blocks; returns when that is safe against power loss, with how many were there.

@@ -20,13 +20,18 @@ use crate::check::SectionChecks;
 use crate::client::{Client, PutWord};
 use crate::items::PutSource;
 use crate::pending::Pending;
-use kvar_base::{BlockId, ContentCheck, PutOutcome, SECTIONS_MAX};
+use kvar_base::{BlockId, ContentCheck, Moment, PutOutcome, SECTIONS_MAX};
 use kvar_transport::Source;
 use kvar_wire::PutHints;
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
+
+/// Of the node's window, its requests and its bytes, puts that wait for their writer take one part of
+/// so many: they last as long as a forward pass, and reads and whole puts go on beside them.
+pub const ANNOUNCED_SHARE: u64 = 2;
 
 /// A block to write layer by layer.
 #[derive(Clone, Debug)]
@@ -194,8 +199,20 @@ impl LayerPut {
     /// Makes the blocks visible, each when all of it has arrived and passed its checks. A block of which
     /// sections are missing is refused (`wrong_format`).
     #[must_use]
-    pub fn commit(mut self) -> Pending<Vec<PutOutcome>> {
-        self.client.tell_put(self.put, PutWord::Commit);
+    pub fn commit(self) -> Pending<Vec<PutOutcome>> {
+        self.committed(None)
+    }
+
+    /// As [`commit`](Self::commit); the call ends `within` from now, if that is sooner than its own
+    /// deadline, which has to hold for as long as the writer computes.
+    #[must_use]
+    pub fn commit_within(self, within: Duration) -> Pending<Vec<PutOutcome>> {
+        let deadline = self.client.moment_in(within);
+        self.committed(Some(deadline))
+    }
+
+    fn committed(mut self, deadline: Option<Moment>) -> Pending<Vec<PutOutcome>> {
+        self.client.tell_put(self.put, PutWord::Commit(deadline));
         self.pending.take().expect("a put is committed once")
     }
 

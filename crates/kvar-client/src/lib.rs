@@ -66,7 +66,9 @@ pub use items::{
 pub use kvar_base::Mode;
 pub use kvar_transport::{Sink, Source};
 pub use kvar_wire::{BlockStat, Lengths, Limits, PutHints};
-pub use layer_put::{LayerPut, LayerPutItem, LayerPutRequest, SectionPart, SectionRefused};
+pub use layer_put::{
+    ANNOUNCED_SHARE, LayerPut, LayerPutItem, LayerPutRequest, SectionPart, SectionRefused,
+};
 pub use layers::{LayerGet, LayerItem, LayerRequest};
 pub use pending::Pending;
 pub use session::{Completion, Session, Ticket};

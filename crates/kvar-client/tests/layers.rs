@@ -391,6 +391,31 @@ fn is_tried(client: &Client) {
     assert_eq!(client.flush(options), Err(ClientError::Deadline));
 }
 
+/// The deadline of the announcement holds while the writer computes; once it has committed it waits for
+/// the node alone, and no longer than it says.
+#[test]
+fn a_commit_has_a_deadline_of_its_own() {
+    let peer = peer_with(1 << 20, 256);
+    let client = client(&peer);
+    let item = LayerPutItem {
+        id: id(1),
+        lengths: vec![40_000],
+        hints: PutHints::default(),
+        durable: false,
+    };
+    let begun = Instant::now();
+    let hour = CallOptions::within(Duration::from_secs(3600));
+    let mut layers = client.put_layers(vec![item], hour);
+    peer.set(Mood::Stopped);
+    layers
+        .section(0, vec![Box::new(section(1, 0, 40_000))])
+        .unwrap();
+    let late = PutOutcome::Refused(kvar_base::Refusal::Deadline);
+    let outcomes = layers.commit_within(Duration::from_millis(50)).wait();
+    assert_eq!(outcomes, [late]);
+    assert!(begun.elapsed() < Duration::from_secs(600));
+}
+
 /// The node counts whole puts and puts by layers as one sum, and refuses what is beyond it at once.
 #[test]
 fn a_put_by_layers_beside_whole_puts_that_fill_the_window_waits_and_is_not_refused() {

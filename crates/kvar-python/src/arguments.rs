@@ -4,7 +4,7 @@ use crate::buffers::{Exported, Exporter, Pieces, Region, pages, refuse_overlap};
 use crate::hints::PyPutHints;
 use crate::ids::block_id;
 use kvar_base::{BlockId, LeaseToken};
-use kvar_client::{Filled, GetItem, LayerItem, PutHints, PutItem};
+use kvar_client::{Filled, GetItem, LayerItem, LayerPutItem, PutHints, PutItem};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
@@ -59,48 +59,26 @@ impl Blocks {
     pub(crate) fn of_pages(
         ids: &[PyBackedBytes],
         layers: &[Bound<'_, PyAny>],
-        indices: &[usize],
+        indices: Vec<usize>,
         page_bytes: usize,
         writable: bool,
     ) -> PyResult<Self> {
-        if ids.len() != indices.len() {
-            return Err(PyValueError::new_err(format!(
-                "{} ids and {} indices: give as many of one as of the other",
-                ids.len(),
-                indices.len()
-            )));
-        }
-        if layers.is_empty() || page_bytes == 0 {
-            return Err(PyValueError::new_err(
-                "a block has at least one section, of at least one byte",
-            ));
-        }
-        let mut exporter = Exporter::default();
-        let layers = layers
-            .iter()
-            .map(|layer| exporter.export(layer, writable))
-            .collect::<PyResult<Vec<_>>>()?;
-        if writable {
-            // Layers apart and indices apart make pages apart.
-            refuse_overlap(layers.iter())?;
-            let mut sorted = indices.to_vec();
-            sorted.sort_unstable();
-            if sorted.windows(2).any(|pair| pair[0] == pair[1]) {
-                return Err(PyValueError::new_err(
-                    "two destinations overlap: an index is given twice",
-                ));
-            }
-        }
-        let parsed = ids
-            .iter()
-            .zip(indices)
-            .map(|(id, index)| Ok((block_id(id)?, pages(&layers, *index, page_bytes)?)))
-            .collect::<PyResult<Vec<_>>>()?;
-        let exported = exporter.finish();
-        let blocks = parsed
+        let paged = PageBlocks::new(ids, layers, indices, page_bytes, writable)?;
+        let PageBlocks {
+            ids,
+            layers,
+            indices,
+            page_bytes,
+            exported,
+        } = paged;
+        let blocks = ids
             .into_iter()
-            .map(|(id, regions)| (id, Pieces::new(regions, &exported)))
-            .collect();
+            .zip(indices)
+            .map(|(id, index)| {
+                let regions = pages(&layers, index, page_bytes)?;
+                Ok((id, Pieces::new(regions, &exported)))
+            })
+            .collect::<PyResult<Vec<_>>>()?;
         Ok(Self { blocks, exported })
     }
 
@@ -160,6 +138,90 @@ impl Blocks {
             })
             .collect();
         (items, self.exported)
+    }
+}
+
+/// Blocks that are pages of layers, before anybody has looked at one section of them.
+pub(crate) struct PageBlocks {
+    pub(crate) ids: Vec<BlockId>,
+    pub(crate) layers: Vec<Region>,
+    /// The page of each block; it lies inside every layer.
+    pub(crate) indices: Vec<usize>,
+    pub(crate) page_bytes: usize,
+    pub(crate) exported: Arc<Exported>,
+}
+
+impl PageBlocks {
+    pub(crate) fn new(
+        ids: &[PyBackedBytes],
+        layers: &[Bound<'_, PyAny>],
+        indices: Vec<usize>,
+        page_bytes: usize,
+        writable: bool,
+    ) -> PyResult<Self> {
+        if ids.len() != indices.len() {
+            return Err(PyValueError::new_err(format!(
+                "{} ids and {} indices: give as many of one as of the other",
+                ids.len(),
+                indices.len()
+            )));
+        }
+        if layers.is_empty() || page_bytes == 0 {
+            return Err(PyValueError::new_err(
+                "a block has at least one section, of at least one byte",
+            ));
+        }
+        let mut exporter = Exporter::default();
+        let layers = layers
+            .iter()
+            .map(|layer| exporter.export(layer, writable))
+            .collect::<PyResult<Vec<_>>>()?;
+        if writable {
+            // Layers apart and indices apart make pages apart.
+            refuse_overlap(layers.iter())?;
+            let mut sorted = indices.clone();
+            sorted.sort_unstable();
+            if sorted.windows(2).any(|pair| pair[0] == pair[1]) {
+                return Err(PyValueError::new_err(
+                    "two destinations overlap: an index is given twice",
+                ));
+            }
+        }
+        if let Some(last) = indices.iter().max() {
+            pages(&layers, *last, page_bytes)?;
+        }
+        Ok(Self {
+            ids: block_ids(ids)?,
+            layers,
+            indices,
+            page_bytes,
+            exported: exporter.finish(),
+        })
+    }
+
+    /// As blocks to write section by section.
+    pub(crate) fn to_layer_puts(
+        &self,
+        depth: u32,
+        durable: bool,
+        ttl_s: Option<u32>,
+        hints: Option<PyPutHints>,
+    ) -> PyResult<Vec<LayerPutItem>> {
+        let len = u32::try_from(self.page_bytes).map_err(|_| {
+            PyValueError::new_err(format!("a page of {} bytes is too large", self.page_bytes))
+        })?;
+        let hints = hints.map_or_else(PutHints::default, |hints| hints.0);
+        let item = |(id, depth): (&BlockId, u32)| LayerPutItem {
+            id: *id,
+            lengths: vec![len; self.layers.len()],
+            hints: PutHints {
+                depth,
+                ttl_s,
+                ..hints
+            },
+            durable,
+        };
+        Ok(self.ids.iter().zip(depths(depth)).map(item).collect())
     }
 }
 

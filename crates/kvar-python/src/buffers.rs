@@ -134,6 +134,12 @@ impl Pieces {
         self.regions.iter().map(one).collect()
     }
 
+    /// A part of one section, if it lies inside.
+    pub(crate) fn part(&self, section: usize, first: usize, len: usize) -> Option<Self> {
+        let region = self.regions.get(section)?.part(first, len)?;
+        Some(Self::new(vec![region], &self._exported))
+    }
+
     /// Exact lengths of the sections.
     pub(crate) fn lengths(&self) -> Vec<u32> {
         // A length beyond 4 GiB is beyond every block, and stays so when it is cut.

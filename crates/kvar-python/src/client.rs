@@ -1,12 +1,13 @@
 //! `kvar.Client`: each method turns arguments into a call of `kvar-client`, waits for it without
 //! the interpreter's lock, and turns what came back into Python. No decisions are made here.
 
-use crate::arguments::{Blocks, block_ids, deadline, lease_token};
+use crate::arguments::{Blocks, PageBlocks, block_ids, deadline, lease_token};
 use crate::errors::{ConfigError, ConnectError, RequestError, VersionError, WrongKeyError};
 use crate::hints::PyPutHints;
 use crate::ids::{PyNamespaceKey, block_id};
+use crate::layer_put::PyLayerPut;
 use crate::layers::PyLayerGet;
-use crate::lease::{PyLease, lease_time};
+use crate::lease::{PyLease, PyPendingLease, lease_time};
 use crate::pending::{Preparer, PyPending};
 use kvar_base::{MissReason, NamespaceKey};
 use kvar_client::{CallOptions, Client, ClientConfig, ClientError, GetItem};
@@ -56,6 +57,34 @@ fn key_of(
     }
 }
 
+/// "Nobody could be asked" is not "nothing is there".
+pub(crate) fn was_asked(
+    open: Option<&Open>,
+    leading: usize,
+    reason: Option<MissReason>,
+) -> PyResult<()> {
+    match reason {
+        Some(MissReason::Unreachable) if leading == 0 => {
+            let error = open.and_then(|open| open.client.last_error());
+            Err(raise(&error.unwrap_or_else(|| {
+                let node = open.map_or("the node", |open| open.client.endpoint());
+                ClientError::Unreachable(format!("{node} does not answer"))
+            })))
+        }
+        Some(MissReason::Deadline) if leading == 0 => Err(raise(&ClientError::Deadline)),
+        _ => Ok(()),
+    }
+}
+
+fn living(ttl_s: Option<u32>) -> PyResult<()> {
+    if ttl_s == Some(0) {
+        return Err(RequestError::new_err(
+            "ttl_s is 0: a block lives for a second at least; leave it out to keep the block",
+        ));
+    }
+    Ok(())
+}
+
 impl PyClient {
     fn open(&self) -> PyResult<Arc<Open>> {
         self.open
@@ -67,19 +96,6 @@ impl PyClient {
 
     fn options(&self, deadline_ms: Option<u64>) -> CallOptions {
         CallOptions::within(deadline(deadline_ms).unwrap_or(self.deadline))
-    }
-
-    /// "Nobody could be asked" is not "nothing is there".
-    fn was_asked(&self, open: &Open, leading: usize, reason: Option<MissReason>) -> PyResult<()> {
-        match reason {
-            Some(MissReason::Unreachable) if leading == 0 => {
-                Err(raise(&open.client.last_error().unwrap_or_else(|| {
-                    ClientError::Unreachable(format!("{} does not answer", self.endpoint))
-                })))
-            }
-            Some(MissReason::Deadline) if leading == 0 => Err(raise(&ClientError::Deadline)),
-            _ => Ok(()),
-        }
     }
 
     fn submit_gets(
@@ -109,11 +125,7 @@ impl PyClient {
         ttl_s: Option<u32>,
         hints: Option<PyPutHints>,
     ) -> PyResult<PyPending> {
-        if ttl_s == Some(0) {
-            return Err(RequestError::new_err(
-                "ttl_s is 0: a block lives for a second at least; leave it out to keep the block",
-            ));
-        }
+        living(ttl_s)?;
         let open = self.open()?;
         let (items, exported) = blocks.into_puts(depth, durable, ttl_s, hints);
         let options = self.options(deadline_ms);
@@ -208,6 +220,14 @@ impl PyClient {
         Ok(limits.map(|limits| limits.block_bytes_max))
     }
 
+    /// How many bytes of blocks a put layer by layer may have announced at a time (what is more
+    /// waits for its turn); None until a link stands.
+    #[getter]
+    fn announced_bytes_max(&self) -> PyResult<Option<u64>> {
+        let limits = self.open()?.client.limits();
+        Ok(limits.map(|limits| limits.bytes_max / kvar_client::ANNOUNCED_SHARE))
+    }
+
     /// How many leading blocks of a chain are there; refreshes their recency.
     ///
     /// `request` is the prompt's number as in PutHints. Raises ConnectError or RequestError when
@@ -226,7 +246,7 @@ impl PyClient {
             ..self.options(deadline_ms)
         };
         let lookup = py.detach(|| open.client.submit_lookup(ids, options).wait());
-        self.was_asked(&open, lookup.leading, lookup.reason)?;
+        was_asked(Some(&open), lookup.leading, lookup.reason)?;
         Ok(lookup.leading)
     }
 
@@ -243,14 +263,26 @@ impl PyClient {
         deadline_ms: Option<u64>,
         request: u64,
     ) -> PyResult<PyLease> {
+        self.submit_lookup_leased(ids, ttl_s, deadline_ms, request)?
+            .result(py)
+    }
+
+    /// As lookup_leased, without waiting.
+    #[pyo3(signature = (ids, *, ttl_s = 2.0, deadline_ms = None, request = 0))]
+    fn submit_lookup_leased(
+        &self,
+        ids: Vec<PyBackedBytes>,
+        ttl_s: f64,
+        deadline_ms: Option<u64>,
+        request: u64,
+    ) -> PyResult<PyPendingLease> {
         let (open, ids, ttl) = (self.open()?, block_ids(&ids)?, lease_time(ttl_s)?);
         let options = CallOptions {
             touch_request: request,
             ..self.options(deadline_ms)
         };
-        let leased = py.detach(|| open.client.submit_lookup_leased(ids, ttl, options).wait());
-        self.was_asked(&open, leased.leading, leased.reason)?;
-        Ok(PyLease::of(&leased, &open, self.options(None)))
+        let pending = open.client.submit_lookup_leased(ids, ttl, options);
+        Ok(PyPendingLease::of(pending, &open, self.options(None)))
     }
 
     /// Lets the lease of this token last `ttl_s` seconds from now (30 at most): how many seconds it
@@ -495,7 +527,7 @@ impl PyClient {
         depth: u32,
         request: u64,
     ) -> PyResult<PyPending> {
-        let blocks = Blocks::of_pages(&ids, &layers, &indices, page_bytes, true)?;
+        let blocks = Blocks::of_pages(&ids, &layers, indices, page_bytes, true)?;
         self.submit_gets(blocks, deadline_ms, depth, request)
     }
 
@@ -520,7 +552,7 @@ impl PyClient {
         request: u64,
         wait_announced: bool,
     ) -> PyResult<PyLayerGet> {
-        let blocks = Blocks::of_pages(&ids, &layers, &indices, page_bytes, true)?;
+        let blocks = Blocks::of_pages(&ids, &layers, indices, page_bytes, true)?;
         let open = self.open()?;
         let (items, exported) = blocks.into_layers(depth);
         let options = CallOptions {
@@ -550,8 +582,37 @@ impl PyClient {
         ttl_s: Option<u32>,
         hints: Option<PyPutHints>,
     ) -> PyResult<PyPending> {
-        let blocks = Blocks::of_pages(&ids, &layers, &indices, page_bytes, false)?;
+        let blocks = Blocks::of_pages(&ids, &layers, indices, page_bytes, false)?;
         self.submit_puts(blocks, deadline_ms, durable, depth, ttl_s, hints)
+    }
+
+    /// As submit_put_pages, layer by layer: the blocks are announced now, and each section is sent
+    /// when the handle is told that it is filled. They become visible after its commit.
+    ///
+    /// `deadline_ms` is for all of it; what the writer computes meanwhile counts.
+    #[pyo3(signature = (
+        ids, layers, indices, page_bytes, *, deadline_ms = None, durable = false, depth = 0,
+        ttl_s = None, hints = None,
+    ))]
+    #[allow(clippy::too_many_arguments)]
+    fn submit_put_layers(
+        &self,
+        ids: Vec<PyBackedBytes>,
+        layers: Vec<Bound<'_, PyAny>>,
+        indices: Vec<usize>,
+        page_bytes: usize,
+        deadline_ms: Option<u64>,
+        durable: bool,
+        depth: u32,
+        ttl_s: Option<u32>,
+        hints: Option<PyPutHints>,
+    ) -> PyResult<PyLayerPut> {
+        living(ttl_s)?;
+        let open = self.open()?;
+        let blocks = PageBlocks::new(&ids, &layers, indices, page_bytes, false)?;
+        let items = blocks.to_layer_puts(depth, durable, ttl_s, hints)?;
+        let put = open.client.put_layers(items, self.options(deadline_ms));
+        Ok(PyLayerPut::of(put, blocks, &open.preparer, self.deadline))
     }
 
     /// Ends the connection; calls under way end without an outcome. Closing twice is fine.

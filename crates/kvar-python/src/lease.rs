@@ -1,12 +1,12 @@
 //! `kvar.Lease`: what a leased lookup found, and the promise that it stays.
 
-use crate::client::{Open, raise};
+use crate::client::{Open, raise, was_asked};
 use crate::errors::RequestError;
 use kvar_base::{LeaseToken, MissReason};
-use kvar_client::{CallOptions, Leased};
+use kvar_client::{CallOptions, Leased, Pending};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// How many leading blocks are there, and a promise that they stay.
@@ -27,9 +27,9 @@ pub(crate) struct PyLease {
 }
 
 impl PyLease {
-    pub(crate) fn of(leased: &Leased, open: &Arc<Open>, options: CallOptions) -> Self {
+    fn of(leased: &Leased, open: Weak<Open>, options: CallOptions) -> Self {
         Self {
-            open: Arc::downgrade(open),
+            open,
             options,
             leading: leased.leading,
             reason: leased.reason,
@@ -51,6 +51,57 @@ impl PyLease {
             RequestError::new_err("the client of this lease is closed; use its token with another")
         };
         self.open.upgrade().ok_or_else(gone)
+    }
+}
+
+/// A leased lookup under way.
+#[pyclass(name = "PendingLease", module = "kvar", frozen)]
+pub(crate) struct PyPendingLease {
+    open: Weak<Open>,
+    options: CallOptions,
+    pending: Mutex<Option<Pending<Leased>>>,
+}
+
+impl PyPendingLease {
+    pub(crate) fn of(pending: Pending<Leased>, open: &Arc<Open>, options: CallOptions) -> Self {
+        Self {
+            open: Arc::downgrade(open),
+            options,
+            pending: Mutex::new(Some(pending)),
+        }
+    }
+
+    fn pending(&self) -> MutexGuard<'_, Option<Pending<Leased>>> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[pymethods]
+impl PyPendingLease {
+    /// Whether it has ended.
+    fn done(&self) -> bool {
+        self.pending().as_ref().is_none_or(Pending::is_done)
+    }
+
+    /// What it found; waits for it, at most until the call's deadline. Once: the lease is the
+    /// caller's. Raises as lookup does.
+    pub(crate) fn result(&self, py: Python<'_>) -> PyResult<PyLease> {
+        let Some(pending) = self.pending().take() else {
+            return Err(RequestError::new_err("the lease was taken before"));
+        };
+        let leased = if pending.is_done() {
+            pending.wait()
+        } else {
+            py.detach(|| pending.wait())
+        };
+        let open = self.open.upgrade();
+        was_asked(open.as_deref(), leased.leading, leased.reason)?;
+        Ok(PyLease::of(&leased, self.open.clone(), self.options))
+    }
+
+    fn __repr__(&self) -> String {
+        let word = if self.done() { "done" } else { "open" };
+        format!("PendingLease({word})")
     }
 }
 

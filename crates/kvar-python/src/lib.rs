@@ -21,6 +21,7 @@ mod client;
 mod errors;
 mod hints;
 mod ids;
+mod layer_put;
 mod layers;
 mod lease;
 mod pending;
@@ -41,9 +42,11 @@ mod _kvar {
     #[pymodule_export]
     use crate::ids::{PyContentFingerprint, PyNamespaceKey, derive_ids, id_from_name};
     #[pymodule_export]
+    use crate::layer_put::PyLayerPut;
+    #[pymodule_export]
     use crate::layers::PyLayerGet;
     #[pymodule_export]
-    use crate::lease::PyLease;
+    use crate::lease::{PyLease, PyPendingLease};
     #[pymodule_export]
     use crate::pending::{PyGetResult, PyPending};
     use pyo3::prelude::*;

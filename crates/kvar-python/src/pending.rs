@@ -19,7 +19,7 @@ use kvar_client::{CallOptions, Client, GetOutcome, GetResult, Pending, PutItem};
 use pyo3::exceptions::{PyTimeoutError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyList, PyType};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -151,22 +151,30 @@ impl PyPending {
         preparer: &Preparer,
         client: Client,
         items: Vec<PutItem>,
-        options: CallOptions,
+        mut options: CallOptions,
         exported: Arc<Exported>,
     ) -> Self {
-        let (slot, count) = (Arc::new(Slot::default()), items.len());
-        slot.lock().exported = Some(exported);
+        let (pending, promise) = Self::promised(items.len(), exported);
         let submitted = Instant::now();
-        let waiting = Some(Arc::clone(&slot));
-        preparer.submit(Job {
-            client,
-            items,
-            count,
-            options,
-            submitted,
-            slot: waiting,
+        preparer.run(move || {
+            if let Some(deadline) = &mut options.deadline {
+                // The deadline counts from when the call was made.
+                *deadline = deadline.saturating_sub(submitted.elapsed());
+            }
+            promise.keep(client.submit_put(items, options));
         });
-        Self { slot, count }
+        pending
+    }
+
+    /// A put that the client will have later.
+    pub(crate) fn promised(count: usize, exported: Arc<Exported>) -> (Self, Promise) {
+        let slot = Arc::new(Slot::default());
+        slot.lock().exported = Some(exported);
+        let promise = Promise {
+            slot: Some(Arc::clone(&slot)),
+            count,
+        };
+        (Self { slot, count }, promise)
     }
 
     /// The outcomes of a call that is done.
@@ -270,20 +278,24 @@ fn follow<T>(slot: &Arc<Slot>, pending: Pending<T>, call: fn(Pending<T>) -> Call
     slot.change(|state| state.call = Some(call(pending)));
 }
 
-/// A put on its way to the client.
-struct Job {
-    client: Client,
-    items: Vec<PutItem>,
-    count: usize,
-    options: CallOptions,
-    submitted: Instant,
-    /// Taken when the client has the call.
+/// A call whose pending the client gives later. Dropped without one, nothing of it was sent: it ends
+/// without an outcome for any of its blocks.
+pub(crate) struct Promise {
     slot: Option<Arc<Slot>>,
+    count: usize,
 }
 
-impl Drop for Job {
+impl Promise {
+    /// The client has the call.
+    pub(crate) fn keep(mut self, pending: Pending<Vec<PutOutcome>>) {
+        if let Some(slot) = self.slot.take() {
+            follow(&slot, pending, Call::Put);
+        }
+    }
+}
+
+impl Drop for Promise {
     fn drop(&mut self) {
-        // Never sent: it ends without an outcome for any of its blocks.
         if let Some(slot) = self.slot.take() {
             slot.change(|state| {
                 state.outcomes = Some(Outcomes::Put(vec![Refusal::Unreachable.word(); self.count]));
@@ -292,36 +304,25 @@ impl Drop for Job {
     }
 }
 
-/// The thread that makes content checks of submitted puts. Reading every byte once costs 0.1 us a
-/// KiB, which is nothing for a link and a lot for an engine's step.
-pub(crate) struct Preparer(Sender<Job>);
+type Work = Box<dyn FnOnce() + Send>;
+
+/// The thread that makes content checks of submitted puts, in their order. Reading every byte once
+/// costs 0.1 us a KiB, which is nothing for a link and a lot for an engine's step.
+#[derive(Clone)]
+pub(crate) struct Preparer(Sender<Work>);
 
 impl Preparer {
     pub(crate) fn start() -> std::io::Result<Self> {
-        let (sender, receiver) = channel();
+        let (sender, receiver) = channel::<Work>();
         std::thread::Builder::new()
             .name("kvar-prepare".to_owned())
-            .spawn(move || prepare(&receiver))?;
+            .spawn(move || receiver.into_iter().for_each(|work| work()))?;
         Ok(Self(sender))
     }
 
-    fn submit(&self, job: Job) {
-        // A job that comes back is dropped, which ends its call.
-        let _ = self.0.send(job);
-    }
-}
-
-fn prepare(jobs: &Receiver<Job>) {
-    for mut job in jobs {
-        if let Some(deadline) = &mut job.options.deadline {
-            // The deadline counts from when the call was made.
-            *deadline = deadline.saturating_sub(job.submitted.elapsed());
-        }
-        let pending = job
-            .client
-            .submit_put(std::mem::take(&mut job.items), job.options);
-        if let Some(slot) = job.slot.take() {
-            follow(&slot, pending, Call::Put);
-        }
+    /// Has this done behind what was given before; does not wait. What comes back since the thread
+    /// is gone is dropped, which ends its call.
+    pub(crate) fn run(&self, work: impl FnOnce() + Send + 'static) {
+        let _ = self.0.send(Box::new(work));
     }
 }

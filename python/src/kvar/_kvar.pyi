@@ -17,9 +17,11 @@ __all__ = [
     "GetResult",
     "KvarError",
     "LayerGet",
+    "LayerPut",
     "Lease",
     "NamespaceKey",
     "Pending",
+    "PendingLease",
     "PutHints",
     "RequestError",
     "VersionError",
@@ -120,6 +122,11 @@ class Lease:
     ) -> None: ...
 
 @final
+class PendingLease:
+    def done(self) -> bool: ...
+    def result(self) -> Lease: ...
+
+@final
 class Pending(Generic[_T_co]):
     def done(self) -> bool: ...
     def result(self, timeout: float | None = None) -> _T_co: ...
@@ -136,6 +143,14 @@ class LayerGet:
     def wait_section(self, section: int, timeout: float | None = None) -> list[str]: ...
     def done(self) -> bool: ...
     def result(self, timeout: float | None = None) -> list[str]: ...
+
+@final
+class LayerPut:
+    @property
+    def sections(self) -> int: ...
+    def filled(self, count: int) -> None: ...
+    def commit(self, *, deadline_ms: int | None = None) -> Pending[list[str]]: ...
+    def abort(self) -> None: ...
 
 @final
 class Client:
@@ -163,6 +178,8 @@ class Client:
     def mode(self) -> str: ...
     @property
     def block_bytes_max(self) -> int | None: ...
+    @property
+    def announced_bytes_max(self) -> int | None: ...
     def lookup(
         self, ids: Sequence[bytes], *, deadline_ms: int | None = None, request: int = 0
     ) -> int: ...
@@ -174,6 +191,14 @@ class Client:
         deadline_ms: int | None = None,
         request: int = 0,
     ) -> Lease: ...
+    def submit_lookup_leased(
+        self,
+        ids: Sequence[bytes],
+        *,
+        ttl_s: float = 2.0,
+        deadline_ms: int | None = None,
+        request: int = 0,
+    ) -> PendingLease: ...
     def renew(
         self, token: bytes, ttl_s: float = 2.0, *, deadline_ms: int | None = None
     ) -> float | None: ...
@@ -279,6 +304,19 @@ class Client:
         ttl_s: int | None = None,
         hints: PutHints | None = None,
     ) -> Pending[list[str]]: ...
+    def submit_put_layers(
+        self,
+        ids: Sequence[bytes],
+        layers: Sequence[Buffer],
+        indices: Sequence[int],
+        page_bytes: int,
+        *,
+        deadline_ms: int | None = None,
+        durable: bool = False,
+        depth: int = 0,
+        ttl_s: int | None = None,
+        hints: PutHints | None = None,
+    ) -> LayerPut: ...
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(

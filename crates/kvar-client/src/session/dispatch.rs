@@ -3,6 +3,7 @@
 use super::{Session, Unit};
 use crate::call::{Ask, Board, Call, Owed, Reply, Work};
 use crate::connection::{Connection, Open, Phase};
+use crate::layer_put::ANNOUNCED_SHARE;
 use crate::session::links::Slot;
 use kvar_base::{Moment, PutOutcome, Refusal};
 use kvar_transport::{SendRefused, Sink};
@@ -17,10 +18,6 @@ use std::time::Duration;
 /// Bytes of one get item on the wire without its list of lengths, and of one length, at most.
 const ITEM_BYTES_MAX: usize = 80;
 const LENGTH_BYTES_MAX: usize = 5;
-
-/// Of the node's window, its requests and its bytes, puts that wait for their writer take one part of
-/// so many: they last as long as a forward pass, and reads and whole puts go on beside them.
-const ANNOUNCED_SHARE: u64 = 2;
 
 /// The call of requests whose answer nobody waits for; calls are numbered from 1.
 const NOBODY: u64 = 0;

@@ -11,6 +11,7 @@ use crate::session::links::Slot;
 use kvar_base::{PutOutcome, Refusal};
 use kvar_transport::Link as _;
 use kvar_wire::{Cancel, Commit, Sections};
+use std::cmp::Reverse;
 
 impl Session {
     /// The writer of a put by layers says something. Of a put that has ended nobody wants to hear.
@@ -33,7 +34,11 @@ impl Session {
                     self.advance_put(call, item);
                 }
             }
-            PutWord::Commit => {
+            PutWord::Commit(deadline) => {
+                if let Some(deadline) = deadline {
+                    // Of two deadlines of a call the sooner ends it, and the other finds it gone.
+                    self.deadlines.push(Reverse((deadline, call)));
+                }
                 for item in 0..blocks {
                     let slot = self.board.put_slot(call, item);
                     let Some(slot) = slot.filter(|slot| slot.outcome.is_none()) else {

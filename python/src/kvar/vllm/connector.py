@@ -12,7 +12,8 @@ scheduler process                              worker process (one a rank)
 ```
 
 Loads are asynchronous (the request waits outside the batch, other requests run on), saves too. With
-``load: layers`` a load is part of its step instead, and each layer waits for its own.
+``load: layers`` a load is part of its step instead, and each layer waits for its own. With ``save:
+layers`` a save begins in its step: each layer is sent while the next one is computed.
 Pages being saved are held by a reference in vLLM's own block pool, so that finishing, aborting or
 preempting their request takes them from nobody's hands.
 
@@ -64,7 +65,7 @@ from kvar.vllm.orders import (
 from kvar.vllm.pages import DirectPages, pages_of
 from kvar.vllm.planner import Found, Planner, Unanswered
 from kvar.vllm.refusals import groups_of
-from kvar.vllm.settings import LoadWay, Mode, Settings, SettingsError
+from kvar.vllm.settings import LoadWay, Mode, SaveWay, Settings, SettingsError
 from kvar.vllm.stats import KvarPromMetrics, KvarStats
 from kvar.vllm.worker import Ended, GroupPages, Mover
 
@@ -165,7 +166,9 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
             self._settings = replace(self._settings, mode=Mode.OFF)
             self._groups = Groups.one(vllm_config.cache_config.block_size)
         else:
-            self._groups = groups_of(vllm_config, kv_cache_config, self._settings.load)
+            self._groups = groups_of(
+                vllm_config, kv_cache_config, self._settings.load, self._settings.save
+            )
         self._key = kvar.NamespaceKey.from_file(self._settings.namespace_key_file)
         parallel = vllm_config.parallel_config
         self._ranks: int = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
@@ -181,6 +184,7 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
         )
         self._link = Link.to(self._settings, name)
         self._by_layers = self._settings.load is LoadWay.LAYERS
+        self._saves_by_layers = self._settings.save is SaveWay.LAYERS
         if self._by_layers and self._ranks > 1:
             raise SettingsError(
                 f"kvar: load is layers with {self._ranks} ranks: a rank does not know in time that "
@@ -195,7 +199,8 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
         self._texts: tuple[str, ...] | None = None
         self._is_introduced = False
         self._ended = Ended()
-        self._layer_numbers: dict[str, int] = {}
+        self._layer_places: dict[str, tuple[int, int]] = {}
+        self._saves_begun = False
         self._hooks = HookTimes(role.name.lower())
         self._step_computes = False
         mode = self._settings.mode
@@ -216,6 +221,8 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
             lease_s=self._settings.lease_ms / 1000,
             by_layers=self._by_layers,
             announce=self._event_maker(),
+            begin_lookup=self._begin_lookup,
+            forget_lookup=self._forget_lookup,
         )
         logger.info(
             "kvar: %s of namespace %s at %s, mode %s, key %s",
@@ -291,6 +298,23 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
         if self._finder is None:
             return Unanswered(NOT_NAMED)
         return self._finder.find(chain, tokens, request, lease_s, self._planner.salt)
+
+    def _begin_lookup(
+        self, chain: Sequence[bytes], tokens: int, request: int, lease_s: float
+    ) -> None:
+        if self._finder is not None:
+            self._finder.begin(chain, tokens, request, lease_s, self._planner.salt)
+
+    def _forget_lookup(self, request: int) -> None:
+        if self._finder is not None:
+            self._finder.forget(request)
+
+    def on_new_request(self, request: Request) -> None:
+        """Asks the store about it, so that the answer is there when the scheduler asks."""
+        if self._is_untried or request.skip_reading_prefix_cache:
+            return
+        with self._hooks("on_new_request"):
+            self._planner.arrived(request)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -381,11 +405,9 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
             # Layers that share another layer's KV appear twice; their bytes are stored once.
             layers = list({layer.data_ptr(): layer for layer in caches.values()}.values())
             groups.append(self._group_pages(group, next(iter(caches)), layers))
-            if self._by_layers:
-                places = {layer.data_ptr(): number for number, layer in enumerate(layers)}
-                self._layer_numbers = {
-                    name: places[layer.data_ptr()] for name, layer in caches.items()
-                }
+            places = {layer.data_ptr(): number for number, layer in enumerate(layers)}
+            for name, layer in caches.items():
+                self._layer_places[name] = (group.number, places[layer.data_ptr()])
         from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
         tensor_ranks = self._vllm_config.parallel_config.tensor_parallel_size
@@ -423,11 +445,13 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
                 f"which does not begin with the {blocks} pages; use another attention backend"
             )
         pages = pages_of(layers)
-        if self._by_layers and not isinstance(pages, DirectPages):
-            raise SettingsError(
-                "kvar: load is layers, which works on pages in contiguous host memory; these are "
-                "on a device, or strewn. Set load to async."
-            )
+        ways = {"load": (self._by_layers, "async"), "save": (self._saves_by_layers, "after")}
+        for name_, (is_layered, other) in ways.items():
+            if is_layered and not isinstance(pages, DirectPages):
+                raise SettingsError(
+                    f"kvar: {name_} is layers, which works on pages in contiguous host memory; "
+                    f"these are on a device, or strewn. Set {name_} to {other}."
+                )
         first = layers[0]
         bytes_a_block = first[0].numel() * first.element_size() * len(layers)
         return GroupPages(pages, self._content_text(group, name, first, len(layers)), bytes_a_block)
@@ -468,6 +492,7 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """A step begins, with these orders."""
         self._hooks.step_began()
+        self._saves_begun = False
         super().bind_connector_metadata(connector_metadata)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
@@ -483,10 +508,10 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Loads by layers: waits for this one. Otherwise nothing: requests run once all arrived."""
         if self._by_layers and self._mover is not None:
-            number = self._layer_numbers.get(layer_name)
-            if number is not None:
+            place = self._layer_places.get(layer_name)
+            if place is not None:
                 with self._hooks("wait_for_layer_load"):
-                    self._mover.wait_layer(number)
+                    self._mover.wait_layer(place[1])
 
     def save_kv_layer(
         self,
@@ -495,10 +520,22 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
         attn_metadata: AttentionMetadata,
         **kwargs: Any,
     ) -> None:
-        """Nothing: whole blocks are saved after the step."""
+        """Saves by layers: sends this one. Otherwise whole blocks are saved after the step."""
+        orders = self._step_orders() if self._saves_by_layers else None
+        if self._mover is None or orders is None or not orders.saves:
+            return
+        place = self._layer_places.get(layer_name)
+        if place is None:
+            return
+        with self._hooks("save_kv_layer"):
+            if not self._saves_begun:
+                self._saves_begun = True
+                if orders.failures_heard == self._mover.failures:
+                    self._mover.begin_saves(orders.saves, orders.salt)
+            self._mover.computed(*place)
 
     def wait_for_save(self) -> None:
-        """Starts the saves of this step; waits for none."""
+        """Starts the saves of this step, or commits those under way; waits for none."""
         orders = self._step_orders()
         if self._mover is None or orders is None:
             return
@@ -518,6 +555,9 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose load has ended, well or not."""
         if self._mover is not None:
+            orders = self._step_orders()
+            if orders is not None and not orders.tokens:
+                self._mover.wait()
             with self._hooks("get_finished"):
                 self._ended = self._mover.ended()
         return None, self._ended.loaded or None
@@ -549,8 +589,9 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """Loads by layers need a hook in every layer, which a graph of all layers has not."""
-        return extra_config.get("load") == LoadWay.LAYERS.value
+        """What goes by layers needs a hook in every layer, which a graph of all layers has not."""
+        ways = (LoadWay.LAYERS.value, SaveWay.LAYERS.value)
+        return extra_config.get("load") == ways[0] or extra_config.get("save") == ways[1]
 
     # ---- both ----
 
@@ -585,6 +626,8 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
 
     def shutdown(self) -> None:
         """Lets go of the node; calls under way end by their deadlines."""
+        if self._mover is not None:
+            self._mover.give_up()
         self._link.close()
 
 

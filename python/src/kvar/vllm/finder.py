@@ -6,6 +6,9 @@
 3  which window blocks below n are there?               the longest prefix with all its windows
 ```
 
+The first is asked when a request arrives, so that its answer is there, or nearly, when the engine
+asks about the request (:meth:`Finder.begin`).
+
 Without windows it ends after 1, without full attention it begins with 3 where 2 fails for the whole
 prompt. All of it together keeps to one deadline; no answer in time is no answer.
 """
@@ -15,7 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import kvar
 from kvar.vllm.groups import Group, Groups
@@ -24,6 +27,13 @@ from kvar.vllm.worker import names
 
 LATE = "lookup_deadline"
 
+# An answer that was asked for early is good for this share of what it promises: the rest is for
+# the load to be ordered, or the promise to be renewed.
+BEGUN_SHARE = 0.25
+
+# For so long it is taken as it is; later, if not all was there, the store is asked again.
+FRESH_S = 0.05
+
 
 class Store(Protocol):
     """The part of the link that is asked."""
@@ -31,8 +41,18 @@ class Store(Protocol):
     def lookup(self, ids: Sequence[bytes], deadline_ms: int, request: int = 0) -> int | None:
         """How many leading blocks are there."""
 
-    def lookup_leased(
+    def begin_lookup(
         self, ids: Sequence[bytes], deadline_ms: int, ttl_s: float, request: int = 0
+    ) -> Any:
+        """Begins a leased lookup; what ``lookup_leased`` is given to take its answer, or None."""
+
+    def lookup_leased(
+        self,
+        ids: Sequence[bytes],
+        deadline_ms: int,
+        ttl_s: float,
+        request: int = 0,
+        begun: Any = None,
     ) -> tuple[int, StoreLease | None] | None:
         """As ``lookup``, and they stay."""
 
@@ -72,6 +92,14 @@ class Question:
     ends: float
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """The first question about a prompt, asked before the engine asked about it."""
+
+    question: Question
+    store: Any
+
+
 class _NoAnswer(Exception):
     """A question was not answered."""
 
@@ -97,6 +125,50 @@ class Finder:
         self._slices = slices
         self._deadline_ms = deadline_ms
         self._now = now
+        self._begun: dict[int, _Begun] = {}
+
+    def begin(
+        self, chain: Sequence[bytes], tokens: int, request: int, lease_s: float, salt: str
+    ) -> None:
+        """Asks about a prompt that the engine will ask about soon; waits for nothing."""
+        if not self._groups.whole:
+            return
+        ends = self._now() + self._deadline_ms / 1000
+        asked = Question(chain, tokens, request, lease_s, salt, ends)
+        ids = self._ids(asked, self._whole_blocks(tokens))
+        store = self._store.begin_lookup(ids, self._deadline_ms, lease_s, request)
+        if store is not None:
+            self._begun[request] = _Begun(asked, store)
+
+    def forget(self, request: int) -> None:
+        """Nobody wants the answer to what was begun; what it promised ends by itself."""
+        self._begun.pop(request, None)
+
+    def _begun_of(self, asked: Question) -> tuple[Any, float]:
+        """What was begun of this very question, if it is still good, and how long ago."""
+        begun = self._begun.pop(asked.request, None)
+        if begun is None:
+            return None, 0.0
+        before = begun.question
+        is_same = (before.tokens, before.lease_s, before.salt) == (
+            asked.tokens,
+            asked.lease_s,
+            asked.salt,
+        )
+        age_s = asked.ends - before.ends
+        is_good = is_same and age_s < asked.lease_s * BEGUN_SHARE
+        return (begun.store, age_s) if is_good else (None, 0.0)
+
+    def _whole_blocks(self, tokens: int) -> list[tuple[Group, int]]:
+        """The blocks of the full-attention groups, in the order of their tokens."""
+        blocks = [
+            (group, position)
+            for group in self._groups.whole
+            for position in range(tokens // group.block_tokens)
+        ]
+        # So that the first that is missing ends the prefix.
+        blocks.sort(key=lambda block: (block[1] + 1) * block[0].block_tokens)
+        return blocks
 
     def find(
         self, chain: Sequence[bytes], tokens: int, request: int, lease_s: float, salt: str
@@ -123,15 +195,15 @@ class Finder:
         """The prefix that all full-attention groups have."""
         if not self._groups.whole:
             return asked.tokens
-        blocks = [
-            (group, position)
-            for group in self._groups.whole
-            for position in range(asked.tokens // group.block_tokens)
-        ]
-        # In the order of the tokens, so that the first that is missing ends the prefix.
-        blocks.sort(key=lambda block: (block[1] + 1) * block[0].block_tokens)
+        blocks = self._whole_blocks(asked.tokens)
         ids = self._ids(asked, blocks)
-        present = self._lookup(asked, ids, leases)
+        store, age_s = self._begun_of(asked)
+        present = self._lookup(asked, ids, leases, store)
+        if present < len(ids) and store is not None and age_s > FRESH_S:
+            # More of it may have been stored since.
+            Leases(leases).release()
+            leases.clear()
+            present = self._lookup(asked, ids, leases)
         if present == len(ids):
             return asked.tokens
         group, position = blocks[present // self._slices]
@@ -179,14 +251,20 @@ class Finder:
             if all(answer[number * slices : (number + 1) * slices])
         }
 
-    def _lookup(self, asked: Question, ids: Sequence[bytes], leases: list[StoreLease]) -> int:
+    def _lookup(
+        self,
+        asked: Question,
+        ids: Sequence[bytes],
+        leases: list[StoreLease],
+        begun: Any = None,
+    ) -> int:
         left_ms = self._left_ms(asked)
         if not asked.lease_s:
             found = self._store.lookup(ids, left_ms, asked.request)
             if found is None:
                 raise _NoAnswer(self._store.why_unanswered())
             return found
-        leased = self._store.lookup_leased(ids, left_ms, asked.lease_s, asked.request)
+        leased = self._store.lookup_leased(ids, left_ms, asked.lease_s, asked.request, begun)
         if leased is None:
             raise _NoAnswer(self._store.why_unanswered())
         if leased[1] is not None:

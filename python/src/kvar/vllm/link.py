@@ -21,6 +21,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import kvar
 from kvar.vllm.settings import Mode, Settings
@@ -40,6 +41,14 @@ FAILED = "lookup_failed"
 
 # Asked about to see whether the node answers; ids are hashes, and no hash is all zeros.
 NOBODYS_ID = bytes(32)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A leased lookup that was begun, and when."""
+
+    pending: kvar.PendingLease
+    at: float
 
 
 class QuietLease:
@@ -165,8 +174,32 @@ class Link:
         self._why_unanswered = FAILED if in_time else LATE
         self.failed(error)
 
-    def lookup_leased(
+    def begin_lookup(
         self, ids: Sequence[bytes], deadline_ms: int, ttl_s: float, request: int = 0
+    ) -> Begun | None:
+        """Begins a leased lookup, whose answer :meth:`lookup_leased` takes.
+
+        None: the store is away. A promise that nobody takes ends with its time.
+        """
+        client = self.client()
+        if client is None:
+            return None
+        try:
+            pending = client.submit_lookup_leased(
+                ids, ttl_s=ttl_s, deadline_ms=deadline_ms, request=request
+            )
+        except kvar.KvarError as error:
+            self.failed(error)
+            return None
+        return Begun(pending, time.monotonic())
+
+    def lookup_leased(
+        self,
+        ids: Sequence[bytes],
+        deadline_ms: int,
+        ttl_s: float,
+        request: int = 0,
+        begun: Begun | None = None,
     ) -> tuple[int, QuietLease | None] | None:
         """As :meth:`lookup`, and with a promise that what is there stays.
 
@@ -177,15 +210,20 @@ class Link:
         if client is None:
             self._why_unanswered = AWAY
             return None
-        begun = time.monotonic()
+        began = time.monotonic()
         try:
-            lease = client.lookup_leased(ids, ttl_s=ttl_s, deadline_ms=deadline_ms, request=request)
+            if begun is None:
+                lease = client.lookup_leased(
+                    ids, ttl_s=ttl_s, deadline_ms=deadline_ms, request=request
+                )
+            else:
+                lease = begun.pending.result()
         except kvar.KvarError as error:
-            self._not_answered(error, begun, deadline_ms)
+            self._not_answered(error, begun.at if begun is not None else began, deadline_ms)
             return None
         found = lease.leading
         if lease.reason == "overloaded":
-            left_ms = deadline_ms - int((time.monotonic() - begun) * 1000)
+            left_ms = deadline_ms - int((time.monotonic() - began) * 1000)
             try:
                 if left_ms > 0:
                     found = max(found, client.lookup(ids, deadline_ms=left_ms, request=request))

@@ -56,6 +56,8 @@ COUNTERS: dict[str, Declared] = {
     "save_refused_blocks": Declared("Blocks of saves that were not stored.", ("outcome",)),
     "save_tainted_blocks": Declared("Blocks not saved since a load by layers had failed."),
     "saved_bytes": Declared("Bytes saved."),
+    "save_seconds": Declared("Time from steps' ends until their saves had ended, added up."),
+    "layered_save_blocks": Declared("Blocks of which layers were sent while they were computed."),
     # The choice.
     "recompute_tokens": Declared("Stored tokens that were computed since that was sooner."),
     "explored_requests": Declared("Requests that loaded against the choice, to know."),

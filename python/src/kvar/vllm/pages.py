@@ -21,6 +21,7 @@ Transfers are pushed along by :meth:`Transfer.advance`, called once an engine st
 
 from __future__ import annotations
 
+import contextlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -39,6 +40,11 @@ LANE_BLOCKS = 16
 
 # Lanes in all: while one is copied, another is on the link, for loads and saves at once.
 LANES = 4
+
+
+# Layers are sent when so much of them is computed: waking the thread that sends costs an engine
+# some 10 us, and what is left to be sent at a step's end takes a link a millisecond or two.
+SENT_BYTES_MIN = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,9 @@ class Transfer(Protocol):
     def ended_at(self) -> float:
         """When it ended, by the monotonic clock; asked once it has."""
 
+    def wait(self, at_most_s: float) -> None:
+        """Returns when it may be pushed along again, or by then: for who has nothing else to do."""
+
 
 class LayeredTransfer(Protocol):
     """A load by layers under way."""
@@ -75,6 +84,19 @@ class LayeredTransfer(Protocol):
 
     def seconds(self) -> float:
         """How long it took, once it is finished."""
+
+
+class LayeredSave(Protocol):
+    """A save by layers under way; let go of without a commit, nothing of it becomes visible."""
+
+    def computed(self, layer: int) -> None:
+        """One layer of all blocks is filled. In any order, and more than once."""
+
+    def commit(self, deadline_ms: int) -> Transfer:
+        """All layers are filled: the blocks become visible."""
+
+    def abort(self) -> None:
+        """Gives it up."""
 
 
 class Pages(Protocol):
@@ -120,6 +142,62 @@ class _Layered:
         return self._get.seconds or 0.0
 
 
+class _LayeredSave:
+    """A save by layers that is one call of the client, which takes layers in their order."""
+
+    def __init__(self, put: kvar.LayerPut, layer_bytes: int) -> None:
+        self._put = put
+        self._at_a_time = max(SENT_BYTES_MIN // max(layer_bytes, 1), 1)
+        self._filled: set[int] = set()
+        self._ready = 0
+        self._sent = 0
+
+    def computed(self, layer: int) -> None:
+        self._filled.add(layer)
+        while self._ready in self._filled:
+            self._ready += 1
+        if self._ready - self._sent >= self._at_a_time:
+            self._sent = self._ready
+            self._put.filled(self._sent)
+
+    def commit(self, deadline_ms: int) -> Transfer:
+        # A layer that the engine did not speak of was computed all the same.
+        self._put.filled(self._put.sections)
+        return _Pending(self._put.commit(deadline_ms=deadline_ms))
+
+    def abort(self) -> None:
+        self._put.abort()
+
+
+class Together:
+    """Transfers of one order, one behind the other in its blocks."""
+
+    def __init__(self, transfers: Sequence[Transfer]) -> None:
+        self._transfers = transfers
+        self._words: list[list[str] | None] = [None] * len(transfers)
+
+    def advance(self) -> list[str] | None:
+        """Pushes all of them along; when all have ended, for each block its outcome."""
+        for number, transfer in enumerate(self._transfers):
+            if self._words[number] is None:
+                self._words[number] = transfer.advance()
+        words = [its for its in self._words if its is not None]
+        if len(words) < len(self._words):
+            return None
+        return [word for its in words for word in its]
+
+    def ended_at(self) -> float:
+        """When the last of them ended."""
+        return max(transfer.ended_at() for transfer in self._transfers)
+
+    def wait(self, at_most_s: float) -> None:
+        """Waits for the first that has not ended."""
+        for words, transfer in zip(self._words, self._transfers, strict=True):
+            if words is None:
+                transfer.wait(at_most_s)
+                return
+
+
 def _as_bytes(layer: torch.Tensor) -> torch.Tensor:
     import torch
 
@@ -148,6 +226,15 @@ class _Pending:
 
     def ended_at(self) -> float:
         return time.monotonic() if self._ended_at is None else self._ended_at
+
+    def wait(self, at_most_s: float) -> None:
+        wait_for(self._pending, at_most_s)
+
+
+def wait_for(pending: kvar.Pending[Any], at_most_s: float) -> None:
+    """Waits for a call to end, at most so long."""
+    with contextlib.suppress(TimeoutError):
+        pending.result(at_most_s)
 
 
 class DirectPages:
@@ -196,6 +283,19 @@ class DirectPages:
             hints=hints,
         )
         return _Pending(pending)
+
+    def save_layers(self, batch: Batch, hints: kvar.PutHints) -> LayeredSave:
+        """Announces blocks whose layers are being computed; ``deadline_ms`` is for all of it."""
+        put = batch.client.submit_put_layers(
+            batch.ids,
+            self._layers,
+            batch.blocks,
+            self._page_bytes,
+            deadline_ms=batch.deadline_ms,
+            depth=batch.depth,
+            hints=hints,
+        )
+        return _LayeredSave(put, self._page_bytes * len(batch.blocks))
 
 
 class StagedPages:
@@ -321,6 +421,13 @@ class _Staged(ABC):
     def ended_at(self) -> float:
         """Now: a piece ends when it is pushed."""
         return time.monotonic()
+
+    def wait(self, at_most_s: float) -> None:
+        """Waits for the first piece that is on the link."""
+        for piece in self._pieces:
+            if piece.pending is not None:
+                wait_for(piece.pending, at_most_s)
+                return
 
     @abstractmethod
     def begin(self, piece: _Piece) -> None:

@@ -157,6 +157,7 @@ class Planner:
     or why the store cannot say right now; it is given the prompt's number, and for how many seconds
     what it finds is to stay (0: not at all). ``hold`` and ``release`` keep pages from being reused.
     ``loads`` and ``saves`` are what this engine may do at all, ``mode`` what it is to do now.
+    ``begin_lookup`` begins that without waiting, ``forget_lookup`` says that nobody will ask.
     ``announce`` makes of blocks of a request what others are told once they are stored.
     """
 
@@ -177,6 +178,8 @@ class Planner:
         by_layers: bool = False,
         announce: Callable[[EngineRequest, Group, int, int], object] | None = None,
         mode: Callable[[], Mode] = lambda: Mode.LOAD,
+        begin_lookup: Callable[[Sequence[bytes], int, int, float], object] | None = None,
+        forget_lookup: Callable[[int], object] | None = None,
         now: Callable[[], float] = time.monotonic,
         numbers: Callable[[], int] = time.time_ns,
     ) -> None:
@@ -198,6 +201,8 @@ class Planner:
         self._by_layers = by_layers
         self._announce = announce
         self._announced: list[object] = []
+        self._begin_lookup = begin_lookup
+        self._forget_lookup = forget_lookup
         self._now = now
         self._numbers = numbers
         self._tracked: dict[str, Tracked] = {}
@@ -222,6 +227,14 @@ class Planner:
     @property
     def _saves(self) -> bool:
         return self._may_save and self._mode().saves
+
+    def arrived(self, request: EngineRequest) -> None:
+        """A request that the engine will ask about: the store is asked meanwhile."""
+        usable = self._usable_tokens(request)
+        if self._begin_lookup is None or not self._loads or usable <= 0 or not self._lease_s:
+            return
+        chain = request.block_hashes[: usable // self._groups.hash_tokens]
+        self._begin_lookup(chain, usable, self._track(request).number, self._lease_s)
 
     def matched(self, request: EngineRequest, computed_tokens: int) -> int:
         """Tokens beyond ``computed_tokens`` that can be loaded. Asked once or many times."""
@@ -559,6 +572,8 @@ class Planner:
         if tracked is not None:
             self._let_go(tracked)
             self._unqueue(tracked)
+            if self._forget_lookup is not None:
+                self._forget_lookup(tracked.number)
         # Pages of a load that is still under way hold nothing worth keeping.
         if tracked is not None and tracked.loading is None:
             self._save(tracked, request.num_computed_tokens, lambda: block_ids)

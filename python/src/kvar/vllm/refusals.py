@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from kvar.vllm.groups import Group, Groups
-from kvar.vllm.settings import LoadWay, SettingsError
+from kvar.vllm.settings import LoadWay, SaveWay, SettingsError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -36,7 +36,10 @@ WITH_RULES_OF_THEIR_OWN = (
 
 
 def groups_of(
-    vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, load: LoadWay = LoadWay.ASYNC
+    vllm_config: VllmConfig,
+    kv_cache_config: KVCacheConfig,
+    load: LoadWay = LoadWay.ASYNC,
+    save: SaveWay = SaveWay.AFTER,
 ) -> Groups:
     """The groups of layers of this engine.
 
@@ -60,6 +63,8 @@ def groups_of(
             "kvar: context parallelism spreads one block over ranks by token, which this "
             "connector does not store. Set the context-parallel sizes to 1."
         )
+    if save is SaveWay.LAYERS:
+        _refuse_save_by_layers(vllm_config)
     engines = kv_cache_config.kv_cache_groups
     if len(engines) > 1 and any(group.is_eagle_group for group in engines):
         raise SettingsError(
@@ -94,6 +99,21 @@ def groups_of(
             "--disable-hybrid-kv-cache-manager."
         )
     return found
+
+
+def _refuse_save_by_layers(vllm_config: VllmConfig) -> None:
+    """A layer must be computed for all of the step's tokens when its hook is called."""
+    if vllm_config.speculative_config is not None:
+        raise SettingsError(
+            "kvar: save is layers, and a draft model's layers are computed several times a step. "
+            "Set save to after, or start vLLM without speculative decoding."
+        )
+    if vllm_config.parallel_config.use_ubatching:
+        raise SettingsError(
+            "kvar: save is layers, and the step is computed in several batches, each of which "
+            "calls a layer's hook. Set save to after, or start vLLM without --enable-dbo and "
+            "--ubatch-size."
+        )
 
 
 def window_of(spec: KVCacheSpec) -> int | None:

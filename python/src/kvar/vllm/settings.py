@@ -17,6 +17,8 @@
 | handover           | false   | another engine reads what this one saves once, soon          |
 | load               | async   | async, or layers: each layer is waited for when it is used,  |
 |                    |         | see :class:`LoadWay`                                         |
+| save               | after   | after: once the step is over; layers: each layer as it is    |
+|                    |         | computed, see :class:`SaveWay`                               |
 | any_version        | false   | run under a vLLM that this was not tried with, too           |
 
 An unknown key is an error: a misspelt one would otherwise be a silent default.
@@ -100,6 +102,17 @@ class LoadWay(enum.Enum):
     (no tensor or pipeline parallelism), pages in host memory."""
 
 
+class SaveWay(enum.Enum):
+    """When what was computed is sent."""
+
+    AFTER = "after"
+    """As whole blocks, once the step is over: nothing is done for it while the engine computes."""
+    LAYERS = "layers"
+    """Each layer of the step's full blocks while the next ones are computed, so that a block is
+    there soon after its step; visible all at once, or never. What there is no room for goes after
+    the step. Pages in host memory."""
+
+
 class SettingsError(kvar.ConfigError):
     """The connector cannot start like this; the message names the setting and what to write."""
 
@@ -119,6 +132,7 @@ class Settings:
     traffic_class: int = 0
     handover: bool = False
     load: LoadWay = LoadWay.ASYNC
+    save: SaveWay = SaveWay.AFTER
     any_version: bool = False
 
     @classmethod
@@ -145,6 +159,7 @@ class Settings:
             traffic_class=_traffic_class(extra),
             handover=_flag(extra, "handover"),
             load=_one_of(LoadWay, extra, "load", LoadWay.ASYNC),
+            save=_one_of(SaveWay, extra, "save", SaveWay.AFTER),
             any_version=_flag(extra, "any_version"),
         )
 

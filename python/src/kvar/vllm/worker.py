@@ -1,17 +1,26 @@
 """The worker's half: moves pages as ordered, in the background, and says how it ended.
 
 What must always be true:
-* nothing here waits; every call is a look at what the client's threads have done meanwhile;
+* nothing here waits while the engine has something to compute; every call is a look at what the
+  client's threads have done meanwhile;
 * every order gets its answer, also when the store is away or a call raises: a load's request is
   reported as received (with its bad pages), a save's job is reported, or the engine would wait
   for ever;
 * a page is reported as loaded only if the client verified its bytes;
-* what was computed on pages that a load by layers failed to fill is never saved.
+* what was computed on pages that a load by layers failed to fill is never saved;
+* of a save by layers nothing is visible before its step is over, and then all of a block or none.
 
 A load by layers is part of its step: it starts before the forward pass, each layer is waited for
 when it is computed (the only place where something here waits, up to the load's deadline), and the
 step knows at its end what did not come. Whatever was computed meanwhile may be wrong. So the saves
 of that step, and those that the scheduler ordered before it heard of the failure, are turned down.
+
+A save by layers begins with its step's first layer and is committed, or given up, at its end:
+
+```text
+   layer 0 computed ─> announced, layer 0 sent ─ layer 1 sent ─ ... ─ step over ─> commit
+                       └ as many blocks as may be announced at a time; the others: ─> saved whole
+```
 """
 
 from __future__ import annotations
@@ -19,7 +28,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import kvar
 from kvar.vllm.link import Link
@@ -32,7 +41,15 @@ from kvar.vllm.orders import (
     SaveOrder,
     SaveReport,
 )
-from kvar.vllm.pages import Batch, DirectPages, LayeredTransfer, Pages, Transfer
+from kvar.vllm.pages import (
+    Batch,
+    DirectPages,
+    LayeredSave,
+    LayeredTransfer,
+    Pages,
+    Together,
+    Transfer,
+)
 
 logger = logging.getLogger("vllm.kvar")
 
@@ -41,6 +58,15 @@ STORED = ("stored", "exists", "in_progress")
 
 # Said by the client when the node is: gone, or mute.
 AWAY = ("unreachable", "deadline")
+
+# What a step may take while blocks of it are announced. An engine that hangs is no reason to hold a
+# store's memory for longer.
+STEP_MS_MAX = 60_000
+
+# In a step that computes nothing the engine only asks what has ended, hundreds of times a second in
+# several processes, which takes cores from those who move the bytes. So such a step waits here
+# instead; a request that comes meanwhile waits at most so long for its turn.
+IDLE_WAIT_S = 0.002
 
 # What becomes of a load that was not even begun.
 STORE_AWAY = "store_away"
@@ -65,6 +91,16 @@ class _LayeredLoad:
 class _Save:
     order: SaveOrder
     transfer: Transfer
+    step_ended: float
+
+
+@dataclass
+class _Begun:
+    """A save by layers whose step is not over: of its order's blocks the first ``blocks``."""
+
+    group: int
+    blocks: int
+    save: LayeredSave
 
 
 @dataclass
@@ -122,6 +158,7 @@ class Mover:
         self._handover = handover
         self._loads: list[_Load] = []
         self._saves: list[_Save] = []
+        self._begun: dict[int, _Begun] = {}
         self._layered: list[_LayeredLoad] = []
         self._failed_at_start: list[LoadOrder] = []
         self._orders_left: dict[str, int] = {}
@@ -208,36 +245,97 @@ class Mover:
         self.failures += failed
         ended.layers = LayersReport(frozenset(loaded), self.failures)
 
+    def begin_saves(self, orders: Sequence[SaveOrder], salt: str) -> None:
+        """The step computes these: as many as there is room for go layer by layer.
+
+        Each of them is ended by :meth:`start_save` or :meth:`refuse_save`, as all orders are.
+        """
+        client = self._link.client()
+        if client is None or not self._saves_here:
+            return
+        self.give_up()
+        try:
+            room = client.announced_bytes_max or 0
+            for order in orders:
+                group = self._groups[order.group]
+                blocks = min(len(order.block_ids), room // group.bytes_a_block)
+                if blocks and isinstance(group.pages, DirectPages):
+                    batch = self._batch(client, _first(order, blocks), salt, STEP_MS_MAX)
+                    save = group.pages.save_layers(batch, self._hints(order))
+                    self._begun[order.job] = _Begun(order.group, blocks, save)
+                    room -= blocks * group.bytes_a_block
+        except kvar.KvarError as error:
+            self._link.failed(error)
+
+    def give_up(self) -> None:
+        """Ends saves by layers whose step was not ended; nothing of them becomes visible."""
+        for begun in self._begun.values():
+            begun.save.abort()
+        self._begun.clear()
+
+    def computed(self, group: int, layer: int) -> None:
+        """A layer of a group is computed: saves by layers send it."""
+        for begun in self._begun.values():
+            if begun.group == group:
+                begun.save.computed(layer)
+
     def refuse_save(self, order: SaveOrder) -> None:
         """Turns a save down: its pages may not be what they should."""
+        begun = self._begun.pop(order.job, None)
+        if begun is not None:
+            begun.save.abort()
         self.counters.add("save_tainted_blocks", len(order.block_ids))
         self._ended.reports[order.job] = SaveReport(1, 0, len(order.block_ids))
 
     def start_save(self, order: SaveOrder, salt: str) -> None:
-        """Starts one save; its end is in a later :meth:`ended`."""
+        """Starts one save, or what is left of one by layers; its end is in a later :meth:`ended`.
+
+        Called when the step is over that computed it.
+        """
         if not self._saves_here:
             self._ended.reports[order.job] = SaveReport(1, 0, 0)
             return
+        transfers: list[Transfer] = []
+        begun = self._begun.pop(order.job, None)
+        done = 0
+        if begun is not None:
+            done = begun.blocks
+            self.counters.add("layered_save_blocks", done)
+            transfers.append(begun.save.commit(self._deadline_ms))
+        if done < len(order.block_ids):
+            transfers.append(self._save_whole(_rest(order, done), salt))
+        transfer = transfers[0] if len(transfers) == 1 else Together(transfers)
+        self._saves.append(_Save(order, transfer, time.monotonic()))
+
+    def _save_whole(self, order: SaveOrder, salt: str) -> Transfer:
         client = self._link.client()
         if client is not None:
             try:
-                hints = kvar.PutHints(
-                    request=order.request,
-                    traffic_class=self._traffic_class,
-                    handover=self._handover,
-                )
                 pages = self._groups[order.group].pages
-                transfer = pages.save(self._batch(client, order, salt), hints)
-                self._saves.append(_Save(order, transfer))
-                return
+                return pages.save(self._batch(client, order, salt), self._hints(order))
             except kvar.KvarError as error:
                 self._link.failed(error)
-        self._ended.reports[order.job] = SaveReport(1, 0, len(order.block_ids))
+        return _Over([STORE_AWAY] * len(order.block_ids))
 
-    def _batch(self, client: kvar.Client, order: LoadOrder | SaveOrder, salt: str) -> Batch:
+    def _hints(self, order: SaveOrder) -> kvar.PutHints:
+        return kvar.PutHints(
+            request=order.request, traffic_class=self._traffic_class, handover=self._handover
+        )
+
+    def _batch(
+        self, client: kvar.Client, order: LoadOrder | SaveOrder, salt: str, more_ms: int = 0
+    ) -> Batch:
         text = self._groups[order.group].text
         ids = names(self._key, order.hashes, text, salt, self._head_slice, order.group)
-        return Batch(client, ids, order.block_ids, self._deadline_ms, order.depth)
+        within_ms = self._deadline_ms + more_ms
+        return Batch(client, ids, order.block_ids, within_ms, order.depth)
+
+    def wait(self) -> None:
+        """The step computes nothing: waits a little for what it is there to look after."""
+        for under_way in (self._loads, self._saves):
+            if under_way:
+                under_way[0].transfer.wait(IDLE_WAIT_S)
+                return
 
     def ended(self) -> Ended:
         """Pushes everything along and hands over what has ended since the last call."""
@@ -266,6 +364,8 @@ class Mover:
             self._ended.reports[save.order.job] = SaveReport(1, stored, len(words) - stored)
             bytes_a_block = self._groups[save.order.group].bytes_a_block
             self.counters.add("saved_bytes", stored * bytes_a_block)
+            seconds = save.transfer.ended_at() - save.step_ended
+            self.counters.add("save_seconds", max(seconds, 0.0))
         ended, self._ended = self._ended, Ended()
         ended.layers.failures = self.failures
         return ended
@@ -304,7 +404,41 @@ class Mover:
     @property
     def idle(self) -> bool:
         """Whether nothing is under way."""
-        return not self._loads and not self._saves and not self._layered
+        return not (self._loads or self._saves or self._layered or self._begun)
+
+
+class _Over:
+    """A transfer that could not begin."""
+
+    def __init__(self, words: list[str]) -> None:
+        self._words = words
+        self._at = time.monotonic()
+
+    def advance(self) -> list[str] | None:
+        return self._words
+
+    def ended_at(self) -> float:
+        return self._at
+
+    def wait(self, at_most_s: float) -> None:
+        pass
+
+
+def _first(order: SaveOrder, blocks: int) -> SaveOrder:
+    """An order's first blocks."""
+    return replace(order, hashes=order.hashes[:blocks], block_ids=order.block_ids[:blocks])
+
+
+def _rest(order: SaveOrder, blocks: int) -> SaveOrder:
+    """What is left of an order behind its first blocks."""
+    if not blocks:
+        return order
+    return replace(
+        order,
+        hashes=order.hashes[blocks:],
+        block_ids=order.block_ids[blocks:],
+        depth=order.depth + blocks,
+    )
 
 
 def names(
