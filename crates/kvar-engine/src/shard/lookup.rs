@@ -105,12 +105,12 @@ impl Shard {
     ) -> u64 {
         let resident = self.dram.get(id);
         let is_awaited = resident.is_some_and(|resident| resident.state == State::Awaited);
-        let resident = resident.map(|resident| resident.class);
-        let before = resident.or(found.map(|(_, entry)| entry.class()));
+        let resident = resident.map(|resident| (resident.class, resident.hints.tenant));
+        let before = resident.or(found.map(|(_, entry)| (entry.class(), entry.tenant)));
         if is_awaited {
             self.touch_awaited(id, touch);
-        } else if let Some(before) = before {
-            let class = self.used(id, before, blocks);
+        } else if let Some((before, tenant)) = before {
+            let class = self.used(id, tenant, before, blocks);
             if let Some((at, _)) = found {
                 self.index.touch(at, self.keep.stamp(), class);
             }
