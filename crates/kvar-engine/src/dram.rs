@@ -326,7 +326,7 @@ impl Dram {
                 .furthest(candidates, |tenant| self.held_by(tenant)),
         }?;
         let held = &self.orders.get(tenant.index())?.held;
-        held.least(keep.reuse(), keep.demand_bytes())
+        held.least(keep.reuse().of(tenant), keep.demand_bytes())
     }
 
     /// The Held residents of a tenant's prompt, deepest first.
@@ -429,9 +429,9 @@ impl Dram {
     }
 
     fn evict_of(&mut self, tenant: Tenant, keep: &Keep) -> Option<Gone> {
-        let (reuse, now) = (keep.reuse(), keep.demand_bytes());
+        let (voice, now) = (keep.reuse().of(tenant), keep.demand_bytes());
         let orders = self.orders.get(tenant.index())?;
-        let least = |order: &WorthOrder<BlockId>| order.least(reuse, now).map(|least| least.key);
+        let least = |order: &WorthOrder<BlockId>| order.least(voice, now).map(|least| least.key);
         let spent = orders.spent.first().map(|(_, id)| *id);
         let id = spent
             .or_else(|| least(&orders.leaving))

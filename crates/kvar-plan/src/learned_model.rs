@@ -199,9 +199,12 @@ impl LearnedModel {
         let before = *self.block(number);
         let length = u32::try_from(length).unwrap_or(u32::MAX);
         let class = if before.is_here() {
-            self.keep.used(u64::from(number), before.class, length)
+            let tenant = self.tenant(number);
+            self.keep
+                .used(u64::from(number), tenant, before.class, length)
         } else {
             let said = Said {
+                tenant: self.tenant(number),
                 kind: self.kind,
                 ..Said::default()
             };
@@ -228,6 +231,7 @@ impl LearnedModel {
     fn asking(&self, number: u32) -> Asking {
         let block = self.block(number);
         Asking {
+            tenant: self.tenant(number),
             class: block.class,
             age: self.keep.demand_bytes() - block.used_at,
             depth: block.depth,
@@ -265,13 +269,13 @@ impl LearnedModel {
             let Some(tenant) = self.leaves(asking) else {
                 return;
             };
-            let (reuse, now) = (self.keep.reuse(), self.keep.demand_bytes());
+            let (voice, now) = (self.keep.reuse().of(tenant), self.keep.demand_bytes());
             let orders = &mut self.orders[tenant.index()];
-            if let Some(copy) = orders.copies.pop_least(reuse, now) {
+            if let Some(copy) = orders.copies.pop_least(voice, now) {
                 self.set_in_dram(copy.key, false);
                 continue;
             }
-            let Some(least) = orders.unwritten.pop_least(reuse, now) else {
+            let Some(least) = orders.unwritten.pop_least(voice, now) else {
                 return;
             };
             self.set_in_dram(least.key, false);

@@ -29,6 +29,7 @@ use crate::cost::{Cost, CostScale};
 use crate::flash::{Asking, FlashKeeper};
 use crate::ghost::GhostList;
 use crate::reuse::ReuseModel;
+use crate::share::Tenant;
 
 /// Ticks of a stamp in one capacity: the model's own resolution at half of that age, and a byte
 /// reaches eight capacities. With 16, blocks that are used all the time look idle at each tick.
@@ -39,8 +40,9 @@ const AGE_TICKS_MAX: u8 = 176;
 /// Within so many ticks every stamp must have been looked at once.
 pub const SWEEP_TICKS: u8 = 64;
 /// What the sample of the reuse model takes: an open interval and its places in the order, for
-/// each of [`SAMPLE_MAX`](crate::SAMPLE_MAX) ids, in tables that are half full.
-const LEARNED_BYTES_MAX: u64 = 12 << 20;
+/// each of [`SAMPLE_MAX`](crate::SAMPLE_MAX) ids, in tables that are half full; and 180 KiB of counts and
+/// curves a tenant.
+const LEARNED_BYTES_MAX: u64 = 18 << 20;
 const _: () = assert!(AGE_TICKS_MAX as u16 + SWEEP_TICKS as u16 + 1 < 256);
 
 /// What a store is.
@@ -59,6 +61,8 @@ pub struct StoreShape {
 /// What a writer said of a block that it put; by default nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Said {
+    /// Whose it is.
+    pub tenant: Tenant,
     /// What kind of traffic it is of.
     pub kind: Kind,
     /// What computing it again costs, in microseconds; 0: not said.
@@ -118,12 +122,18 @@ impl Keep {
 
     /// A block that the store holds was used, by a request of so many blocks: its class from now
     /// on. `before` is what the store knows of it.
-    pub fn used(&mut self, id: u64, before: BlockClass, request_blocks: u32) -> BlockClass {
+    pub fn used(
+        &mut self,
+        id: u64,
+        tenant: Tenant,
+        before: BlockClass,
+        request_blocks: u32,
+    ) -> BlockClass {
         let uses = before.uses().saturating_add(1);
         let class = BlockClass::new(uses, request_blocks)
             .of_kind(before.kind())
             .at_cost(before.cost());
-        self.reuse.observe(id, class, self.demand_bytes);
+        self.reuse.observe(id, tenant, class, self.demand_bytes);
         class
     }
 
@@ -135,7 +145,8 @@ impl Keep {
         let class = BlockClass::new(uses, request_blocks)
             .of_kind(said.kind)
             .at_cost(self.cost(said.recompute_us, said.bytes));
-        self.reuse.observe(id, class, self.demand_bytes);
+        self.reuse
+            .observe(id, said.tenant, class, self.demand_bytes);
         class
     }
 
@@ -158,8 +169,8 @@ impl Keep {
     }
 
     /// A block of this class came from another store: what is learned of it begins here.
-    pub fn taken_over(&mut self, id: u64, class: BlockClass) {
-        self.reuse.restart(id, class, self.demand_bytes);
+    pub fn taken_over(&mut self, id: u64, tenant: Tenant, class: BlockClass) {
+        self.reuse.restart(id, tenant, class, self.demand_bytes);
     }
 
     /// A block that this store does not hold was asked for, and another one may have it: a store
@@ -258,7 +269,7 @@ mod tests {
         let nothing = Said::default();
         let first = keep.arrived(7, &nothing, 4);
         assert_eq!(first.uses(), 0);
-        let again = keep.used(7, first, 8);
+        let again = keep.used(7, Tenant::DEFAULT, first, 8);
         assert_eq!((again.uses(), again.length()), (1, 3));
         keep.let_go(7, again);
         assert_eq!(keep.arrived(7, &nothing, 1).uses(), 2);
@@ -270,6 +281,7 @@ mod tests {
     fn what_its_writer_said_stays_with_a_block() {
         let mut keep = keep();
         let said = |kind, recompute_us| Said {
+            tenant: Tenant::DEFAULT,
             kind: Kind::of(kind),
             recompute_us,
             bytes: 100,
@@ -277,7 +289,7 @@ mod tests {
         keep.arrived(1, &said(2, 50), 4);
         let dear = keep.arrived(2, &said(2, 500), 4);
         assert_eq!((dear.kind(), dear.cost().weight()), (Kind::of(2), 2.0));
-        let later = keep.used(2, dear, 9);
+        let later = keep.used(2, Tenant::DEFAULT, dear, 9);
         assert_eq!((later.kind(), later.cost()), (dear.kind(), dear.cost()));
         assert_eq!((later.uses(), later.length()), (1, 3));
     }

@@ -54,6 +54,6 @@ pub use reclaim::{
     BlockFacts, DropAll, FREQUENCY_MAX, KEEP_AGE_MAX, KEPT_SHARE_MAX, RecentlyUsed, ReclaimPolicy,
     SegmentFacts, Verdict,
 };
-pub use reuse::{ReuseModel, SAMPLE_MAX};
+pub use reuse::{ReuseModel, SAMPLE_MAX, Voice};
 pub use share::{Division, Holdings, Losses, Shares, TENANTS, Tenant, TenantSet, WEIGHT_MAX};
 pub use worth::{Candidate, WorthOrder};

@@ -11,11 +11,19 @@
 //! ```
 //!
 //! From these chances follow the two figures that all decisions rest on:
-//! * [`ReuseModel::worth`], for a tier that lets go of blocks one by one: the most uses for the
+//! * [`Voice::worth`], for a tier that lets go of blocks one by one: the most uses for the
 //!   room and time it takes, over all horizons (the index of a renewal process);
-//! * [`ReuseModel::chance`], for a place that is taken for a fixed time: will it be used in it?
+//! * [`Voice::chance`], for a place that is taken for a fixed time: will it be used in it?
 //!
-//! What must always be true: an interval counts whether or not the block was kept meanwhile, so
+//! Several tenants are learned apart, in one clock and one sample: a flood of one-time blocks would
+//! teach otherwise that nobody's new blocks return.
+//!
+//! ```text
+//!   tenant, kind, uses, length  <- all tenants, kind, uses, length  <- other kinds  <- all  <- prior
+//!                                  each speaks with the voice to its right where it has few intervals
+//! ```
+//!
+//! What must always be true: with one tenant it is as if there were none; an interval counts whether or not the block was kept meanwhile, so
 //! what is learned does not depend on what is decided; a habit with few intervals speaks with the
 //! voice of the same habit of other kinds, and that, where it has few, with the voice of all (so
 //! where nobody names a kind, none of this changes a figure); before any was seen a block is worth
@@ -26,6 +34,7 @@
 //! Time is the bytes that were asked for or put so far: the same at any speed of replay.
 
 use crate::class::{BlockClass, HABITS, HABITS_OF_KIND, KINDS, LENGTHS};
+use crate::share::{TENANTS, Tenant};
 use kvar_base::FastMap;
 use std::collections::VecDeque;
 
@@ -57,11 +66,73 @@ const RECOMPUTE_USES_MIN: u32 = 64;
 const PRIOR_INTERVALS: f64 = 32.0;
 /// The prior: of what lives to an age, this share comes back before the age has doubled, or so.
 const PRIOR_SHARE: f64 = 0.5;
+/// Nothing is ever certain to end.
+const ENDS_MAX: f64 = 0.999;
 
 #[derive(Clone, Copy, Debug)]
 struct Open {
     since: u64,
     class: BlockClass,
+    tenant: Tenant,
+}
+
+/// Intervals that are over, by habit: in which bucket they ended, or never.
+#[derive(Clone, Debug)]
+struct Ended {
+    in_bucket: Vec<[f64; BUCKETS]>,
+    never: [f64; HABITS],
+}
+
+impl Ended {
+    fn none() -> Self {
+        Self {
+            in_bucket: vec![[0.0; BUCKETS]; HABITS],
+            never: [0.0; HABITS],
+        }
+    }
+
+    fn add(&mut self, other: &Self) {
+        for (sum, counts) in self.in_bucket.iter_mut().zip(&other.in_bucket) {
+            sum.iter_mut()
+                .zip(counts)
+                .for_each(|(sum, one)| *sum += one);
+        }
+        self.never
+            .iter_mut()
+            .zip(&other.never)
+            .for_each(|(sum, one)| *sum += one);
+    }
+
+    fn fade(&mut self, by: f64) {
+        self.in_bucket
+            .iter_mut()
+            .flatten()
+            .for_each(|count| *count *= by);
+        self.never.iter_mut().for_each(|count| *count *= by);
+    }
+
+    /// What lived to each bucket: ended in it or later, never, or is open and as old; one that is in
+    /// the bucket now has lived through half of it.
+    fn lived(&self, open: &[[f64; BUCKETS]]) -> Vec<[f64; BUCKETS]> {
+        let mut lived = vec![[0.0; BUCKETS]; HABITS];
+        for (habit, lived) in lived.iter_mut().enumerate() {
+            let mut later = self.never[habit];
+            for bucket in (0..BUCKETS).rev() {
+                later += self.in_bucket[habit][bucket] + open[habit][bucket] / 2.0;
+                lived[bucket] = later;
+                later += open[habit][bucket] / 2.0;
+            }
+        }
+        lived
+    }
+}
+
+/// What is known of one tenant.
+#[derive(Clone, Debug)]
+struct Learned {
+    ended: Ended,
+    /// Empty where it speaks with the voice of all.
+    curves: Vec<Curve>,
 }
 
 /// Chances and what follows from them, of one habit.
@@ -85,13 +156,46 @@ pub struct ReuseModel {
     order: VecDeque<(u64, u64)>,
     /// An id is sampled if its hash has so many zeros at the end.
     sample_zeros: u32,
-    ended: Vec<[f64; BUCKETS]>,
-    never: [f64; HABITS],
+    /// By tenant, as far as one was seen.
+    tenants: [Option<Box<Learned>>; TENANTS],
     /// Whether any use was of this kind.
     is_kind_seen: [bool; KINDS],
     computed_at: u64,
     uses_since: u32,
+    /// Of all tenants.
     curves: Vec<Curve>,
+}
+
+/// What is learned, as it is for one tenant's blocks.
+#[derive(Clone, Copy, Debug)]
+pub struct Voice<'a> {
+    model: &'a ReuseModel,
+    curves: &'a [Curve],
+}
+
+impl Voice<'_> {
+    /// Uses to come for each capacity's worth of bytes and time that are spent on waiting for
+    /// them, at the best horizon, of a block last used `age` bytes ago; each counts as often as
+    /// its [`Cost`](crate::Cost) says.
+    #[must_use]
+    pub fn worth(self, class: BlockClass, age: u64) -> f64 {
+        self.curves[class.habit()].worth[self.model.bucket(age)] * class.cost().weight()
+    }
+
+    /// The chance that a block last used `age` bytes ago is used within `span` bytes more.
+    #[must_use]
+    pub fn chance(self, class: BlockClass, age: u64, span: u64) -> f64 {
+        let lives_now = self.lives(class, age);
+        let lives_then = self.lives(class, age.saturating_add(span));
+        (1.0 - lives_then / lives_now.max(f64::MIN_POSITIVE)).clamp(0.0, 1.0)
+    }
+
+    fn lives(self, class: BlockClass, age: u64) -> f64 {
+        let bucket = self.model.bucket(age);
+        let curve = &self.curves[class.habit()];
+        let part = (age as f64 - self.model.begin(bucket)) / self.model.width(bucket);
+        curve.lives[bucket] * (1.0 - curve.ends[bucket] * part.clamp(0.0, 1.0))
+    }
 }
 
 impl ReuseModel {
@@ -114,8 +218,7 @@ impl ReuseModel {
             open: FastMap::default(),
             order: VecDeque::new(),
             sample_zeros: 0,
-            ended: vec![[0.0; BUCKETS]; HABITS],
-            never: [0.0; HABITS],
+            tenants: std::array::from_fn(|_| None),
             // What nobody named a kind for is asked about in any case.
             is_kind_seen: std::array::from_fn(|kind| kind == 0),
             computed_at: 0,
@@ -126,19 +229,18 @@ impl ReuseModel {
         model
     }
 
-    /// A block was used. `id` is any number that is the same for the same block only; `now` is
-    /// bytes used so far and never falls.
+    /// A tenant's block was used. `id` is any number that is the same for the same block only; `now`
+    /// is bytes used so far and never falls.
     ///
     /// Cost: mostly nothing (the id is not sampled); seldom a hash lookup; 16 times in a capacity
     /// a pass over the sample.
-    pub fn observe(&mut self, id: u64, class: BlockClass, now: u64) {
+    pub fn observe(&mut self, id: u64, tenant: Tenant, class: BlockClass, now: u64) {
         self.see_kind(class);
         let id = mix(id);
         if id.trailing_zeros() >= self.sample_zeros {
-            let before = self.open.insert(id, Open { since: now, class });
+            let before = self.open(id, tenant, class, now);
             if let Some(before) = before {
-                let bucket = self.bucket(now.saturating_sub(before.since));
-                self.ended[before.class.habit()][bucket] += 1.0;
+                self.ended(&before, now);
             }
             // One used again at the same moment stands there already.
             if before.is_none_or(|before| before.since != now) {
@@ -151,11 +253,11 @@ impl ReuseModel {
 
     /// A block came from elsewhere: that is no use of it, and how long it was alone there is not
     /// counted here. Its interval begins anew.
-    pub fn restart(&mut self, id: u64, class: BlockClass, now: u64) {
+    pub fn restart(&mut self, id: u64, tenant: Tenant, class: BlockClass, now: u64) {
         self.see_kind(class);
         let id = mix(id);
         if id.trailing_zeros() >= self.sample_zeros {
-            self.open.insert(id, Open { since: now, class });
+            self.open(id, tenant, class, now);
             self.order.push_back((id, now));
             self.forget(now);
         }
@@ -169,8 +271,42 @@ impl ReuseModel {
         if id.trailing_zeros() >= self.sample_zeros
             && let Some(before) = self.open.remove(&id)
         {
-            let bucket = self.bucket(now.saturating_sub(before.since));
-            self.ended[before.class.habit()][bucket] += 1.0;
+            self.ended(&before, now);
+        }
+    }
+
+    /// What is learned of this tenant; of one that was never seen what all have taught.
+    #[must_use]
+    pub fn of(&self, tenant: Tenant) -> Voice<'_> {
+        let learned = self.tenants[tenant.index()].as_deref();
+        let own = learned.map_or(&[][..], |learned| &learned.curves);
+        let curves = if own.is_empty() { &self.curves } else { own };
+        Voice {
+            model: self,
+            curves,
+        }
+    }
+
+    /// Opens an interval; the one that was open.
+    fn open(&mut self, id: u64, tenant: Tenant, class: BlockClass, now: u64) -> Option<Open> {
+        self.tenants[tenant.index()].get_or_insert_with(|| {
+            Box::new(Learned {
+                ended: Ended::none(),
+                curves: Vec::new(),
+            })
+        });
+        let open = Open {
+            since: now,
+            class,
+            tenant,
+        };
+        self.open.insert(id, open)
+    }
+
+    fn ended(&mut self, before: &Open, now: u64) {
+        let bucket = self.bucket(now.saturating_sub(before.since));
+        if let Some(learned) = &mut self.tenants[before.tenant.index()] {
+            learned.ended.in_bucket[before.class.habit()][bucket] += 1.0;
         }
     }
 
@@ -179,6 +315,11 @@ impl ReuseModel {
         if !self.is_kind_seen[kind] {
             // Until the next pass it speaks with the voice of what nobody named a kind for.
             self.is_kind_seen[kind] = true;
+            let own = self.tenants.iter_mut().flatten();
+            let own = own.map(|learned| &mut learned.curves);
+            for curves in own.filter(|curves| !curves.is_empty()) {
+                curves.copy_within(..HABITS_OF_KIND, kind * HABITS_OF_KIND);
+            }
             self.curves
                 .copy_within(..HABITS_OF_KIND, kind * HABITS_OF_KIND);
         }
@@ -191,22 +332,6 @@ impl ReuseModel {
         if is_due && self.uses_since >= RECOMPUTE_USES_MIN {
             self.compute(now);
         }
-    }
-
-    /// Uses to come for each capacity's worth of bytes and time that are spent on waiting for
-    /// them, at the best horizon, of a block last used `age` bytes ago; each counts as often as
-    /// its [`Cost`](crate::Cost) says.
-    #[must_use]
-    pub fn worth(&self, class: BlockClass, age: u64) -> f64 {
-        self.curves[class.habit()].worth[self.bucket(age)] * class.cost().weight()
-    }
-
-    /// The chance that a block last used `age` bytes ago is used within `span` bytes more.
-    #[must_use]
-    pub fn chance(&self, class: BlockClass, age: u64, span: u64) -> f64 {
-        let lives_now = self.lives(class, age);
-        let lives_then = self.lives(class, age.saturating_add(span));
-        (1.0 - lives_then / lives_now.max(f64::MIN_POSITIVE)).clamp(0.0, 1.0)
     }
 
     fn capacity(&self) -> f64 {
@@ -233,13 +358,6 @@ impl ReuseModel {
         self.begin(bucket + 1) - self.begin(bucket)
     }
 
-    fn lives(&self, class: BlockClass, age: u64) -> f64 {
-        let bucket = self.bucket(age);
-        let curve = &self.curves[class.habit()];
-        let part = (age as f64 - self.begin(bucket)) / self.width(bucket);
-        curve.lives[bucket] * (1.0 - curve.ends[bucket] * part.clamp(0.0, 1.0))
-    }
-
     /// Ends what is beyond the horizon, and samples fewer ids when there are too many.
     fn forget(&mut self, now: u64) {
         let horizon = (HORIZON_CAPACITIES * self.capacity()) as u64;
@@ -249,8 +367,11 @@ impl ReuseModel {
                 break;
             }
             self.order.pop_front();
-            if is_current && let Some(open) = self.open.remove(&id) {
-                self.never[open.class.habit()] += 1.0;
+            if is_current
+                && let Some(open) = self.open.remove(&id)
+                && let Some(learned) = &mut self.tenants[open.tenant.index()]
+            {
+                learned.ended.never[open.class.habit()] += 1.0;
             }
         }
         // Blocks used again and again leave stale numbers behind an old one.
@@ -269,43 +390,70 @@ impl ReuseModel {
         self.computed_at = now;
         self.uses_since = 0;
         let fade = (-passed / HALF_LIFE_CAPACITIES).exp2();
-        for habit in 0..HABITS {
-            self.never[habit] *= fade;
-            self.ended[habit]
-                .iter_mut()
-                .for_each(|count| *count *= fade);
+        let mut all = Ended::none();
+        for learned in self.tenants.iter_mut().flatten() {
+            learned.ended.fade(fade);
+            all.add(&learned.ended);
         }
+        let lived = all.lived(&self.ages(now, None));
+        let ends = self.ends_of_all(&all, &lived);
+        for (habit, ends) in ends.iter().enumerate() {
+            if self.is_kind_seen[habit / HABITS_OF_KIND] {
+                self.curves[habit] = self.curve(*ends);
+            }
+        }
+        // Alone, a tenant is all.
+        if self.tenants.iter().flatten().count() < 2 {
+            return;
+        }
+        for tenant in 0..TENANTS {
+            let Some(mut learned) = self.tenants[tenant].take() else {
+                continue;
+            };
+            let lived = learned.ended.lived(&self.ages(now, Some(tenant)));
+            learned.curves.clone_from(&self.curves);
+            for habit in 0..HABITS {
+                if !self.is_kind_seen[habit / HABITS_OF_KIND] {
+                    continue;
+                }
+                let ended = &learned.ended.in_bucket[habit];
+                let own = |bucket| blend(ended[bucket], lived[habit][bucket], ends[habit][bucket]);
+                let own = std::array::from_fn(own);
+                let ends = not_below_tails(own, habit, &learned.curves);
+                learned.curves[habit] = self.curve(ends);
+            }
+            self.tenants[tenant] = Some(learned);
+        }
+    }
+
+    /// How many intervals are open and how old, by habit: of all tenants, or of one.
+    fn ages(&self, now: u64, tenant: Option<usize>) -> Vec<[f64; BUCKETS]> {
         let mut open = vec![[0.0; BUCKETS]; HABITS];
-        for interval in self.open.values() {
+        let of = |open: &&Open| tenant.is_none_or(|tenant| tenant == open.tenant.index());
+        for interval in self.open.values().filter(of) {
             let bucket = self.bucket(now.saturating_sub(interval.since));
             open[interval.class.habit()][bucket] += 1.0;
         }
-        // Lived to a bucket: ended in it or later, never, or is open and as old; one that is in
-        // the bucket now has lived through half of it.
-        let mut lived = vec![[0.0; BUCKETS]; HABITS];
-        let (mut all_ended, mut all_lived) = ([0.0; BUCKETS], [0.0; BUCKETS]);
-        for (habit, lived) in lived.iter_mut().enumerate() {
-            let mut later = self.never[habit];
-            for bucket in (0..BUCKETS).rev() {
-                later += self.ended[habit][bucket] + open[habit][bucket] / 2.0;
-                lived[bucket] = later;
-                later += open[habit][bucket] / 2.0;
-                all_ended[bucket] += self.ended[habit][bucket];
-                all_lived[bucket] += lived[bucket];
-            }
-        }
-        let blend = |ended: f64, lived: f64, otherwise: f64| {
-            (ended + PRIOR_INTERVALS * otherwise) / (lived + PRIOR_INTERVALS)
+        open
+    }
+
+    /// The chance to end in each bucket, by habit, whoever's the blocks are.
+    fn ends_of_all(&self, all: &Ended, lived: &[[f64; BUCKETS]]) -> Vec<[f64; BUCKETS]> {
+        let sum = |counts: &[[f64; BUCKETS]], bucket: usize| {
+            counts.iter().fold(0.0, |sum, counts| sum + counts[bucket])
         };
         let mut share = PRIOR_SHARE;
-        for bucket in 0..BUCKETS {
+        let mut ends_of_all = [0.0; BUCKETS];
+        for (bucket, ends_here) in ends_of_all.iter_mut().enumerate() {
             let (begin, width) = (self.begin(bucket), self.width(bucket));
             let doubling = width / (begin + width + self.unit);
-            let ends = blend(all_ended[bucket], all_lived[bucket], share * doubling);
-            all_ended[bucket] = ends;
+            let (ended, lived) = (sum(&all.in_bucket, bucket), sum(lived, bucket));
+            let ends = blend(ended, lived, share * doubling);
+            *ends_here = ends;
             // Where little is known, the old are no better than the young were.
             share = share.min(ends / doubling);
         }
+        let mut by_habit = vec![[0.0; BUCKETS]; HABITS];
         for habit in 0..HABITS {
             if !self.is_kind_seen[habit / HABITS_OF_KIND] {
                 continue;
@@ -314,23 +462,23 @@ impl ReuseModel {
             let others = (0..KINDS)
                 .map(|kind| kind * HABITS_OF_KIND + same)
                 .filter(|other| *other != habit);
-            let mut ends = [0.0; BUCKETS];
             for bucket in 0..BUCKETS {
                 let (ended, also_lived) = others.clone().fold((0.0, 0.0), |sums, other| {
                     (
-                        sums.0 + self.ended[other][bucket],
+                        sums.0 + all.in_bucket[other][bucket],
                         sums.1 + lived[other][bucket],
                     )
                 });
-                let others = blend(ended, also_lived, all_ended[bucket]);
-                let own = blend(self.ended[habit][bucket], lived[habit][bucket], others);
-                let tails = same
-                    .checked_sub(LENGTHS)
-                    .map_or(0.0, |_| self.curves[habit - LENGTHS].ends[bucket]);
-                ends[bucket] = own.max(tails).min(0.999);
+                let others = blend(ended, also_lived, ends_of_all[bucket]);
+                let own = blend(all.in_bucket[habit][bucket], lived[habit][bucket], others);
+                let tails = match same.checked_sub(LENGTHS) {
+                    Some(_) => by_habit[habit - LENGTHS][bucket],
+                    None => 0.0,
+                };
+                by_habit[habit][bucket] = own.max(tails).min(ENDS_MAX);
             }
-            self.curves[habit] = self.curve(ends);
         }
+        by_habit
     }
 
     fn curve(&self, ends: [f64; BUCKETS]) -> Curve {
@@ -350,6 +498,23 @@ impl ReuseModel {
         }
         Curve { ends, lives, worth }
     }
+}
+
+/// What was counted, with the voice of others where it is little.
+fn blend(ended: f64, lived: f64, otherwise: f64) -> f64 {
+    (ended + PRIOR_INTERVALS * otherwise) / (lived + PRIOR_INTERVALS)
+}
+
+/// At least the chances of the same prompts' blocks that were used less often.
+fn not_below_tails(own: [f64; BUCKETS], habit: usize, curves: &[Curve]) -> [f64; BUCKETS] {
+    let has_tails = habit % HABITS_OF_KIND >= LENGTHS;
+    std::array::from_fn(|bucket| {
+        let tails = match has_tails {
+            true => curves[habit - LENGTHS].ends[bucket],
+            false => 0.0,
+        };
+        own[bucket].max(tails).min(ENDS_MAX)
+    })
 }
 
 /// Spreads the bits of an id (the finaliser of splitmix64): its last bits decide about sampling.

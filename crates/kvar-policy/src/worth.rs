@@ -19,7 +19,7 @@
 //! no writer says anything these are 32 at most, whatever [`CLASSES`] there are.
 
 use crate::class::{BlockClass, CLASSES};
-use crate::reuse::ReuseModel;
+use crate::reuse::Voice;
 use kvar_base::FastMap;
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, VecDeque};
@@ -109,7 +109,7 @@ pub struct Candidate<K> {
     pub depth: u32,
     /// Time since that use, in bytes of demand.
     pub age: u64,
-    /// As [`ReuseModel::worth`] says.
+    /// As [`Voice::worth`] says.
     pub worth: f64,
 }
 
@@ -225,14 +225,14 @@ impl<K: Copy + Eq + Hash> WorthOrder<K> {
 
     /// The block worth least at `now`: of equals, the one of the oldest request.
     #[must_use]
-    pub fn least(&self, model: &ReuseModel, now: u64) -> Option<Candidate<K>> {
+    pub fn least(&self, voice: Voice<'_>, now: u64) -> Option<Candidate<K>> {
         let mut least: Option<(f64, u64, u64)> = None;
         for class in self.filled() {
             let requests = &self.tails[class];
             let of_class = BlockClass::from_number(class);
             for (request, used_at) in [requests.first(), requests.last()].into_iter().flatten() {
                 let age = now.saturating_sub(*used_at);
-                let worth = model.worth(of_class, age);
+                let worth = voice.worth(of_class, age);
                 let is_less = |(other, before, _): &(f64, u64, u64)| {
                     worth.total_cmp(other).then(request.cmp(before)).is_lt()
                 };
@@ -255,8 +255,8 @@ impl<K: Copy + Eq + Hash> WorthOrder<K> {
     }
 
     /// As [`least`](Self::least), taken out.
-    pub fn pop_least(&mut self, model: &ReuseModel, now: u64) -> Option<Candidate<K>> {
-        let least = self.least(model, now)?;
+    pub fn pop_least(&mut self, voice: Voice<'_>, now: u64) -> Option<Candidate<K>> {
+        let least = self.least(voice, now)?;
         self.remove(&least.key);
         Some(least)
     }
@@ -295,14 +295,14 @@ impl<K: Copy + Eq + Hash> Default for WorthOrder<K> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::TailFirstLru;
+    use crate::{ReuseModel, TailFirstLru, Tenant};
     use proptest::prelude::*;
 
     const CAPACITY: u64 = 1000;
 
     fn drain(order: &mut WorthOrder<u8>, model: &ReuseModel, now: u64) -> Vec<u8> {
         std::iter::from_fn(|| {
-            let least = order.least(model, now)?;
+            let least = order.least(model.of(Tenant::DEFAULT), now)?;
             assert!(order.remove(&least.key));
             Some(least.key)
         })
@@ -326,20 +326,20 @@ mod tests {
         let mut model = ReuseModel::new(CAPACITY);
         let class = BlockClass::new(0, 4);
         for number in 0..8 * CAPACITY {
-            model.observe(number, class, number);
+            model.observe(number, Tenant::DEFAULT, class, number);
             if let Some(again) = number.checked_sub(2 * CAPACITY) {
-                model.observe(again, BlockClass::new(1, 4), number);
+                model.observe(again, Tenant::DEFAULT, BlockClass::new(1, 4), number);
             }
         }
         let mut order = WorthOrder::new();
         order.touch(1_u8, 1, 0, class, 0);
         order.touch(2, 2, 0, class, 1500);
         order.touch(3, 3, 0, class, 1600);
-        assert_eq!(order.least(&model, 1600).unwrap().key, 3);
+        assert_eq!(order.least(model.of(Tenant::DEFAULT), 1600).unwrap().key, 3);
         // Nobody came back to the oldest after all.
         order.touch(3, 4, 0, class, 4900);
         order.touch(2, 5, 0, class, 4950);
-        assert_eq!(order.least(&model, 5000).unwrap().key, 1);
+        assert_eq!(order.least(model.of(Tenant::DEFAULT), 5000).unwrap().key, 1);
     }
 
     #[test]

@@ -40,14 +40,15 @@ pub(super) fn short(id: &BlockId) -> u64 {
 }
 
 impl Shard {
-    /// A block was used by a request of so many blocks: its class from now on.
+    /// A tenant's block was used by a request of so many blocks: its class from now on.
     pub(super) fn used(
         &mut self,
         id: &BlockId,
+        tenant: Tenant,
         before: BlockClass,
         request_blocks: u32,
     ) -> BlockClass {
-        self.keep.used(short(id), before, request_blocks)
+        self.keep.used(short(id), tenant, before, request_blocks)
     }
 
     /// A block came in that was not visible; its class, from its use and from what was said of it.
@@ -59,6 +60,7 @@ impl Shard {
             return BlockClass::new(0, blocks).of_kind(kind);
         }
         let said = Said {
+            tenant: told.tenant,
             kind,
             recompute_us: told.recompute_us,
             bytes,
@@ -136,7 +138,10 @@ impl Shard {
             let opened_at = self.segments.get(oldest).opened_at;
             self.keep.set_oldest(opened_at);
         }
+        let resident = self.dram.get(&least.key);
+        let tenant = resident.map_or(Tenant::DEFAULT, |resident| resident.hints.tenant);
         let asking = Asking {
+            tenant,
             class: least.class,
             age: least.age,
             depth: least.depth,
@@ -146,8 +151,6 @@ impl Shard {
             self.counters.not_admitted += 1;
             return self.dram.set_state(&least.key, State::Volatile);
         }
-        let resident = self.dram.get(&least.key);
-        let tenant = resident.map_or(Tenant::DEFAULT, |resident| resident.hints.tenant);
         let prompt = self.dram.held_of(tenant, least.request);
         // The rest of the prompt may put the budget into debt: half a prompt is of no use.
         let bytes = self.resident_bytes(&least.key);
@@ -203,6 +206,7 @@ impl Shard {
     pub(super) fn worth_of(&self, entry: &Entry, hints: &RecordHints) -> f64 {
         let bytes = Self::demand_of(entry);
         self.keep.worth(&Asking {
+            tenant: entry.tenant,
             class: entry
                 .class()
                 .at_cost(self.keep.cost(hints.recompute_us, bytes)),

@@ -105,14 +105,15 @@ impl Shard {
     ) -> u64 {
         let resident = self.dram.get(id).map(|resident| {
             let bytes = resident.image.padded_len() as u64;
-            (resident.class, resident.state, bytes)
+            let tenant = resident.hints.tenant;
+            (resident.class, tenant, resident.state, bytes)
         });
-        let before = resident.map(|(class, ..)| class);
-        let before = before.or(found.map(|(_, entry)| entry.class()));
-        if resident.is_some_and(|(_, state, _)| state == State::Awaited) {
+        let before = resident.map(|(class, tenant, ..)| (class, tenant));
+        let before = before.or(found.map(|(_, entry)| (entry.class(), entry.tenant)));
+        if resident.is_some_and(|(.., state, _)| state == State::Awaited) {
             self.touch_awaited(id, touch);
-        } else if let Some(before) = before {
-            let class = self.used(id, before, blocks);
+        } else if let Some((before, tenant)) = before {
+            let class = self.used(id, tenant, before, blocks);
             if let Some((at, _)) = found {
                 self.index.touch(at, self.keep.stamp(), class);
             }

@@ -272,7 +272,8 @@ impl Shard {
         let mut used_at = self.keep.demand_bytes();
         let class = if let Some(moved) = told.moved {
             used_at = used_at.saturating_sub(moved.age_bytes);
-            self.keep.taken_over(super::admit::short(&id), moved.class);
+            self.keep
+                .taken_over(super::admit::short(&id), told.tenant, moved.class);
             moved.class
         } else {
             self.arrived(&id, &told, padded)

@@ -102,6 +102,7 @@ impl Shard {
             self.keep.set_oldest(opened_at);
         }
         self.keep.is_worth(&Asking {
+            tenant: block.hints.tenant,
             class: block.moved.class,
             age: 0,
             depth: block.hints.depth,

@@ -7,6 +7,7 @@ use super::*;
 use crate::class::Kind;
 
 const CAPACITY: u64 = 1 << 20;
+const ALONE: Tenant = Tenant::DEFAULT;
 const SHORT: u32 = 1;
 const LONG: u32 = 64;
 
@@ -31,7 +32,7 @@ fn teach_class(
     }
     uses.sort_unstable();
     for (now, id, class) in uses {
-        model.observe(id, class, now);
+        model.observe(id, ALONE, class, now);
     }
 }
 
@@ -60,7 +61,7 @@ fn before_anything_is_known_it_is_lru() {
         let class = BlockClass::new(uses, LONG);
         let mut last = f64::INFINITY;
         for age in [0, CAPACITY / 16, CAPACITY / 2, 2 * CAPACITY, 9 * CAPACITY] {
-            let worth = model.worth(class, age);
+            let worth = model.of(ALONE).worth(class, age);
             assert!(worth < last, "{worth} at {age}, {last} before");
             last = worth;
         }
@@ -73,9 +74,9 @@ fn what_comes_back_is_worth_more_than_what_does_not() {
     let (comes, stays_away) = (BlockClass::new(0, LONG), BlockClass::new(0, SHORT));
     teach(&mut model, LONG, Some(CAPACITY / 4), 0, 4 * CAPACITY);
     teach(&mut model, SHORT, None, 5 * CAPACITY, 12 * CAPACITY);
-    assert!(model.worth(comes, 0) > 2.0 * model.worth(stays_away, 0));
-    assert!(model.chance(comes, 0, CAPACITY) > 0.5);
-    assert!(model.chance(stays_away, 0, CAPACITY) < 0.2);
+    assert!(model.of(ALONE).worth(comes, 0) > 2.0 * model.of(ALONE).worth(stays_away, 0));
+    assert!(model.of(ALONE).chance(comes, 0, CAPACITY) > 0.5);
+    assert!(model.of(ALONE).chance(stays_away, 0, CAPACITY) < 0.2);
 }
 
 #[test]
@@ -84,8 +85,8 @@ fn what_is_about_to_come_back_is_worth_more_than_what_has_just_been_used() {
     let mut model = ReuseModel::new(CAPACITY);
     let class = BlockClass::new(0, LONG);
     teach(&mut model, LONG, Some(2 * CAPACITY), 0, 12 * CAPACITY);
-    assert!(model.worth(class, CAPACITY * 3 / 2) > 2.0 * model.worth(class, 0));
-    assert!(model.worth(class, 4 * CAPACITY) < model.worth(class, 0));
+    assert!(model.of(ALONE).worth(class, CAPACITY * 3 / 2) > 2.0 * model.of(ALONE).worth(class, 0));
+    assert!(model.of(ALONE).worth(class, 4 * CAPACITY) < model.of(ALONE).worth(class, 0));
 }
 
 #[test]
@@ -101,7 +102,7 @@ fn heads_are_never_worth_less_than_their_tails() {
     );
     for age in (0..4 * CAPACITY).step_by(CAPACITY as usize / 8) {
         let worth: Vec<f64> = (0..4)
-            .map(|uses| model.worth(BlockClass::new(uses, LONG), age))
+            .map(|uses| model.of(ALONE).worth(BlockClass::new(uses, LONG), age))
             .collect();
         assert!(worth.is_sorted(), "{worth:?} at {age}");
     }
@@ -115,7 +116,7 @@ fn chances_are_chances_and_grow_with_the_time_given() {
     for age in [0, 1, CAPACITY, 40 * CAPACITY, u64::MAX] {
         let mut last = 0.0;
         for span in [0, 1, CAPACITY / 9, CAPACITY, 7 * CAPACITY, u64::MAX] {
-            let chance = model.chance(class, age, span);
+            let chance = model.of(ALONE).chance(class, age, span);
             assert!(
                 (last..=1.0).contains(&chance),
                 "{chance} after {last} at {age}"
@@ -133,14 +134,14 @@ fn memory_stays_bounded_and_what_is_learned_stays() {
     let mut now = 0;
     for id in 0..400_000_u64 {
         now = id * 4;
-        model.observe(id, class, now);
+        model.observe(id, ALONE, class, now);
         if let Some(again) = id.checked_sub(CAPACITY / 16) {
-            model.observe(again, BlockClass::new(1, LONG), now);
+            model.observe(again, ALONE, BlockClass::new(1, LONG), now);
         }
         assert!(model.open.len() <= SAMPLE_MAX && model.order.len() <= 4 * SAMPLE_MAX + 1);
     }
     assert!(model.sample_zeros > 0, "it had to sample, at {now}");
-    let chance = model.chance(class, 0, CAPACITY);
+    let chance = model.of(ALONE).chance(class, 0, CAPACITY);
     assert!(chance > 0.8, "{chance}");
 }
 
@@ -148,16 +149,21 @@ fn memory_stays_bounded_and_what_is_learned_stays() {
 fn time_that_stands_still_and_capacities_of_nothing_are_no_trouble() {
     let mut model = ReuseModel::new(0);
     for id in 0..100_000 {
-        model.observe(id, BlockClass::new(9, u32::MAX), 7);
+        model.observe(id, ALONE, BlockClass::new(9, u32::MAX), 7);
     }
-    assert!(model.worth(BlockClass::new(0, 0), u64::MAX).is_finite());
+    assert!(
+        model
+            .of(ALONE)
+            .worth(BlockClass::new(0, 0), u64::MAX)
+            .is_finite()
+    );
     assert!(model.open.len() <= SAMPLE_MAX);
 }
 
 #[test]
 fn a_block_asked_for_again_and_again_at_one_moment_takes_no_memory() {
     let mut model = ReuseModel::new(1000);
-    (0..10_000).for_each(|_| model.observe(7, BlockClass::new(0, 1), 5));
+    (0..10_000).for_each(|_| model.observe(7, ALONE, BlockClass::new(0, 1), 5));
     assert_eq!(model.order.len(), 1);
 }
 
@@ -168,11 +174,11 @@ fn a_kind_that_returns_and_one_that_does_not_are_told_apart() {
     let (agents, documents) = (class.of_kind(Kind::of(1)), class.of_kind(Kind::of(2)));
     // Nobody said anything for a while: both speak with the voice of that.
     teach_class(&mut model, class, Some(CAPACITY / 2), 0, 2 * CAPACITY);
-    let before = model.chance(class, 0, CAPACITY);
-    model.observe(u64::MAX, agents, 3 * CAPACITY);
+    let before = model.of(ALONE).chance(class, 0, CAPACITY);
+    model.observe(u64::MAX, ALONE, agents, 3 * CAPACITY);
     assert_eq!(
-        model.chance(agents, 0, CAPACITY),
-        model.chance(class, 0, CAPACITY)
+        model.of(ALONE).chance(agents, 0, CAPACITY),
+        model.of(ALONE).chance(class, 0, CAPACITY)
     );
     assert!(before > 0.5, "{before}");
     teach_class(
@@ -184,8 +190,8 @@ fn a_kind_that_returns_and_one_that_does_not_are_told_apart() {
     );
     teach_class(&mut model, documents, None, 9 * CAPACITY, 14 * CAPACITY);
     let (agents, documents) = (
-        model.chance(agents, 0, CAPACITY),
-        model.chance(documents, 0, CAPACITY),
+        model.of(ALONE).chance(agents, 0, CAPACITY),
+        model.of(ALONE).chance(documents, 0, CAPACITY),
     );
     assert!(agents > 0.7, "{agents}");
     assert!(documents < 0.1, "{documents}");
@@ -197,11 +203,11 @@ fn a_few_intervals_of_a_kind_are_no_rule() {
     let class = BlockClass::new(0, LONG);
     teach_class(&mut model, class, Some(CAPACITY / 4), 0, 6 * CAPACITY);
     let kind = class.of_kind(Kind::of(1));
-    (0..4).for_each(|id| model.observe(1 << 60 | id, kind, 7 * CAPACITY));
+    (0..4).for_each(|id| model.observe(1 << 60 | id, ALONE, kind, 7 * CAPACITY));
     model.compute(9 * CAPACITY);
     let (common, own) = (
-        model.chance(class, 0, CAPACITY),
-        model.chance(kind, 0, CAPACITY),
+        model.of(ALONE).chance(class, 0, CAPACITY),
+        model.of(ALONE).chance(kind, 0, CAPACITY),
     );
     assert!((common - own).abs() < 0.15, "{common} {own}");
 }
@@ -221,10 +227,10 @@ fn kinds_that_nobody_tells_apart_change_nothing() {
         }
         uses.sort_unstable();
         for (now, id, class) in uses {
-            model.observe(id, class, now);
+            model.observe(id, ALONE, class, now);
         }
         (0..32_u64)
-            .map(|step| model.worth(class, step * CAPACITY / 8))
+            .map(|step| model.of(ALONE).worth(class, step * CAPACITY / 8))
             .collect::<Vec<_>>()
     };
     assert_eq!(learned(0), learned(2));
@@ -238,10 +244,39 @@ fn a_dear_block_is_worth_so_much_more_and_as_likely_to_return() {
     let class = BlockClass::new(1, LONG);
     let dear = class.at_cost(scale.cost(4000, 4096));
     for age in [0, CAPACITY / 3, 5 * CAPACITY] {
-        assert_eq!(model.worth(dear, age), 4.0 * model.worth(class, age));
         assert_eq!(
-            model.chance(dear, age, CAPACITY),
-            model.chance(class, age, CAPACITY)
+            model.of(ALONE).worth(dear, age),
+            4.0 * model.of(ALONE).worth(class, age)
+        );
+        assert_eq!(
+            model.of(ALONE).chance(dear, age, CAPACITY),
+            model.of(ALONE).chance(class, age, CAPACITY)
         );
     }
+}
+
+/// A chat whose blocks come back, beside four times as many that never do.
+#[test]
+fn what_a_flood_teaches_is_of_the_flood_alone() {
+    let [chat, flood, new] = [1, 2, 3].map(|number| Tenant::new(number).unwrap());
+    let class = BlockClass::new(0, LONG);
+    let mut model = ReuseModel::new(CAPACITY);
+    for step in 0..8 * 256 {
+        let now = step * CAPACITY / 256;
+        model.observe(step, chat, class, now);
+        if let Some(again) = step.checked_sub(64) {
+            model.observe(again, chat, BlockClass::new(3, LONG), now);
+        }
+        (0..4).for_each(|one| model.observe(1 << 40 | step << 2 | one, flood, class, now));
+    }
+    let chance = |tenant| model.of(tenant).chance(class, 0, CAPACITY);
+    assert!(chance(chat) > 0.8, "{}", chance(chat));
+    assert!(chance(flood) < 0.05, "{}", chance(flood));
+    // Whom nobody knows yet is what all are together.
+    assert!((0.1..0.4).contains(&chance(new)), "{}", chance(new));
+    let all = chance(new);
+    model.observe(u64::MAX, new, class, 8 * CAPACITY);
+    model.compute(8 * CAPACITY);
+    let one_more = model.of(new).chance(class, 0, CAPACITY);
+    assert!((one_more - all).abs() < 0.05, "{one_more} {all}");
 }
