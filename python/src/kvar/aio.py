@@ -86,6 +86,11 @@ class AsyncClient:
         return self._client.block_bytes_max
 
     @property
+    def announced_bytes_max(self) -> int | None:
+        """How much puts layer by layer may have announced, in bytes; None until a link stands."""
+        return self._client.announced_bytes_max
+
+    @property
     def mode(self) -> str:
         """What the operator wants engines to do: off, observe, save or load."""
         return self._client.mode
