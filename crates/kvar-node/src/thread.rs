@@ -199,7 +199,11 @@ impl Thread {
         if worked {
             *last_work = self.now;
         }
-        let timeout = if worked || self.now.since(*last_work) < spin {
+        // What was done is no reason to come again: what it left to do is listed, and what the peers do
+        // meanwhile ends the sleep. So what devices were asked for is handed over with the sleep itself.
+        // A link that announces nothing before it is armed is worth one more look.
+        let looks = self.now.since(*last_work) < spin || worked && self.links.has_unarmed();
+        let timeout = if looks || self.has_more() {
             self.links.look();
             Some(Duration::ZERO)
         } else {
@@ -252,7 +256,12 @@ impl Thread {
                 .fetch_sub(before - after, Ordering::Relaxed);
         }
         self.step_stage();
-        worked || self.links.is_busy() || self.owners.iter().any(|owner| owner.has_work)
+        worked || self.has_more()
+    }
+
+    /// Whether something was left to do.
+    fn has_more(&self) -> bool {
+        self.links.is_busy() || self.owners.iter().any(|owner| owner.has_work)
     }
 
     /// How long it may sleep: until the next timer; not at all if mail has come.

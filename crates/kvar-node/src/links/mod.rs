@@ -224,6 +224,11 @@ impl Links {
         !self.listed.is_empty()
     }
 
+    /// Whether some link would have to be armed before the thread sleeps.
+    pub(crate) fn has_unarmed(&self) -> bool {
+        !self.unarmed.is_empty()
+    }
+
     /// What was asked since the last call, into an empty list that is filled again and again.
     pub(crate) fn take_outgoing(&mut self, outgoing: &mut Vec<Outgoing>) {
         debug_assert!(outgoing.is_empty());
