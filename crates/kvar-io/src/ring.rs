@@ -434,12 +434,12 @@ impl Drop for Ring {
         hub.leave(self.member, is_owed);
         // The kernel takes a closed ring apart later; the file, its lock and the memory go now.
         let submitter = hub.ring.submitter();
-        if hub.is_shared {
-            drop(submitter.register_files_update(u32::from(self.member), &[-1]));
-        } else {
-            drop(submitter.unregister_files());
-        }
-        drop(submitter);
+        drop(match hub.is_shared {
+            true => submitter
+                .register_files_update(u32::from(self.member), &[-1])
+                .map(drop),
+            false => submitter.unregister_files(),
+        });
         self.registered.release(&mut hub);
     }
 }
@@ -519,7 +519,7 @@ impl Table {
             is_unstreamed,
             ..
         } = &mut slots[number as usize];
-        let entry = match op {
+        match op {
             _ if refused.is_some() => opcode::Nop::new().build(),
             Some((_, Op::Read { offset, buffer })) => {
                 let step = (*len - *moved).min(STEP_BYTES_MAX) as u32;
@@ -585,8 +585,7 @@ impl Table {
             // A preallocated file keeps its space: others could take it, and a later write would
             // find the disk full.
             Some((_, Op::Discard { .. })) | None => opcode::Nop::new().build(),
-        };
-        entry
+        }
     }
 
     /// Takes the kernel's answer for a slot: over, or once more from where it stopped.

@@ -201,8 +201,11 @@ impl Thread {
         }
         // What was done is no reason to come again: what it left to do is listed, and what the peers do
         // meanwhile ends the sleep. So what devices were asked for is handed over with the sleep itself.
-        // A link that announces nothing before it is armed is worth one more look.
-        let looks = self.now.since(*last_work) < spin || worked && self.links.has_unarmed();
+        // A link that announces nothing before it is armed is worth one more look, and who stops goes on by
+        // turns.
+        let is_stopping = !matches!(self.stage, Stage::Serving);
+        let goes_on = worked && (is_stopping || self.links.has_unarmed());
+        let looks = goes_on || self.now.since(*last_work) < spin;
         let timeout = if looks || self.has_more() {
             self.links.look();
             Some(Duration::ZERO)
