@@ -100,7 +100,8 @@ pub struct Completion {
 /// A device, owned by one shard's thread. Operations complete in any order.
 ///
 /// [`submit`](Self::submit) queues and never blocks; the caller bounds what is in flight.
-/// [`kick`](Self::kick) hands the queue over; [`poll`](Self::poll) collects what is over.
+/// [`kick`](Self::kick) hands the queue over; [`poll`](Self::poll) collects what is over. (In a thread's
+/// [`Reactor`](crate::Reactor) the reactor's next turn does both.)
 /// Dropping a device waits for what is in flight.
 pub trait Device {
     /// Size in bytes, a multiple of the page.
@@ -124,7 +125,7 @@ pub trait Device {
 
     /// A descriptor that is readable when [`poll`](Self::poll) would find something, and now and
     /// then for nothing; `poll` makes it rest again. Always the same for one device. `None` where
-    /// completions need no waiting (a simulated device).
+    /// completions need no waiting (a simulated device) or come with the turns of a reactor.
     fn readiness(&self) -> Option<RawFd>;
 
     /// Operations submitted and not yet polled.

@@ -8,6 +8,7 @@
 //! A buffer across two pieces goes by address: the same operation, a little more CPU.
 #![allow(unsafe_code)] // the kernel is told addresses; the block says why they hold
 
+use crate::ring::hub::{Hub, PIECES_MAX};
 use crate::{Arena, Buffer, Shared};
 use io_uring::IoUring;
 use rustix::process::{Resource, getrlimit};
@@ -18,30 +19,32 @@ use std::io;
 /// enough to be taken from the system in a few milliseconds.
 pub(crate) const PIECE_BYTES_MIN: usize = 4 << 20;
 
-/// Most pieces: the kernel's limit for a table of buffers. Beyond 64 GiB the pieces grow.
-const PIECES_MAX: usize = 1 << 14;
+/// Most pieces of one device, whose ring may have others' too. Beyond 32 GiB the pieces grow.
+const DEVICE_PIECES_MAX: usize = PIECES_MAX / 2;
 
 pub(crate) struct Registered {
     arena: Arena,
     piece_bytes: usize,
+    /// The number of the first piece in the ring's table.
+    first: Option<u32>,
     pieces: Vec<bool>,
     refused: bool,
 }
 
 impl Registered {
-    /// Gives the ring an empty table, or says in a sentence why it has none.
-    pub(crate) fn new(ring: &IoUring, arena: &Arena) -> (Self, Option<String>) {
-        let per_piece = arena.bytes().div_ceil(PIECES_MAX).next_power_of_two();
+    /// Takes room in the ring's table, or says in a sentence why it has none.
+    pub(crate) fn new(hub: &mut Hub, arena: &Arena) -> (Self, Option<String>) {
+        let per_piece = arena
+            .bytes()
+            .div_ceil(DEVICE_PIECES_MAX)
+            .next_power_of_two();
         let piece_bytes = per_piece.max(PIECE_BYTES_MIN);
         let count = arena.bytes().div_ceil(piece_bytes);
-        let refusal = over_limit(arena.bytes()).or_else(|| {
-            let refusal = ring
-                .submitter()
-                .register_buffers_sparse(count as u32)
-                .err()?;
-            Some(format!("{refusal}; it needs Linux 5.19"))
-        });
-        let note = refusal.map(|refusal| {
+        let first = match over_limit(arena.bytes()) {
+            Some(refusal) => Err(refusal),
+            None => hub.take_pieces(count),
+        };
+        let note = first.as_ref().err().map(|refusal| {
             let bytes = arena.bytes();
             format!(
                 "io_uring runs without registered memory ({bytes} bytes refused: {refusal}): reads \
@@ -54,6 +57,7 @@ impl Registered {
             Self {
                 arena,
                 piece_bytes,
+                first: first.ok(),
                 pieces: vec![false; count],
                 refused,
             },
@@ -63,6 +67,7 @@ impl Registered {
 
     /// The number under which the ring knows the memory of `buffer`; registers it if need be.
     pub(crate) fn number(&mut self, ring: &IoUring, buffer: &Buffer) -> Option<u16> {
+        let first = self.first?;
         if self.refused || !buffer.arena().is_same(&self.arena) {
             return None;
         }
@@ -72,14 +77,14 @@ impl Registered {
             return None;
         }
         if !self.pieces[piece] {
-            if let Err(_limit_of_memory) = self.register(ring, piece) {
+            if let Err(_limit_of_memory) = self.register(ring, first, piece) {
                 // Whatever it is, it is no reason to try again with every operation.
                 self.refused = true;
                 return None;
             }
             self.pieces[piece] = true;
         }
-        u16::try_from(piece).ok()
+        u16::try_from(first as usize + piece).ok()
     }
 
     /// The one number under which the ring knows all of these.
@@ -92,7 +97,7 @@ impl Registered {
             .then_some(number)
     }
 
-    fn register(&self, ring: &IoUring, piece: usize) -> io::Result<()> {
+    fn register(&self, ring: &IoUring, first: u32, piece: usize) -> io::Result<()> {
         let from = piece * self.piece_bytes;
         let memory = libc::iovec {
             iov_base: self.arena.as_ptr().wrapping_add(from).cast(),
@@ -102,16 +107,27 @@ impl Registered {
         // least as long as the ring lives. Registering reads and writes nothing.
         unsafe {
             ring.submitter()
-                .register_buffers_update(piece as u32, &[memory], None)
+                .register_buffers_update(first + piece as u32, &[memory], None)
         }
     }
 
-    /// Gives the memory back before the ring is closed, which the kernel does later.
-    pub(crate) fn release(&self, ring: &IoUring) {
-        if !self.pieces.is_empty() {
-            // Refused if there never was a table.
-            drop(ring.submitter().unregister_buffers());
+    /// Gives the memory back, to the kernel before the ring is closed (which it does later), and the
+    /// room to others.
+    pub(crate) fn release(&self, hub: &mut Hub) {
+        let Some(first) = self.first else { return };
+        for (number, _) in (first..)
+            .zip(&self.pieces)
+            .filter(|(_, is_there)| **is_there)
+        {
+            let nothing = libc::iovec {
+                iov_base: std::ptr::null_mut(),
+                iov_len: 0,
+            };
+            let submitter = hub.ring.submitter();
+            // SAFETY: an empty place in the table refers to no memory.
+            drop(unsafe { submitter.register_buffers_update(number, &[nothing], None) });
         }
+        hub.give_pieces(first);
     }
 }
 

@@ -15,9 +15,11 @@
 //!   ring (twice as large) cannot overflow;
 //! * one thread: the ring belongs to the thread that opened it (the kernel then does its part of
 //!   the work when we ask, not by interrupting us), so the type is not `Send`;
+//! * a device has a ring of its own, or shares the one of its thread's [`crate::Reactor`] (see `hub`): then it
+//!   only queues and takes answers, and the reactor's turn hands over and waits for all;
 //! * everything that is submitted ends in the completion ring, refusals too: they travel as a
 //!   no-op, so that the descriptor of [`Device::readiness`] tells of them like of the rest;
-//! * that descriptor is an eventfd. A ring whose work is put off (DEFER_TASKRUN) is readable itself
+//! * that descriptor is an eventfd, of a ring of its own. A ring whose work is put off (DEFER_TASKRUN) is readable itself
 //!   but does not wake who sleeps on it in poll or epoll (seen on Linux 6.18: each sleep ran into
 //!   its timeout). The kernel rings an eventfd at once. It is made when first asked for, since it
 //!   costs a system call a poll.
@@ -39,20 +41,23 @@
 //! where that is refused, the same operations go by address and [`Ring::notes`] says so.
 #![allow(unsafe_code)] // the kernel reads and writes memory by address; each block says why it may
 
+pub(crate) mod hub;
+
 use crate::check::{cannot_discard, check_op, failed_after, op_len, short};
 use crate::registered::Registered;
 use crate::target::is_preallocated_file;
 use crate::{Arena, Completion, Device, DeviceError, NoStreams, Op, Shared, WriteStreams};
+use hub::{Answer, Hub, refused};
 use io_uring::squeue::Entry;
-use io_uring::types::{Fixed, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, Probe, opcode};
 use rustix::event::EventfdFlags;
-use std::cell::{Cell, OnceCell};
+use std::cell::{OnceCell, RefCell};
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 /// Bounds of the depth: one operation, and what a device queue of today holds several times over.
@@ -66,15 +71,12 @@ const STEP_BYTES_MAX: u64 = 1 << 30;
 /// passes in a few, a file that always says so must not hold its caller for ever.
 const RETRIES_MAX: u32 = 1000;
 
-/// Longest single sleep; also keeps the kernel's time fields far from their ends.
-const SLEEP_MAX: Duration = Duration::from_secs(3600);
+/// What a wait without end comes to.
+const WAIT_MAX: Duration = Duration::from_secs(3600);
 
 /// Failed waits in a row after which a dropped device gives its memory up for lost, since
 /// returning it while the kernel may still write there would be worse.
 const DROP_FAILURES_MAX: u32 = 100;
-
-/// The file's number in the ring's table of registered files.
-const FILE: Fixed = Fixed(0);
 
 /// Why there is no ring.
 #[derive(Debug, thiserror::Error)]
@@ -100,19 +102,20 @@ fn hint(error: &io::Error) -> &'static str {
 
 /// A [`Device`] over io_uring; see the top of this file.
 pub struct Ring {
-    ring: IoUring,
+    hub: Rc<RefCell<Hub>>,
+    /// Its number among the devices of the ring.
+    member: u16,
     table: Table,
     registered: Registered,
     bytes: u64,
     in_kernel: usize,
     in_kernel_max: usize,
-    deferred: bool,
-    system_calls: Cell<u64>,
+    /// Answers on their way from the ring to the table, kept for its memory.
+    answers: Vec<Answer>,
     notes: Vec<String>,
     event: OnceCell<OwnedFd>,
     // The kernel knows the descriptor by its number in the ring; this keeps it (and its lock) open.
     _file: File,
-    _one_thread: PhantomData<*const ()>,
 }
 
 /// The operations, apart from the ring so that both can be borrowed at once.
@@ -125,6 +128,8 @@ struct Table {
     /// Whether the kernel takes a list of pieces of registered memory.
     registered_lists: bool,
     streams: WriteStreams,
+    /// The file's number in the ring's table of registered files.
+    file: Fixed,
 }
 
 #[derive(Default)]
@@ -144,64 +149,77 @@ struct Slot {
 }
 
 impl Ring {
-    /// Opens a ring of at least `depth` entries over the first `bytes` of `file`, for the thread
-    /// that calls.
+    /// Opens a ring of its own of at least `depth` entries over the first `bytes` of `file`, for the
+    /// thread that calls.
     ///
     /// # Errors
     /// When the kernel, or a policy around the process, refuses io_uring.
     pub fn open(file: File, bytes: u64, arena: &Arena, depth: usize) -> Result<Self, RingRefused> {
-        let refused = |step| move |source| RingRefused { step, source };
-        let entries = depth.clamp(DEPTH_MIN, DEPTH_MAX) as u32;
-        let mut notes = Vec::new();
-        let mut modern = IoUring::builder();
-        modern
-            .setup_single_issuer()
-            .setup_defer_taskrun()
-            .setup_taskrun_flag()
-            .dontfork();
-        let (ring, deferred) = match modern.build(entries) {
-            Ok(ring) => (ring, true),
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
-                let ring = IoUring::new(entries).map_err(refused("setup"))?;
-                notes.push("the kernel is older than 6.1: completions interrupt the shard".into());
-                (ring, false)
-            }
-            Err(error) => return Err(refused("setup")(error)),
-        };
-        if !ring.params().is_feature_ext_arg() || !ring.params().is_feature_nodrop() {
-            let source = io::Error::other("the kernel is older than 5.11");
-            return Err(refused("features")(source));
-        }
-        ring.submitter()
+        let mut hub = Hub::private(depth.clamp(DEPTH_MIN, DEPTH_MAX) as u32)?;
+        hub.ring
+            .submitter()
             .register_files(&[file.as_raw_fd()])
             .map_err(refused("register file"))?;
-        let (registered, note) = Registered::new(&ring, arena);
+        hub.probe().map_err(refused("first use"))?;
+        let depth = hub.ring.params().sq_entries() as usize;
+        Self::join(Rc::new(RefCell::new(hub)), file, bytes, arena, depth)
+    }
+
+    /// The same in the ring of a thread, which hands over and waits for all of its users.
+    pub(crate) fn open_in(
+        shared: &Rc<RefCell<Hub>>,
+        file: File,
+        bytes: u64,
+        arena: &Arena,
+        depth: usize,
+    ) -> Result<Self, RingRefused> {
+        let depth = depth.clamp(DEPTH_MIN, DEPTH_MAX);
+        let ring = Self::join(shared.clone(), file, bytes, arena, depth)?;
+        let (member, file) = (u32::from(ring.member), ring._file.as_raw_fd());
+        let hub = ring.hub.borrow();
+        let put = hub.ring.submitter().register_files_update(member, &[file]);
+        drop(hub);
+        put.map_err(refused("register file"))?;
+        Ok(ring)
+    }
+
+    fn join(
+        hub: Rc<RefCell<Hub>>,
+        file: File,
+        bytes: u64,
+        arena: &Arena,
+        in_kernel_max: usize,
+    ) -> Result<Self, RingRefused> {
+        let mut inner = hub.borrow_mut();
+        let full = || refused("room")(io::Error::other("it has as many devices as it may"));
+        let member = inner.join().ok_or_else(full)?;
+        let (registered, note) = Registered::new(&mut inner, arena);
+        let mut notes = inner.notes().to_vec();
         notes.extend(note);
-        let in_kernel_max = ring.params().sq_entries() as usize;
+        let registered_lists = takes_registered_lists(&inner.ring);
+        drop(inner);
         let table = Table {
             slots: Vec::with_capacity(in_kernel_max),
             free: Vec::with_capacity(in_kernel_max),
             queue: VecDeque::with_capacity(in_kernel_max),
             discards: !is_preallocated_file(&file),
-            registered_lists: takes_registered_lists(&ring),
+            registered_lists,
             streams: WriteStreams::none(NoStreams::Unknown),
+            file: Fixed(u32::from(member)),
         };
-        let mut ring = Self {
-            ring,
+        Ok(Self {
+            hub,
+            member,
             table,
             registered,
             bytes,
             in_kernel: 0,
             in_kernel_max,
-            deferred,
-            system_calls: Cell::new(0),
+            answers: Vec::with_capacity(in_kernel_max),
             notes,
             event: OnceCell::new(),
             _file: file,
-            _one_thread: PhantomData,
-        };
-        ring.probe().map_err(refused("first use"))?;
-        Ok(ring)
+        })
     }
 
     /// The same, with the streams of the device behind the file.
@@ -217,34 +235,22 @@ impl Ring {
         &self.notes
     }
 
-    /// One no-op there and back: some sandboxes allow a ring to be made and not to be used.
-    fn probe(&mut self) -> io::Result<()> {
-        // SAFETY: a no-op refers to no memory.
-        let pushed = unsafe { self.ring.submission().push(&opcode::Nop::new().build()) };
-        pushed.map_err(|full| io::Error::other(full.to_string()))?;
-        self.ring.submit_and_wait(1)?;
-        self.ring
-            .completion()
-            .next()
-            .map(|_| ())
-            .ok_or_else(|| io::Error::other("no answer"))
-    }
-
     /// Moves waiting slots into the submission ring, as many as may be in the kernel.
     fn fill(&mut self) {
         if self.table.queue.is_empty() {
             return;
         }
-        let mut submission = self.ring.submission();
+        let mut hub = self.hub.borrow_mut();
         while self.in_kernel < self.in_kernel_max
             && let Some(number) = self.table.queue.pop_front()
         {
             let entry = self.table.entry(number);
+            let entry = entry.user_data(Hub::user_data(self.member, number));
             // SAFETY: the memory in the entry belongs to the slot's operation (or to its gather
             // list, which only this function's next call for the same slot changes). The slot
             // gives both up in `Table::answered` alone, after the kernel's answer; `Drop` waits
             // for all answers. A frozen buffer is only read.
-            if unsafe { submission.push(&entry) }.is_err() {
+            if !unsafe { hub.push(&entry) } {
                 self.table.queue.push_front(number);
                 break;
             }
@@ -252,27 +258,19 @@ impl Ring {
         }
     }
 
-    fn count_call(&self) {
-        self.system_calls.set(self.system_calls.get() + 1);
-    }
-
     /// Hands the submission ring to the kernel, and lets it do work it has put off.
     fn enter(&mut self) -> io::Result<()> {
-        loop {
-            self.count_call();
-            match self.ring.submit() {
-                Ok(_) => return Ok(()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Short of memory, or the completion ring is full: passes when answers are
-                // collected. With nothing in the kernel there is nothing to wait for.
-                Err(error)
-                    if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY))
-                        && self.in_kernel > self.ring.submission().len() =>
-                {
-                    return Ok(());
-                }
-                Err(error) => return Err(error),
+        let mut hub = self.hub.borrow_mut();
+        match hub.enter() {
+            // Short of memory, or the completion ring is full: passes when answers are
+            // collected. With nothing in the kernel there is nothing to wait for.
+            Err(error)
+                if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY))
+                    && self.in_kernel > hub.ring.submission().len() =>
+            {
+                Ok(())
             }
+            entered => entered,
         }
     }
 
@@ -280,14 +278,19 @@ impl Ring {
     /// been cleared with it.
     fn collect(&mut self, out: &mut Vec<Completion>) -> bool {
         if self.in_flight() > 0 {
-            if self.has_put_off() || (!self.deferred && self.ring.completion().is_empty()) {
+            let mut hub = self.hub.borrow_mut();
+            if !hub.is_shared && (hub.has_put_off() || (!hub.deferred && !hub.has_answers())) {
+                drop(hub);
                 // A refusal here leaves the queue as it was; the next `kick` reports it.
                 drop(self.enter());
+                hub = self.hub.borrow_mut();
             }
-            for answer in self.ring.completion() {
-                self.in_kernel -= 1;
-                self.table
-                    .answered(answer.user_data() as u32, answer.result(), out);
+            hub.drain();
+            hub.take_answers(self.member, &mut self.answers);
+            drop(hub);
+            self.in_kernel -= self.answers.len();
+            for (slot, answer) in self.answers.drain(..) {
+                self.table.answered(slot, answer, out);
             }
             // What went only part of the way, and what found the ring full before.
             if !self.table.queue.is_empty() {
@@ -297,41 +300,31 @@ impl Ring {
         let Some(event) = self.event.get() else {
             return false;
         };
-        self.count_call();
+        let mut hub = self.hub.borrow_mut();
+        hub.count_call();
         // Nothing to clear is the common case of a busy shard.
         rustix::io::read(event, &mut [0_u8; 8]).is_ok()
             && self.in_flight() > 0
-            && (self.has_put_off() || !self.ring.completion().is_empty())
-    }
-
-    /// Whether the kernel has work for us to run, or has not taken all entries.
-    fn has_put_off(&mut self) -> bool {
-        let submission = self.ring.submission();
-        submission.taskrun() || !submission.is_empty()
+            && (hub.has_put_off() || hub.has_answers())
     }
 
     /// Sleeps until an answer is there or the deadline; hands over what is queued first.
     fn sleep(&mut self, deadline: Instant) -> io::Result<()> {
         loop {
             self.fill();
-            let timeout = deadline
-                .saturating_duration_since(Instant::now())
-                .min(SLEEP_MAX);
+            let timeout = deadline.saturating_duration_since(Instant::now());
             if timeout.is_zero() {
                 return self.enter();
             }
-            let timespec = Timespec::from(timeout);
-            let args = SubmitArgs::new().timespec(&timespec);
-            self.count_call();
-            match self.ring.submitter().submit_with_args(1, &args) {
-                Ok(_) => {}
-                Err(error) => match error.raw_os_error() {
-                    Some(libc::EINTR | libc::ETIME) => {}
-                    Some(libc::EAGAIN | libc::EBUSY) => return Ok(()),
-                    _ => return Err(error),
-                },
-            }
-            if !self.ring.completion().is_empty() || Instant::now() >= deadline {
+            let mut hub = self.hub.borrow_mut();
+            let slept = match hub.has_answers_of(self.member) {
+                true => Ok(()),
+                false => hub.enter_and_sleep(Some(timeout)),
+            };
+            // What is others' goes to them, so that the next sleep does not end for it.
+            hub.drain();
+            slept?;
+            if hub.has_answers_of(self.member) || Instant::now() >= deadline {
                 return Ok(());
             }
         }
@@ -345,8 +338,14 @@ impl Device for Ring {
 
     fn submit(&mut self, token: u64, op: Op) {
         let registered = match &op {
-            Op::Read { buffer, .. } => self.registered.number(&self.ring, buffer),
-            Op::Write { buffers, .. } => self.registered.number_of_all(&self.ring, buffers),
+            Op::Read { buffer, .. } => {
+                let hub = self.hub.borrow();
+                self.registered.number(&hub.ring, buffer)
+            }
+            Op::Write { buffers, .. } => {
+                let hub = self.hub.borrow();
+                self.registered.number_of_all(&hub.ring, buffers)
+            }
             _ => None,
         };
         self.table.add(token, op, registered, self.bytes);
@@ -354,7 +353,10 @@ impl Device for Ring {
 
     fn kick(&mut self) -> Result<(), DeviceError> {
         self.fill();
-        if !self.ring.submission().is_empty() {
+        let mut hub = self.hub.borrow_mut();
+        let has_entries = !hub.is_shared && !hub.ring.submission().is_empty();
+        drop(hub);
+        if has_entries {
             self.enter()?;
         }
         Ok(())
@@ -369,23 +371,28 @@ impl Device for Ring {
             return;
         }
         let now = Instant::now();
-        drop(self.sleep(now.checked_add(timeout).unwrap_or(now + SLEEP_MAX)));
+        drop(self.sleep(now.checked_add(timeout).unwrap_or(now + WAIT_MAX)));
     }
 
     fn readiness(&self) -> Option<RawFd> {
+        let hub = self.hub.borrow();
+        if hub.is_shared {
+            // Whoever waits for the ring waits for this device too.
+            return None;
+        }
         if let Some(event) = self.event.get() {
             return Some(event.as_raw_fd());
         }
         let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let event = event.ok().filter(|event| {
-            self.ring
+            hub.ring
                 .submitter()
                 .register_eventfd(event.as_raw_fd())
                 .is_ok()
         });
         let Some(event) = event else {
             // Out of descriptors: a sleeper with a timeout still gets on.
-            return Some(self.ring.as_raw_fd());
+            return Some(hub.ring.as_raw_fd());
         };
         let event = self.event.get_or_init(|| event);
         // What completed before the eventfd was there rang nothing.
@@ -402,7 +409,7 @@ impl Device for Ring {
     }
 
     fn system_calls(&self) -> u64 {
-        self.system_calls.get()
+        self.hub.borrow().calls()
     }
 }
 
@@ -418,13 +425,22 @@ impl Drop for Ring {
             self.poll(&mut over);
             over.clear();
         }
-        if self.in_kernel > 0 {
+        let is_owed = self.in_kernel > 0;
+        if is_owed {
             // The kernel still owns this memory, and no longer answers.
             std::mem::forget(std::mem::take(&mut self.table.slots));
         }
+        let mut hub = self.hub.borrow_mut();
+        hub.leave(self.member, is_owed);
         // The kernel takes a closed ring apart later; the file, its lock and the memory go now.
-        drop(self.ring.submitter().unregister_files());
-        self.registered.release(&self.ring);
+        let submitter = hub.ring.submitter();
+        drop(match hub.is_shared {
+            true => submitter
+                .register_files_update(u32::from(self.member), &[-1])
+                .map(drop),
+            false => submitter.unregister_files(),
+        });
+        self.registered.release(&mut hub);
     }
 }
 
@@ -488,8 +504,10 @@ impl Table {
             discards,
             registered_lists,
             streams,
+            file,
             ..
         } = self;
+        let file = *file;
         let Slot {
             op,
             refused,
@@ -501,17 +519,17 @@ impl Table {
             is_unstreamed,
             ..
         } = &mut slots[number as usize];
-        let entry = match op {
+        match op {
             _ if refused.is_some() => opcode::Nop::new().build(),
             Some((_, Op::Read { offset, buffer })) => {
                 let step = (*len - *moved).min(STEP_BYTES_MAX) as u32;
                 let memory = buffer.padded_mut()[*moved as usize..].as_mut_ptr();
                 let from = *offset + *moved;
                 match *registered {
-                    Some(piece) => opcode::ReadFixed::new(FILE, memory, step, piece)
+                    Some(piece) => opcode::ReadFixed::new(file, memory, step, piece)
                         .offset(from)
                         .build(),
-                    None => opcode::Read::new(FILE, memory, step).offset(from).build(),
+                    None => opcode::Read::new(file, memory, step).offset(from).build(),
                 }
             }
             Some((
@@ -532,34 +550,34 @@ impl Table {
                 match (&gather[..], *registered) {
                     ([piece], Some(number)) => {
                         let (memory, step) = step_of(piece);
-                        opcode::WriteFixed::new(FILE, memory, step, number)
+                        opcode::WriteFixed::new(file, memory, step, number)
                             .offset(to)
                             .write_stream(*stream)
                             .build()
                     }
                     ([piece], None) => {
                         let (memory, step) = step_of(piece);
-                        opcode::Write::new(FILE, memory, step)
+                        opcode::Write::new(file, memory, step)
                             .offset(to)
                             .write_stream(*stream)
                             .build()
                     }
                     (list, Some(number)) if *registered_lists => {
-                        opcode::WritevFixed::new(FILE, list.as_ptr(), list.len() as u32, number)
+                        opcode::WritevFixed::new(file, list.as_ptr(), list.len() as u32, number)
                             .offset(to)
                             .write_stream(*stream)
                             .build()
                     }
-                    (list, _) => opcode::Writev::new(FILE, list.as_ptr(), list.len() as u32)
+                    (list, _) => opcode::Writev::new(file, list.as_ptr(), list.len() as u32)
                         .offset(to)
                         .write_stream(*stream)
                         .build(),
                 }
             }
-            Some((_, Op::Flush)) => opcode::Fsync::new(FILE).flags(FsyncFlags::DATASYNC).build(),
+            Some((_, Op::Flush)) => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
             Some((_, Op::Discard { offset, .. })) if *discards => {
                 let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-                opcode::Fallocate::new(FILE, *len)
+                opcode::Fallocate::new(file, *len)
                     .offset(*offset)
                     .mode(mode)
                     .build()
@@ -567,8 +585,7 @@ impl Table {
             // A preallocated file keeps its space: others could take it, and a later write would
             // find the disk full.
             Some((_, Op::Discard { .. })) | None => opcode::Nop::new().build(),
-        };
-        entry.user_data(u64::from(number))
+        }
     }
 
     /// Takes the kernel's answer for a slot: over, or once more from where it stopped.

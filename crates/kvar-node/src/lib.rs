@@ -65,8 +65,8 @@ pub use loading::LoadingHook;
 pub use modes::{ModeError, ModeReport, SetBy};
 pub use namespaces::NamespaceError;
 pub use node::{
-    Hooks, LINK_BYTES, MEMORY_BASE_BYTES, MovingHook, Node, NodeHandle, Readiness, StartError,
-    StopReport, Stopper, WallClock,
+    AroundHook, Hooks, LINK_BYTES, MEMORY_BASE_BYTES, MovingHook, Node, NodeHandle, Readiness,
+    StartError, StopReport, Stopper, WallClock,
 };
-pub use report::{NamespaceReport, NodeFacts, NodeReport, ShardReport, TierReport};
+pub use report::{NamespaceReport, NodeFacts, NodeReport, ShardReport, SleepReport, TierReport};
 pub use storage::StorageError;

@@ -16,7 +16,8 @@ use crate::mail::{EngineKey, Mail, Post};
 use crossbeam_channel::Sender;
 use kvar_engine::{Engine, EngineConfig, Loaded, OpenError, Superblock, arena_bytes};
 use kvar_io::{
-    Arena, Completion, Device, DeviceError, DeviceOptions, IoEngine, Op, Target, open_device,
+    Arena, Completion, Device, DeviceError, DeviceOptions, IoEngine, Op, Reactor, Target,
+    open_device,
 };
 use std::os::fd::RawFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -108,7 +109,7 @@ pub(crate) struct Opened {
 
 impl OpenShard {
     /// Opens the thread's own device and starts the loader, which will send [`Mail::Loaded`].
-    pub(crate) fn begin(self, post: &Post) -> Result<Opened, LoadFailed> {
+    pub(crate) fn begin(self, post: &Post, reactor: &Reactor) -> Result<Opened, LoadFailed> {
         let bytes = arena_bytes(&self.config, &self.superblock);
         let arena = Arena::new(bytes).map_err(|error| LoadFailed::Memory {
             bytes,
@@ -118,8 +119,9 @@ impl OpenShard {
             engine: self.io_engine,
             ..DeviceOptions::default()
         };
-        let (device, io_notes) =
-            open_device(&self.target, &arena, options).map_err(OpenError::Device)?;
+        let (device, io_notes) = reactor
+            .open_device(&self.target, &arena, options)
+            .map_err(OpenError::Device)?;
         let io_engine = device.engine();
         let (number, key, keeper) = (self.device, self.key, self.keeper.clone());
         let on_sign = Box::new(move |sign: Sign<'_>| {

@@ -24,9 +24,10 @@ use kvar_engine::{
     BlockStat, Copy, Demoted, Demotion, GetRequest, LeaseGrant, Loaded, PutRequest, PutTicket,
     ReadHints, Tenant,
 };
+use kvar_io::Bell;
 use kvar_transport::TcpStream;
-use mio::Waker;
 use std::net::SocketAddr;
+use std::os::fd::{AsRawFd as _, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -182,7 +183,7 @@ pub(crate) struct Post(Arc<[Slot]>);
 
 struct Slot {
     sender: Sender<Mail>,
-    waker: Waker,
+    bell: Arc<Bell>,
     /// Set by the thread just before it sleeps, so that a busy one is not woken for nothing.
     asleep: Arc<AtomicBool>,
 }
@@ -191,24 +192,27 @@ struct Slot {
 pub(crate) struct Mailbox {
     receiver: Receiver<Mail>,
     asleep: Arc<AtomicBool>,
+    bell: Arc<Bell>,
 }
 
 impl Post {
-    /// One mailbox a waker.
-    pub(crate) fn new(wakers: Vec<Waker>) -> (Self, Vec<Mailbox>) {
-        let (slots, boxes): (Vec<_>, Vec<_>) = wakers
+    /// One mailbox a bell.
+    pub(crate) fn new(bells: Vec<Bell>) -> (Self, Vec<Mailbox>) {
+        let (slots, boxes): (Vec<_>, Vec<_>) = bells
             .into_iter()
-            .map(|waker| {
+            .map(|bell| {
+                let bell = Arc::new(bell);
                 let (sender, receiver) = crossbeam_channel::unbounded();
                 let asleep = Arc::new(AtomicBool::new(false));
                 let mailbox = Mailbox {
                     receiver,
                     asleep: asleep.clone(),
+                    bell: bell.clone(),
                 };
                 (
                     Slot {
                         sender,
-                        waker,
+                        bell,
                         asleep,
                     },
                     mailbox,
@@ -227,10 +231,7 @@ impl Post {
     pub(crate) fn send(&self, thread: u32, mail: Mail) {
         let slot = &self.0[thread as usize];
         if slot.sender.send(mail).is_ok() {
-            // A waker fails only when its poll is gone, and then nobody sleeps.
-            wake::wake_sleeper(&*slot.asleep, || {
-                let _ = slot.waker.wake();
-            });
+            wake::wake_sleeper(&*slot.asleep, || slot.bell.ring());
         }
     }
 
@@ -244,7 +245,13 @@ impl Post {
         self.send_all(|| Mail::Stop);
     }
 }
+
 impl Mailbox {
+    /// What rings when mail comes for a thread that sleeps; to be watched.
+    pub(crate) fn bell(&self) -> RawFd {
+        self.bell.as_raw_fd()
+    }
+
     /// The next piece of mail, if there is one.
     pub(crate) fn take(&self) -> Option<Mail> {
         self.receiver.try_recv().ok()
@@ -264,33 +271,44 @@ impl Mailbox {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mio::{Events, Poll, Token};
+    use kvar_io::{IoEngine, Reactor};
+    use mio::{Interest, Token};
     use std::time::Duration;
 
     #[test]
     fn a_sleeper_is_woken_and_never_misses_mail() {
-        let mut poll = Poll::new().unwrap();
-        let waker = Waker::new(poll.registry(), Token(0)).unwrap();
-        let (post, mut boxes) = Post::new(vec![waker]);
+        for engine in [IoEngine::Auto, IoEngine::Threads] {
+            let reactor = Reactor::new(engine).unwrap().0;
+            sleeps_and_is_woken(reactor);
+        }
+    }
+
+    fn sleeps_and_is_woken(mut reactor: Reactor) {
+        let (post, mut boxes) = Post::new(vec![Bell::new().unwrap()]);
         let mailbox = boxes.pop().unwrap();
+        let watcher = reactor.watcher();
+        watcher
+            .watch(mailbox.bell(), Token(0), Interest::READABLE)
+            .unwrap();
         const COUNT: usize = 10_000;
-        // Kept: a waker that is dropped takes its last call with it.
         let posting = post.clone();
         let sender = std::thread::spawn(move || {
             for _ in 0..COUNT {
                 posting.send(0, Mail::LinksClosed);
             }
         });
-        let mut events = Events::with_capacity(4);
+        let mut ready = Vec::new();
         let mut got = 0;
         while got < COUNT {
             while mailbox.take().is_some() {
                 got += 1;
             }
             if got < COUNT && mailbox.may_sleep() {
-                poll.poll(&mut events, Some(Duration::from_secs(20)))
+                ready.clear();
+                reactor
+                    .turn(Some(Duration::from_secs(20)), &mut ready)
                     .unwrap();
-                assert!(!events.is_empty(), "slept through mail after {got}");
+                assert!(!ready.is_empty(), "slept through mail after {got}");
                 mailbox.awake();
             }
         }

@@ -23,13 +23,13 @@ use crate::modes::{ModeError, Modes};
 use crate::namespaces::{NamespaceError, Namespaces};
 use crate::report::{NodeFacts, NodeReport, ThreadReport};
 use crate::storage::{Storage, StorageError};
-use crate::thread::{self, ThreadParts, WAKER};
+use crate::thread::{self, ThreadParts};
 use crossbeam_channel::{Receiver, Sender};
 use kvar_base::{BlockId, Clock as _, SystemClock};
 use kvar_engine::ShutdownReport;
+use kvar_io::Bell;
 use kvar_transport::{BindError, Listener};
 use kvar_wire::Limits;
-use mio::{Poll, Waker};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -118,6 +118,9 @@ pub type WallClock = Arc<dyn Fn() -> u64 + Send + Sync>;
 /// Hears which block moves, and whether it is about to be committed.
 pub type MovingHook = Arc<dyn Fn(BlockId, bool) + Send + Sync>;
 
+/// Runs what it is given, once: one turn of a thread, and its sleep.
+pub type AroundHook = Arc<dyn Fn(&mut dyn FnMut()) + Send + Sync>;
+
 /// What a caller may watch or slow down; for tests and tools.
 #[derive(Clone, Default)]
 pub struct Hooks {
@@ -128,6 +131,8 @@ pub struct Hooks {
     pub moving: Option<MovingHook>,
     /// Seconds since 1970, asked instead of the machine's clock for times to live.
     pub wall_clock: Option<WallClock>,
+    /// Called around every turn of every shard's thread, on that thread, to count what it costs.
+    pub around: Option<AroundHook>,
 }
 
 /// How the loading of what was stored ended.
@@ -251,16 +256,10 @@ impl Node {
             bytes_max: config.link_budget.0,
         };
 
-        // Every thread's poll and mailbox exist before the first thread does.
+        // Every thread's mailbox exists before the first thread does.
         let system = |what| move |source| StartError::System { what, source };
-        let mut polls = Vec::new();
-        let mut wakers = Vec::new();
-        for _ in 0..threads {
-            let poll = Poll::new().map_err(system("an event queue"))?;
-            wakers.push(Waker::new(poll.registry(), WAKER).map_err(system("a waker"))?);
-            polls.push(poll);
-        }
-        let (post, mailboxes) = Post::new(wakers);
+        let bells: std::io::Result<_> = (0..threads).map(|_| Bell::new()).collect();
+        let (post, mailboxes) = Post::new(bells.map_err(system("a waker"))?);
         let views = Arc::new(Views::default());
         let status = Arc::new(StatusSource {
             facts: facts.clone(),
@@ -323,10 +322,11 @@ impl Node {
         handle.keeper_thread = Some(keeper.map_err(system("a thread"))?);
         let connections = Arc::new(AtomicUsize::new(0));
         let mut listener = Some(listener);
-        for ((number, poll), mailbox) in (0..).zip(polls).zip(mailboxes) {
+        for (number, mailbox) in (0..).zip(mailboxes) {
             let parts = ThreadParts {
                 number,
-                poll,
+                io_engine: config.io_engine,
+                around: hooks.around.clone(),
                 mailbox,
                 post: post.clone(),
                 keeper: keeper_sender.clone(),

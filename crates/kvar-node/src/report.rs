@@ -16,6 +16,8 @@ use serde::Serialize;
 #[derive(Clone, Debug)]
 pub(crate) struct ThreadReport {
     pub(crate) thread: u32,
+    /// What it did between requests.
+    pub(crate) sleep: SleepReport,
     /// What its links did.
     pub(crate) links: LinkCounters,
     /// What was asked of each namespace, by number.
@@ -24,6 +26,19 @@ pub(crate) struct ThreadReport {
     pub(crate) clients: Vec<ClientReport>,
     /// Its shards, one a device.
     pub(crate) shards: Vec<ShardReport>,
+}
+
+/// What a thread sleeps over, and what its data path asked of the kernel.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct SleepReport {
+    /// Which thread.
+    pub thread: u32,
+    /// `io_uring`: one ring for sockets, devices and timers; `epoll`: sockets apart from devices.
+    pub reactor: &'static str,
+    /// How often it went to sleep.
+    pub sleeps: u64,
+    /// System calls of its data path.
+    pub system_calls: u64,
 }
 
 /// Clients that a report names: it must fit a message.
@@ -292,6 +307,8 @@ pub struct NodeReport<'a> {
     pub clients: Vec<ClientReport>,
     /// Others beyond those, at least.
     pub clients_more: u64,
+    /// Each thread.
+    pub threads: Vec<SleepReport>,
     /// Each shard.
     pub shards: Vec<ShardReport>,
 }
@@ -321,6 +338,7 @@ impl<'a> NodeReport<'a> {
             let counters = of_namespace.iter_mut().zip(&report.namespaces);
             counters.for_each(|(sum, more)| *sum += *more);
         }
+        let sleeps = reports.iter().map(|report| report.sleep).collect();
         let shards = reports.into_iter().flat_map(|report| report.shards);
         let mut shards: Vec<ShardReport> = shards.collect();
         shards.sort_by_key(|shard| (shard.device, shard.engine.shard));
@@ -372,6 +390,7 @@ impl<'a> NodeReport<'a> {
             modes: modes.report(),
             clients,
             clients_more,
+            threads: sleeps,
             shards,
         }
     }

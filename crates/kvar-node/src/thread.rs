@@ -5,7 +5,7 @@
 //!
 //! ```text
 //!   loop
-//!     sleep, unless something can move                 epoll: listener, links, mailbox, devices
+//!     sleep, unless something can move                 reactor: listener, links, mailbox, devices
 //!     mail      -> asks for my engines, answers for my links, connections, devices in and out
 //!     timers    -> deadlines
 //!     links     -> frames in, asks out; answers out
@@ -27,28 +27,27 @@ use crate::devices;
 use crate::links::{LinkSettings, Links, Outgoing, To};
 use crate::loading::{LoadFailed, OpenShard};
 use crate::mail::{Answer, Ask, EngineKey, KEEPER, Mail, Mailbox, Origin, Post};
+use crate::node::AroundHook;
 use crate::owner::{Owner, away};
-use crate::report::ThreadReport;
+use crate::report::{SleepReport, ThreadReport};
 use crossbeam_channel::Sender;
 use kvar_base::{Clock as _, MissReason, Moment, SystemClock};
 use kvar_engine::{Demoted, Loaded, ShutdownReport};
+use kvar_io::{IoEngine, Reactor, Ready, Watcher, calls};
 use kvar_transport::Listener;
 use kvar_wire::{Failure, FailureCode};
-use mio::unix::SourceFd;
-use mio::{Events, Interest, Poll, Registry, Token};
+use mio::{Interest, Token};
 use slab::Slab;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-/// Tokens of the poll; links follow, and devices come from above by their engines' serials.
-pub(crate) const WAKER: Token = Token(0);
+/// Tokens of what is watched; links follow, and devices come from above by their engines' serials.
+const BELL: Token = Token(0);
 const LISTENER: Token = Token(1);
 const FIRST_LINK: usize = 2;
 const FIRST_DEVICE: usize = usize::MAX / 2;
-
-/// Events taken from the kernel at once; more come with the next turn.
-const EVENTS_A_TURN: usize = 256;
 
 /// Mail taken in one turn, so that a flood of asks does not starve the thread's own links.
 const MAIL_A_TURN: usize = 1024;
@@ -72,7 +71,8 @@ const OFFERS_FROM: u64 = 1 << 40;
 /// What a thread is given.
 pub(crate) struct ThreadParts {
     pub(crate) number: u32,
-    pub(crate) poll: Poll,
+    /// How devices are opened, and with that what the thread sleeps over.
+    pub(crate) io_engine: IoEngine,
     pub(crate) mailbox: Mailbox,
     pub(crate) post: Post,
     pub(crate) keeper: Sender<devices::Event>,
@@ -84,6 +84,8 @@ pub(crate) struct ThreadParts {
     /// Links open over all threads.
     pub(crate) connections: Arc<AtomicUsize>,
     pub(crate) clock: SystemClock,
+    /// Called around each turn and its sleep.
+    pub(crate) around: Option<AroundHook>,
 }
 
 enum Stage {
@@ -98,7 +100,7 @@ struct Thread {
     mailbox: Mailbox,
     post: Post,
     keeper: Sender<devices::Event>,
-    registry: Registry,
+    watcher: Rc<dyn Watcher>,
     /// One a device, so few that a search is as good as a map.
     owners: Vec<Owner>,
     links: Links,
@@ -117,6 +119,8 @@ struct Thread {
     now: Moment,
     /// What an engine that is being loaded must hear, if the clock was set since it began.
     unix_at_start_s: Option<u64>,
+    // Last: devices and links leave it before it goes.
+    reactor: Reactor,
 }
 
 /// Runs a thread until it is told to stop; says what became of memory.
@@ -124,18 +128,23 @@ struct Thread {
 /// # Errors
 /// When the operating system refuses to watch a descriptor.
 pub(crate) fn run(mut parts: ThreadParts) -> std::io::Result<ShutdownReport> {
-    let registry = parts.poll.registry();
-    if let Some(listener) = &mut parts.listener {
-        listener.register(registry, LISTENER)?;
+    let (reactor, note) = Reactor::new(parts.io_engine)?;
+    // The same for all threads: said once.
+    if let Some(note) = note.filter(|_| parts.number == 0) {
+        tracing::warn!("{note}");
     }
-    let (registry, links_registry) = (registry.try_clone()?, registry.try_clone()?);
+    let watcher = reactor.watcher();
+    watcher.watch(parts.mailbox.bell(), BELL, Interest::READABLE)?;
+    if let Some(listener) = &mut parts.listener {
+        listener.register(&*watcher, LISTENER)?;
+    }
     let threads = parts.post.threads();
     let links = Links::new(
         threads,
         parts.settings,
         parts.clock,
         parts.keeper.clone(),
-        links_registry,
+        watcher.clone(),
         FIRST_LINK,
     );
     let mut thread = Thread {
@@ -143,7 +152,7 @@ pub(crate) fn run(mut parts: ThreadParts) -> std::io::Result<ShutdownReport> {
         mailbox: parts.mailbox,
         post: parts.post,
         keeper: parts.keeper,
-        registry,
+        watcher,
         owners: Vec::new(),
         links,
         accept_again: parts.listener.is_some().then_some(parts.clock.now()),
@@ -158,49 +167,71 @@ pub(crate) fn run(mut parts: ThreadParts) -> std::io::Result<ShutdownReport> {
         offers: Slab::new(),
         now: parts.clock.now(),
         unix_at_start_s: None,
+        reactor,
     };
-    let mut poll = parts.poll;
-    let mut events = Events::with_capacity(EVENTS_A_TURN);
+    let mut ready = Vec::new();
     let mut last_work = thread.now;
     loop {
-        let worked = thread.turn();
-        if let Stage::Over(report) = thread.stage {
+        let mut ended = Ok(None);
+        let mut round = || ended = thread.round(parts.spin, &mut last_work, &mut ready);
+        match &parts.around {
+            None => round(),
+            Some(around) => around(&mut round),
+        }
+        if let Some(report) = ended? {
             return Ok(report);
-        }
-        if worked {
-            last_work = thread.now;
-        }
-        let spins = thread.now.since(last_work) < parts.spin;
-        let timeout = if worked || spins {
-            thread.links.look();
-            Some(Duration::ZERO)
-        } else {
-            thread.may_sleep()
-        };
-        match poll.poll(&mut events, timeout) {
-            Err(error) if error.kind() != std::io::ErrorKind::Interrupted => return Err(error),
-            _ => {}
-        }
-        thread.mailbox.awake();
-        thread.now = thread.links.tick();
-        for event in &events {
-            match event.token() {
-                WAKER => {}
-                LISTENER => thread.accept_again = Some(thread.now),
-                Token(token) if token >= FIRST_DEVICE => {
-                    let serial = (token - FIRST_DEVICE) as u32;
-                    let owner = thread.owners.iter_mut().find(|it| it.key.serial == serial);
-                    if let Some(owner) = owner {
-                        owner.has_work = true;
-                    }
-                }
-                _ => thread.links.on_event(event),
-            }
         }
     }
 }
 
 impl Thread {
+    /// One turn and one sleep, as long as there is nothing to do; at the end, what became of memory.
+    fn round(
+        &mut self,
+        spin: Duration,
+        last_work: &mut Moment,
+        ready: &mut Vec<Ready>,
+    ) -> std::io::Result<Option<ShutdownReport>> {
+        let worked = self.turn();
+        if let Stage::Over(report) = &mut self.stage {
+            return Ok(Some(std::mem::take(report)));
+        }
+        if worked {
+            *last_work = self.now;
+        }
+        // What was done is no reason to come again: what it left to do is listed, and what the peers do
+        // meanwhile ends the sleep. So what devices were asked for is handed over with the sleep itself.
+        // A link that announces nothing before it is armed is worth one more look, and who stops goes on by
+        // turns.
+        let is_stopping = !matches!(self.stage, Stage::Serving);
+        let goes_on = worked && (is_stopping || self.links.has_unarmed());
+        let looks = goes_on || self.now.since(*last_work) < spin;
+        let timeout = if looks || self.has_more() {
+            self.links.look();
+            Some(Duration::ZERO)
+        } else {
+            self.may_sleep()
+        };
+        self.reactor.turn(timeout, ready)?;
+        self.mailbox.awake();
+        self.now = self.links.tick();
+        for event in ready.drain(..) {
+            match event.token {
+                BELL => {}
+                LISTENER => self.accept_again = Some(self.now),
+                Token(token) if token >= FIRST_DEVICE => {
+                    let serial = (token - FIRST_DEVICE) as u32;
+                    let owner = self.owners.iter_mut().find(|it| it.key.serial == serial);
+                    if let Some(owner) = owner {
+                        owner.has_work = true;
+                    }
+                }
+                _ => self.links.on_event(event),
+            }
+        }
+        Ok(None)
+    }
+
     /// Everything that can be done now; whether there may be more at once.
     fn turn(&mut self) -> bool {
         let mut worked = self.take_mail();
@@ -228,7 +259,12 @@ impl Thread {
                 .fetch_sub(before - after, Ordering::Relaxed);
         }
         self.step_stage();
-        worked || self.links.is_busy() || self.owners.iter().any(|owner| owner.has_work)
+        worked || self.has_more()
+    }
+
+    /// Whether something was left to do.
+    fn has_more(&self) -> bool {
+        self.links.is_busy() || self.owners.iter().any(|owner| owner.has_work)
     }
 
     /// How long it may sleep: until the next timer; not at all if mail has come.
@@ -411,6 +447,12 @@ impl Thread {
         let shards = self.owners.iter().map(|owner| owner.report(self.now));
         ThreadReport {
             thread: self.number,
+            sleep: SleepReport {
+                thread: self.number,
+                reactor: self.reactor.kind(),
+                sleeps: self.reactor.sleeps(),
+                system_calls: calls::so_far(),
+            },
             links: self.links.counters(),
             namespaces: self.links.namespace_counters(),
             clients: self.links.clients(),
@@ -426,7 +468,7 @@ impl Thread {
         if !matches!(self.stage, Stage::Serving) {
             return self.tell(key, Err(LoadFailed::Cancelled));
         }
-        match shard.begin(&self.post) {
+        match shard.begin(&self.post, &self.reactor) {
             Ok(opened) => {
                 // The same for all shards of a device: said once.
                 if number == 0 {
@@ -462,10 +504,8 @@ impl Thread {
                     owner.set_clock(self.now, unix_at_start_s);
                 }
                 let token = Token(FIRST_DEVICE + key.serial as usize);
-                let watched = fd.map_or(Ok(()), |fd| {
-                    self.registry
-                        .register(&mut SourceFd(&fd), token, Interest::READABLE)
-                });
+                let watch = |fd| self.watcher.watch(fd, token, Interest::READABLE);
+                let watched = fd.map_or(Ok(()), watch);
                 watched.map_err(|error| LoadFailed::System(format!("an event queue: {error}")))
             }
             Err(failure) => {
@@ -566,7 +606,10 @@ impl Thread {
             return;
         }
         // A closed listener is what makes clients elsewhere notice first.
-        self.listener = None;
+        if let Some(mut listener) = self.listener.take() {
+            // Refused only where it is not watched.
+            let _ = listener.deregister(&*self.watcher);
+        }
         self.accept_again = None;
         self.links.close_all();
         self.owners.iter().for_each(Owner::cancel_loading);

@@ -14,8 +14,8 @@ use crate::shared::{SharedEnd, SharedStream};
 use crate::stream::{Stream, StreamLink, Watched};
 use crate::tcp::{TcpOptions, TcpStream};
 use crate::{Framing, LinkOptions};
-use mio::event::Event;
-use mio::{Registry, Token};
+use kvar_io::{Ready, Watcher};
+use mio::Token;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::SocketAddr;
 
@@ -116,15 +116,15 @@ impl Stream for AnyStream {
 }
 
 impl Watched for AnyStream {
-    fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
-        inside!(self, stream => stream.register(registry, token))
+    fn register(&mut self, watcher: &dyn Watcher, token: Token) -> io::Result<()> {
+        inside!(self, stream => stream.register(watcher, token))
     }
 
-    fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
-        inside!(self, stream => stream.deregister(registry))
+    fn deregister(&mut self, watcher: &dyn Watcher) -> io::Result<()> {
+        inside!(self, stream => stream.deregister(watcher))
     }
 
-    fn on_event(&mut self, event: &Event) -> Readiness {
+    fn on_event(&mut self, event: Ready) -> Readiness {
         inside!(self, stream => stream.on_event(event))
     }
 }
@@ -170,15 +170,10 @@ impl<S: Source, D: Sink> AnyLink<S, D> {
     ///
     /// # Errors
     /// When the operating system refuses to watch the bell; the link stays on TCP.
-    pub fn share(
-        &mut self,
-        mut end: SharedEnd,
-        registry: &Registry,
-        token: Token,
-    ) -> io::Result<()> {
+    pub fn share(&mut self, end: SharedEnd, watcher: &dyn Watcher, token: Token) -> io::Result<()> {
         match &mut self.stream_mut().0 {
             Inside::Tcp(_, next @ None) => {
-                registry.register(end.bell(), token, mio::Interest::READABLE)?;
+                watcher.watch(end.bell(), token, mio::Interest::READABLE)?;
                 *next = Some(Box::new(end));
                 self.after_change();
             }

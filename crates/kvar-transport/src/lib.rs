@@ -23,7 +23,7 @@
 //!
 //! # How a node's thread uses it
 //!
-//! One `mio::Poll` for listener, links, mailbox and device. Readiness is edge-triggered and kept
+//! One reactor (`kvar_io::Reactor`, here a `mio::Poll`) for listener, links, mailbox and device. Readiness is edge-triggered and kept
 //! by the link, so the loop is: note what is ready, poll what can move, sleep when nothing can.
 //!
 //! ```

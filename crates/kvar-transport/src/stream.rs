@@ -12,7 +12,8 @@ use crate::link::{
 };
 use crate::outbox::Outbox;
 use crate::pieces::{Sink, Source};
-use mio::{Registry, Token};
+use kvar_io::{Ready, Watcher};
+use mio::Token;
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
 
@@ -60,22 +61,22 @@ pub trait Stream {
     }
 }
 
-/// A stream that the operating system watches for its thread.
+/// A stream whose descriptors are watched for its thread: by a `mio::Registry`, or by a node's reactor.
 pub trait Watched: Stream {
     /// Has it watched, edge-triggered.
     ///
     /// # Errors
     /// When the operating system refuses.
-    fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()>;
+    fn register(&mut self, watcher: &dyn Watcher, token: Token) -> io::Result<()>;
 
     /// Ends that.
     ///
     /// # Errors
     /// When it was not watched.
-    fn deregister(&mut self, registry: &Registry) -> io::Result<()>;
+    fn deregister(&mut self, watcher: &dyn Watcher) -> io::Result<()>;
 
     /// What an event of its token makes possible.
-    fn on_event(&mut self, event: &mio::event::Event) -> Readiness;
+    fn on_event(&mut self, event: Ready) -> Readiness;
 }
 
 /// [`Link`] over a [`Stream`].
@@ -501,21 +502,21 @@ impl<T: Watched, S: Source, D: Sink> StreamLink<T, S, D> {
     ///
     /// # Errors
     /// When the operating system refuses.
-    pub fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
-        self.stream.register(registry, token)
+    pub fn register(&mut self, watcher: &dyn Watcher, token: Token) -> io::Result<()> {
+        self.stream.register(watcher, token)
     }
 
     /// Ends that; do so before the link is dropped, or moves to another thread.
     ///
     /// # Errors
     /// When it was not watched.
-    pub fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
-        self.stream.deregister(registry)
+    pub fn deregister(&mut self, watcher: &dyn Watcher) -> io::Result<()> {
+        self.stream.deregister(watcher)
     }
 
     /// Notes what the operating system says.
-    pub fn on_event(&mut self, event: &mio::event::Event) {
-        let readiness = self.stream.on_event(event);
+    pub fn on_event(&mut self, event: impl Into<Ready>) {
+        let readiness = self.stream.on_event(event.into());
         self.notify(readiness);
     }
 }

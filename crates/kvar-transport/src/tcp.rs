@@ -1,17 +1,18 @@
 //! Links over TCP, and the listener that accepts them.
 //!
-//! Sockets are non-blocking and watched edge-triggered by the caller's `mio::Poll`. Headers leave
+//! Sockets are non-blocking and watched edge-triggered by the caller's `mio::Poll` or reactor. Headers leave
 //! with their payload in one call, so Nagle's algorithm is off. Buffers of the kernel are left to
 //! its own tuning: a fixed size would switch that off.
 
 use crate::link::{Framing, LinkOptions, Readiness};
 use crate::pieces::{Sink, Source};
 use crate::stream::{Stream, StreamLink, Watched};
-use mio::event::Event;
-use mio::{Interest, Registry, Token};
+use kvar_io::{Ready, Watcher, calls};
+use mio::{Interest, Token};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::net::{Shutdown, SocketAddr};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 /// Connections that may wait to be accepted; the kernel's own usual bound.
@@ -107,10 +108,12 @@ impl Stream for TcpStream {
     }
 
     fn read(&mut self, pieces: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        calls::note();
         self.0.read_vectored(pieces)
     }
 
     fn write(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
+        calls::note();
         // Sending to a closed socket is to be an error here, not a signal to the process.
         SockRef::from(&self.0).send_vectored_with_flags(pieces, libc::MSG_NOSIGNAL)
     }
@@ -122,20 +125,20 @@ impl Stream for TcpStream {
 }
 
 impl Watched for TcpStream {
-    fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
+    fn register(&mut self, watcher: &dyn Watcher, token: Token) -> io::Result<()> {
         let interest = Interest::READABLE | Interest::WRITABLE;
-        registry.register(&mut self.0, token, interest)
+        watcher.watch(self.0.as_raw_fd(), token, interest)
     }
 
-    fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
-        registry.deregister(&mut self.0)
+    fn deregister(&mut self, watcher: &dyn Watcher) -> io::Result<()> {
+        watcher.unwatch(self.0.as_raw_fd())
     }
 
-    fn on_event(&mut self, event: &Event) -> Readiness {
+    fn on_event(&mut self, event: Ready) -> Readiness {
         Readiness {
-            readable: event.is_readable(),
-            writable: event.is_writable() || event.is_error(),
-            closed: event.is_read_closed() || event.is_error(),
+            readable: event.readable,
+            writable: event.writable || event.error,
+            closed: event.read_closed || event.error,
         }
     }
 }
@@ -253,16 +256,16 @@ impl Listener {
     ///
     /// # Errors
     /// When the operating system refuses.
-    pub fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
-        registry.register(&mut self.listener, token, Interest::READABLE)
+    pub fn register(&mut self, watcher: &dyn Watcher, token: Token) -> io::Result<()> {
+        watcher.watch(self.listener.as_raw_fd(), token, Interest::READABLE)
     }
 
-    /// Ends that.
+    /// Ends that; before it is dropped, or connections would still be taken up.
     ///
     /// # Errors
     /// When it was not watched.
-    pub fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
-        registry.deregister(&mut self.listener)
+    pub fn deregister(&mut self, watcher: &dyn Watcher) -> io::Result<()> {
+        watcher.unwatch(self.listener.as_raw_fd())
     }
 
     /// The next connection; `None` when there is none at the moment.

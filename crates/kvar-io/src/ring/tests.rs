@@ -24,6 +24,7 @@ fn table(streams: WriteStreams, registered_lists: bool) -> Table {
         discards: false,
         registered_lists,
         streams,
+        file: Fixed(0),
     }
 }
 

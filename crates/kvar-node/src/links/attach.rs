@@ -88,7 +88,7 @@ impl Conversation {
                 // First the answer, through TCP: the stream changes when all that is queued has left.
                 self.send(desk, request, &AttachAnswer::Attached { ring_bytes });
                 let token = desk.token(self.key);
-                if let Err(error) = self.link.share(end, &desk.registry, token) {
+                if let Err(error) = self.link.share(end, &*desk.watcher, token) {
                     tracing::warn!(peer = %self.peer, %error, "cannot watch a client's bell; closing its link");
                     return self.link.close();
                 }

@@ -13,10 +13,12 @@ use crate::report::ThreadReport;
 use crossbeam_channel::Sender;
 use kvar_base::{BlockId, Clock as _, Moment, SystemClock};
 use kvar_engine::TENANTS;
-use kvar_wire::Limits;
-use mio::{Registry, Token};
+use kvar_io::Watcher;
+use kvar_wire::{Limits, Section};
+use mio::Token;
 use slab::Slab;
 use std::collections::BTreeSet;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,6 +31,17 @@ pub(crate) struct LinkKey {
 
 /// The request number under which a link's own timers run; no request has it.
 pub(crate) const LINK_TIMER: u64 = kvar_wire::LINK_REQUEST;
+
+/// A timer that is always there: a tree that becomes empty gives its memory back, and a link with one
+/// request at a time would take it again with each.
+const NEVER: (Moment, LinkKey, u64) = (
+    Moment(u64::MAX),
+    LinkKey {
+        index: usize::MAX,
+        serial: u64::MAX,
+    },
+    LINK_TIMER,
+);
 
 /// Something asked of an owner, and whose it is.
 #[derive(Clone, Copy, Debug)]
@@ -98,11 +111,13 @@ pub(crate) struct Desk {
     pub(crate) settings: LinkSettings,
     /// Heads are encoded here, one at a time.
     pub(crate) scratch: Vec<u8>,
+    /// What an answer says of its sections, one answer at a time.
+    pub(crate) sections: Vec<Section>,
     pub(crate) now: Moment,
     /// A request was over before its answer, since this was last looked at.
     pub(crate) ended_early: bool,
     /// Watches the links' descriptors.
-    pub(crate) registry: Registry,
+    pub(crate) watcher: Rc<dyn Watcher>,
     token_base: usize,
     clock: SystemClock,
     keeper: Sender<Event>,
@@ -115,7 +130,7 @@ impl Desk {
         settings: LinkSettings,
         clock: SystemClock,
         keeper: Sender<Event>,
-        registry: Registry,
+        watcher: Rc<dyn Watcher>,
         token_base: usize,
     ) -> Self {
         Self {
@@ -123,14 +138,15 @@ impl Desk {
             routes: Arc::new(Routes::new(Vec::new(), false, &Arc::default())),
             operations: Slab::new(),
             outgoing: Vec::new(),
-            timers: BTreeSet::new(),
+            timers: BTreeSet::from([NEVER]),
             counters: LinkCounters::default(),
             of_namespace: [NamespaceCounters::default(); TENANTS],
             settings,
             scratch: Vec::new(),
+            sections: Vec::new(),
             now: clock.now(),
             ended_early: false,
-            registry,
+            watcher,
             token_base,
             clock,
             keeper,

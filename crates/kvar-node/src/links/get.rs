@@ -283,14 +283,12 @@ impl Conversation {
         deadline: Moment,
         is_counted: bool,
     ) {
-        let sections: Vec<Section> = copy
-            .sections
-            .iter()
-            .map(|section| Section {
-                len: section.len,
-                check: section.check,
-            })
-            .collect();
+        let mut sections = std::mem::take(&mut desk.sections);
+        sections.clear();
+        sections.extend(copy.sections.iter().map(|section| Section {
+            len: section.len,
+            check: section.check,
+        }));
         let ranges: smallvec::SmallVec<[_; 2]> = copy
             .sections
             .iter()
@@ -308,9 +306,12 @@ impl Conversation {
         };
         desk.scratch.clear();
         let answer = GetAnswer { item, outcome };
-        if let Err(error) =
-            kvar_wire::encode(&mut desk.scratch, request, NodeFacts::EPOCH, &answer, bytes)
-        {
+        let encoded =
+            kvar_wire::encode(&mut desk.scratch, request, NodeFacts::EPOCH, &answer, bytes);
+        if let GetOutcome::Hit { sections, .. } = answer.outcome {
+            desk.sections = sections;
+        }
+        if let Err(error) = encoded {
             tracing::error!(peer = %self.peer, %error, "an answer does not fit its bounds");
             return self.link.close();
         }

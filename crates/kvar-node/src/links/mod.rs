@@ -45,16 +45,17 @@ use conversation::{Conversation, Incoming, NodeLink, Phase, abort};
 use crossbeam_channel::Sender;
 use desk::{Desk, LINK_TIMER, LinkKey};
 use kvar_base::{Moment, SystemClock};
+use kvar_io::{Ready, Watcher};
 use kvar_transport::{
     Armed, DownReason, Event, FrameLengths, HEADER_BYTES, Link as _, LinkKind, LinkOptions, Owned,
     Readiness, TURN_BYTES, TcpStream,
 };
 use kvar_wire::{Failure, FailureCode, Header, Message, WireError};
-use mio::Registry;
 use slab::Slab;
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::ops::ControlFlow;
+use std::rc::Rc;
 use std::sync::Arc;
 
 /// Room for answers without payload. What a link has queued is bounded before this: no frame is
@@ -107,10 +108,10 @@ impl Links {
         settings: LinkSettings,
         clock: SystemClock,
         keeper: Sender<crate::devices::Event>,
-        registry: Registry,
+        watcher: Rc<dyn Watcher>,
         token_base: usize,
     ) -> Self {
-        let desk = Desk::new(threads, settings, clock, keeper, registry, token_base);
+        let desk = Desk::new(threads, settings, clock, keeper, watcher, token_base);
         Self {
             slots: Slab::new(),
             desk,
@@ -188,7 +189,7 @@ impl Links {
             index: entry.key(),
             serial: self.desk.number(),
         };
-        link.register(&self.desk.registry, self.desk.token(key))?;
+        link.register(&*self.desk.watcher, self.desk.token(key))?;
         entry.insert(Conversation::new(link, key, peer, &mut self.desk));
         match refusal {
             None => self.desk.counters.links_accepted += 1,
@@ -202,8 +203,8 @@ impl Links {
     }
 
     /// The operating system says something about a link.
-    pub(crate) fn on_event(&mut self, event: &mio::event::Event) {
-        let index = self.desk.index(event.token());
+    pub(crate) fn on_event(&mut self, event: Ready) {
+        let index = self.desk.index(event.token);
         if let Some(link) = self.slots.get_mut(index) {
             link.link.on_event(event);
             self.list(index);
@@ -223,6 +224,11 @@ impl Links {
         !self.listed.is_empty()
     }
 
+    /// Whether some link would have to be armed before the thread sleeps.
+    pub(crate) fn has_unarmed(&self) -> bool {
+        !self.unarmed.is_empty()
+    }
+
     /// What was asked since the last call, into an empty list that is filled again and again.
     pub(crate) fn take_outgoing(&mut self, outgoing: &mut Vec<Outgoing>) {
         debug_assert!(outgoing.is_empty());
@@ -232,7 +238,8 @@ impl Links {
 
     /// When the next timer is due.
     pub(crate) fn next_timer(&self) -> Option<Moment> {
-        self.desk.timers.first().map(|(at, _, _)| *at)
+        let first = self.desk.timers.first().map(|(at, _, _)| *at);
+        first.filter(|at| *at != Moment(u64::MAX))
     }
 
     /// Modes were switched: every link is looked at, and its client told if that concerns it.
@@ -295,7 +302,7 @@ impl Links {
 
     /// Before the thread sleeps: arms what announces nothing yet; whether it may sleep.
     pub(crate) fn may_sleep(&mut self) -> bool {
-        for key in std::mem::take(&mut self.unarmed) {
+        while let Some(key) = self.unarmed.pop() {
             let Some(link) = self.slots.get_mut(key.index).filter(|it| it.key == key) else {
                 continue;
             };
@@ -310,8 +317,8 @@ impl Links {
     fn drop_link(&mut self, key: LinkKey) {
         let mut link = self.slots.remove(key.index);
         link.end_requests(&mut self.desk);
-        // Its descriptor leaves the poll with the link in any case.
-        let _ = link.link.deregister(&self.desk.registry);
+        // Refused only where it is not watched.
+        let _ = link.link.deregister(&*self.desk.watcher);
     }
 
     /// An owner answers.

@@ -20,6 +20,7 @@ use crate::mail::Ticket;
 use crate::report::ThreadReport;
 use kvar_base::{BlockId, LeaseToken, MissReason, Moment};
 use kvar_wire::{GetHints, GetItem};
+use smallvec::SmallVec;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -114,7 +115,8 @@ pub(crate) enum AboutLease {
 
 /// A get, item by item.
 pub(crate) struct Get {
-    pub(crate) items: Vec<Item>,
+    /// Most gets are of one block, and take no memory of their own for it.
+    pub(crate) items: SmallVec<[Item; 1]>,
     pub(crate) left: u32,
     pub(crate) touch_request: u64,
     pub(crate) hints: GetHints,

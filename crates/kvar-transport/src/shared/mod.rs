@@ -22,14 +22,14 @@ use crate::link::Readiness;
 use crate::ring::{Reader, RingMemory, Scribbled, Word, Writer};
 use crate::stream::{Stream, Watched};
 use crate::tcp::TcpStream;
-use kvar_io::SharedMemory;
 use kvar_io::shared::{SharedBytes, Words};
-use mio::event::Event;
+use kvar_io::{Ready, SharedMemory, Watcher, calls};
 use mio::net::UnixStream;
-use mio::{Interest, Registry, Token};
+use mio::{Interest, Token};
 use socket2::SockRef;
 use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::net::Shutdown;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{Ordering, fence};
 
 /// Smallest ring: below this a block of 64 KiB would be handed over by crumbs.
@@ -174,8 +174,8 @@ impl SharedEnd {
     }
 
     /// What rings when the other side has something to say; to be watched.
-    pub(crate) fn bell(&mut self) -> &mut UnixStream {
-        &mut self.bell
+    pub(crate) fn bell(&self) -> RawFd {
+        self.bell.as_raw_fd()
     }
 }
 
@@ -208,6 +208,7 @@ impl SharedStream {
     fn silence(&mut self) {
         let mut taken = [0; BELL_BYTES];
         for _ in 0..SILENCE_CALLS_MAX {
+            calls::note();
             match self.end.bell.read(&mut taken) {
                 Ok(0) => {
                     self.closed = true;
@@ -229,6 +230,7 @@ impl SharedStream {
 /// Rings. A bell that cannot be rung has rung already (its buffer is full), or nobody is left to
 /// hear it, which its socket will say.
 fn ring(bell: &UnixStream) {
+    calls::note();
     let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
     let _ = SockRef::from(bell).send_with_flags(&[1], flags);
 }
@@ -292,20 +294,20 @@ impl Stream for SharedStream {
 }
 
 impl Watched for SharedStream {
-    fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
-        registry.register(&mut self.end.bell, token, Interest::READABLE)
+    fn register(&mut self, watcher: &dyn Watcher, token: Token) -> io::Result<()> {
+        watcher.watch(self.end.bell(), token, Interest::READABLE)
     }
 
-    fn deregister(&mut self, registry: &Registry) -> io::Result<()> {
-        registry.deregister(&mut self.end.bell)?;
-        self.tcp.deregister(registry)
+    fn deregister(&mut self, watcher: &dyn Watcher) -> io::Result<()> {
+        watcher.unwatch(self.end.bell())?;
+        self.tcp.deregister(watcher)
     }
 
-    fn on_event(&mut self, event: &Event) -> Readiness {
+    fn on_event(&mut self, event: Ready) -> Readiness {
         self.silence();
         // Of both sockets: when either ends the peer is gone, or about to.
-        self.closed |= event.is_read_closed() || event.is_error();
-        self.gone |= event.is_write_closed() || event.is_error();
+        self.closed |= event.read_closed || event.error;
+        self.gone |= event.write_closed || event.error;
         Readiness {
             readable: true,
             writable: true,

@@ -14,7 +14,7 @@ use kvar_base::{
     Refusal, SystemClock,
 };
 use kvar_engine::{GetRequest, PutHints, PutRequest, ReadHints, Shares, Touch, survey_segments};
-use kvar_io::{Arena, IoEngine};
+use kvar_io::{Arena, Bell, IoEngine, Reactor};
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -34,8 +34,8 @@ struct Bench {
     clock: SystemClock,
     next: u64,
     answers: HashMap<u64, Answer>,
+    reactor: Reactor,
     // Last: files outlive who has them open.
-    _poll: mio::Poll,
     _dir: tempfile::TempDir,
 }
 
@@ -57,9 +57,8 @@ impl Bench {
         config.set("shards", "1").unwrap();
         let clock = SystemClock::default();
         let storage = Storage::open(&config, &clock).unwrap();
-        let poll = mio::Poll::new().unwrap();
-        let waker = mio::Waker::new(poll.registry(), mio::Token(0)).unwrap();
-        let (post, mut boxes) = Post::new(vec![waker]);
+        let reactor = Reactor::new(config.io_engine).unwrap().0;
+        let (post, mut boxes) = Post::new(vec![Bell::new().unwrap()]);
         let (sender, receiver) = crossbeam_channel::unbounded();
         let parts = KeeperParts {
             config,
@@ -82,7 +81,7 @@ impl Bench {
             clock,
             next: 0,
             answers: HashMap::new(),
-            _poll: poll,
+            reactor,
             _dir: dir,
         };
         bench.until("both are online", |it| it.keeper.started.is_none());
@@ -103,6 +102,8 @@ impl Bench {
             }
         }
         self.take(answers);
+        let turned = self.reactor.turn(Some(Duration::ZERO), &mut Vec::new());
+        turned.unwrap();
         while let Ok(event) = self.keeper.receiver.try_recv() {
             self.keeper.on_event(event);
         }
@@ -116,7 +117,7 @@ impl Bench {
             Mail::Open(shard) => {
                 let (key, device, number) = (shard.key, shard.device, shard.number);
                 let progress = shard.progress.clone();
-                let opened = shard.begin(&self.post).unwrap();
+                let opened = shard.begin(&self.post, &self.reactor).unwrap();
                 let owner = Owner::loading(key, device, number, opened, progress);
                 self.owners.push(owner);
             }
