@@ -21,6 +21,7 @@ mod lock;
 pub mod memory;
 mod open;
 mod probe;
+pub mod region;
 mod registered;
 mod ring;
 pub mod shared;
