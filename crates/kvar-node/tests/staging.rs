@@ -46,11 +46,8 @@ impl Raw {
         let mut raw = Self { link, poll };
         let mut handshake = ClientHandshake::new("default", key_of(node), "raw", [7; 32]);
         raw.send(LINK_REQUEST, &handshake.hello().clone());
-        loop {
-            match handshake.on_message(raw.receive().1).unwrap() {
-                ClientStep::Send(proof) => raw.send(LINK_REQUEST, &proof),
-                ClientStep::Open(_) => break,
-            }
+        while let ClientStep::Send(proof) = handshake.on_message(raw.receive().1).unwrap() {
+            raw.send(LINK_REQUEST, &proof);
         }
         let (place, meeting) = meet();
         raw.send(
