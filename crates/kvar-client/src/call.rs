@@ -148,6 +148,8 @@ pub(crate) struct GetSlot {
     pub(crate) cost: u64,
     /// Whether the node was asked for it.
     pub(crate) is_sent: bool,
+    /// Whether the node was told to write it to its destination, and has not answered.
+    pub(crate) is_placed: bool,
 }
 
 pub(crate) struct PutSlot {
@@ -398,6 +400,7 @@ impl Board {
             outcome,
             cost: 0,
             is_sent: false,
+            is_placed: false,
         }
     }
 

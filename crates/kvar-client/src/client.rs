@@ -11,6 +11,7 @@ use crate::layer_put::{LayerPut, LayerPutItem, LayerPutRequest, SectionPart};
 use crate::layers::{LayerGet, LayerItem, LayerRequest};
 use crate::pending::{Completer, Pending, pair};
 use crate::session::{Completion, Session, Ticket};
+use crate::staging::Stock;
 use crate::stats::{ClientStats, Counters};
 use crossbeam_channel::{Receiver, Sender, TryRecvError, unbounded};
 use kvar_base::wake;
@@ -332,6 +333,10 @@ impl Client {
         // What came is in the handle.
         let _ = self.submit(request, options, 1, |_, _| ());
         get
+    }
+
+    pub(crate) fn stock(&self) -> &Stock {
+        &self.0.counters.stock
     }
 
     /// Writes blocks; an outcome for each item, in order. (A cache's put may be forgotten, so

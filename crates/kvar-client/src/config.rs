@@ -59,6 +59,10 @@ pub struct ClientConfig {
     pub links: usize,
     /// What the links go through (auto).
     pub link: LinkChoice,
+    /// Bytes of the region that the client asks a node on this host for, so that what it reads can be
+    /// written where it is looked at ([`Client::staging`](crate::Client::staging)); a whole number of
+    /// 4 KiB pages. 0 (the default) asks for none.
+    pub staging: u64,
     /// How long to look for answers before sleeping (0). Waking a sleeper costs 60 to 80 us on a
     /// virtual machine; spinning costs a core that the engine may want.
     pub spin: Duration,
@@ -78,6 +82,7 @@ impl ClientConfig {
             connect_timeout: Duration::from_secs(1),
             links: 1,
             link: LinkChoice::Auto,
+            staging: 0,
             spin: Duration::ZERO,
             name: concat!("kvar-client ", env!("CARGO_PKG_VERSION")).to_owned(),
         }
@@ -113,6 +118,12 @@ impl ClientConfig {
             return wrong(format!(
                 "links must be 1 to {LINKS_MAX}, not {}",
                 self.links
+            ));
+        }
+        if !self.staging.is_multiple_of(kvar_base::PAGE_BYTES) {
+            return wrong(format!(
+                "staging must be a multiple of 4096 bytes, not {}",
+                self.staging
             ));
         }
         if self.connect_timeout.is_zero() {

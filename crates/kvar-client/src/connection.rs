@@ -1,14 +1,16 @@
 //! One link to the node: its handshake, its open requests, and the node's window on it.
 
 use crate::items::{Filled, PutSource};
+use crate::staging::Staging;
 use kvar_base::{BlockId, MapEpoch, Mode, Moment};
-use kvar_transport::shared::Meeting;
+use kvar_transport::shared::{Meeting, Region};
 use kvar_transport::{AnyLink, FrameLengths, Link, LinkKind, LinkOptions, SendRefused, TcpOptions};
-use kvar_wire::{Body, ClientHandshake, HANDSHAKE_MESSAGE_BYTES_MAX, Limits, Section};
+use kvar_wire::{Body, ClientHandshake, GetSlot, HANDSHAKE_MESSAGE_BYTES_MAX, Limits, Section};
 use mio::{Registry, Token};
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 pub(crate) type NodeLink = AnyLink<Box<dyn PutSource>, Filled>;
 
@@ -37,6 +39,14 @@ pub(crate) struct Connection {
     /// have let others stand in line behind it.
     pub(crate) waited: Moment,
     pub(crate) begun: Moment,
+    /// Where the node can write what is read over this link.
+    pub(crate) region: Option<Arc<Region>>,
+    /// The request that asks for such a region.
+    pub(crate) staging: Option<(u64, Meeting)>,
+    /// Bytes that were verified where the node had written them, since this was last looked at.
+    pub(crate) placed_bytes: usize,
+    /// Memory that the node may still write, until it answers the Ping of this number.
+    pub(crate) held: Vec<(u64, Staging)>,
     /// Closed by this side for want of memory that the node says it shares: nothing is wrong with the
     /// node, and a new link, which does not ask, is due at once.
     pub(crate) goes_plain: bool,
@@ -130,6 +140,10 @@ impl Connection {
             heard: now,
             waited: now,
             begun: now,
+            region: None,
+            staging: None,
+            placed_bytes: 0,
+            held: Vec::new(),
             goes_plain: false,
             fault: None,
             head: Vec::new(),
@@ -185,6 +199,18 @@ impl Connection {
             payload_len,
         )
         .expect("batches are cut to the protocol's bounds before they are encoded");
+    }
+
+    /// The place of a destination, if the node can write there over this link.
+    pub(crate) fn slot_of(&self, into: &Filled) -> Option<GetSlot> {
+        let (Filled::Staged(staging), Some(region)) = (into, &self.region) else {
+            return None;
+        };
+        let slot = staging.slot().filter(|slot| slot.is_of(region))?;
+        Some(GetSlot {
+            at: slot.at() as u64,
+            bytes: u32::try_from(slot.len()).ok()?,
+        })
     }
 
     /// Whether it goes through shared memory.

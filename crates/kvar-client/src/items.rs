@@ -4,6 +4,7 @@ use crate::check::SectionChecks;
 use crate::config::ClientError;
 use crate::layer_put::{LayerPutItem, LayerPutRequest};
 use crate::layers::LayerRequest;
+use crate::staging::Staging;
 use kvar_base::{BlockId, LeaseToken, MissReason, PutOutcome, SECTIONS_MAX};
 use kvar_transport::{Sink, Source};
 use kvar_wire::{BlockStat, Lengths, PutHints, Section};
@@ -54,6 +55,16 @@ impl GetItem {
         }
     }
 
+    /// A whole block of sections of these lengths into staging memory of exactly as many bytes.
+    #[must_use]
+    pub fn to_staging(id: BlockId, lengths: &[u32], staging: Staging) -> Self {
+        Self {
+            expected: Lengths::of(lengths),
+            into: Filled::Staged(staging),
+            ..Self::to_vec(id)
+        }
+    }
+
     /// A whole block of sections of these lengths into memory of the caller.
     #[must_use]
     pub fn to_place(id: BlockId, lengths: &[u32], place: impl Destination) -> Self {
@@ -77,6 +88,11 @@ pub enum Filled {
     Place(Box<dyn Destination>),
     /// Into several, one behind the other.
     Pieces(Vec<Filled>),
+    /// Into memory that the node can write to itself ([`Client::staging`](crate::Client::staging)).
+    Staged(Staging),
+    /// Into memory of that kind, which the node may still be writing: the call has ended, and the client
+    /// holds the memory until the node is known to be done. It does not come back.
+    Held,
 }
 
 impl Filled {
@@ -90,6 +106,8 @@ impl fmt::Debug for Filled {
             Self::Bytes(bytes) => write!(f, "Bytes({})", bytes.len()),
             Self::Place(place) => write!(f, "Place({})", Sink::len(place)),
             Self::Pieces(pieces) => f.debug_list().entries(pieces).finish(),
+            Self::Staged(staging) => fmt::Debug::fmt(staging, f),
+            Self::Held => f.write_str("Held"),
         }
     }
 }
@@ -100,6 +118,8 @@ impl Sink for Filled {
             Self::Bytes(bytes) => bytes.visit_mut(visit),
             Self::Place(place) => place.visit_mut(visit),
             Self::Pieces(pieces) => pieces.iter_mut().for_each(|piece| piece.visit_mut(visit)),
+            Self::Staged(staging) => staging.visit_mut(visit),
+            Self::Held => {}
         }
     }
     fn len(&self) -> usize {
@@ -107,6 +127,8 @@ impl Sink for Filled {
             Self::Bytes(bytes) => bytes.len(),
             Self::Place(place) => Sink::len(place),
             Self::Pieces(pieces) => pieces.iter().map(Sink::len).sum(),
+            Self::Staged(staging) => Sink::len(staging),
+            Self::Held => 0,
         }
     }
 }
@@ -145,11 +167,12 @@ impl GetResult {
         matches!(self.outcome, GetOutcome::Hit { .. })
     }
 
-    /// The bytes of a hit that went into memory which the client made.
+    /// The bytes of a hit that went into memory which the client made, staging memory included.
     #[must_use]
     pub fn bytes(&self) -> Option<&[u8]> {
         match (&self.outcome, &self.into) {
             (GetOutcome::Hit { .. }, Filled::Bytes(bytes)) => Some(bytes),
+            (GetOutcome::Hit { .. }, Filled::Staged(staging)) => Some(staging),
             _ => None,
         }
     }

@@ -15,7 +15,8 @@
 //!
 //! What must always be true:
 //! * every call ends by its deadline with an outcome for each item, whatever the node does;
-//! * when a call has ended, its buffers are free: nothing reads or writes them any more;
+//! * when a call has ended, its buffers are free: nothing reads or writes them any more (a staging buffer that
+//!   the node may still write is not given back, and is told as `Filled::Held`);
 //! * no byte is called a hit that did not pass the writer's content check;
 //! * a lease that the node may hold and nobody was told of is given back;
 //! * a node that cannot be reached costs nothing after the first failure (the breaker);
@@ -54,6 +55,7 @@ mod layer_put;
 mod layers;
 mod pending;
 mod session;
+mod staging;
 mod stats;
 
 pub use breaker::BreakerState;
@@ -72,4 +74,5 @@ pub use layer_put::{
 pub use layers::{LayerGet, LayerItem, LayerRequest};
 pub use pending::Pending;
 pub use session::{Completion, Session, Ticket};
+pub use staging::Staging;
 pub use stats::ClientStats;

@@ -21,10 +21,11 @@ use crate::call::{Board, Lost, Work};
 use crate::config::{ClientConfig, ClientError};
 use crate::connection::Connection;
 use crate::items::{Answer, Request};
+use crate::staging::Staging;
 use crate::stats::{ClientStats, Counters, add};
 use kvar_base::{Clock, Mode, Moment, SystemClock};
 use kvar_transport::{Armed, Link, Readiness};
-use kvar_wire::{Cancel, Limits};
+use kvar_wire::{Cancel, Limits, Ping};
 use links::{Addresses, Slot};
 use mio::{Events, Poll, Token, Waker};
 use std::cmp::Reverse;
@@ -159,7 +160,7 @@ impl Session {
     pub(crate) fn wait_open(&mut self) -> Result<(), ClientError> {
         self.eager = true;
         let end = self.clock.now().after(self.config.connect_timeout);
-        while self.limits().is_none() {
+        while self.limits().is_none() || self.is_staging() {
             if !self.breaker.is_closed() {
                 break;
             }
@@ -281,6 +282,13 @@ impl Session {
         self.breaker.state()
     }
 
+    /// Memory of so many bytes that gets can go to without a copy on this side, if the client has a
+    /// [region](ClientConfig::staging) and there is room; else plain memory for the same gets.
+    #[must_use]
+    pub fn staging(&self, len: usize) -> Staging {
+        self.counters.stock.take(len)
+    }
+
     /// What last kept the node from being reached.
     #[must_use]
     pub fn last_error(&self) -> Option<&ClientError> {
@@ -314,7 +322,8 @@ impl Session {
             self.drive(now);
         }
         // Whoever waits for the first link waits for nothing else.
-        let decided = self.eager && (self.limits().is_some() || !self.breaker.is_closed());
+        let is_open = self.limits().is_some() && !self.is_staging();
+        let decided = self.eager && (is_open || !self.breaker.is_closed());
         let relink = std::mem::take(&mut self.relink);
         if decided || relink || !self.board.done.is_empty() {
             return;
@@ -468,6 +477,7 @@ impl Session {
             let Slot::Linked(connection) = slot else {
                 continue;
             };
+            let mut held = Vec::new();
             let of_call = |(request, open): (&u64, &crate::connection::Open)| {
                 (open.call() == call).then_some(*request)
             };
@@ -495,6 +505,9 @@ impl Session {
                 {
                     slot.item.into = sink;
                 }
+                if let Some(open) = connection.open.get(&request) {
+                    held.append(&mut exchange::take_placed(board, open));
+                }
                 connection.forget(request, board);
                 // A link that takes no Cancel has worse troubles than a late answer.
                 let _ = if unsent {
@@ -502,6 +515,16 @@ impl Session {
                 } else {
                     connection.send(request, &Cancel {})
                 };
+            }
+            if !held.is_empty() {
+                // The node takes frames in their order, and has written what it will when it answers.
+                let fence = self.next_number;
+                self.next_number += 1;
+                let _ = connection.send(fence, &Ping {});
+                add(&self.counters.staging_held, held.len() as u64);
+                add(&self.counters.staging_fenced, held.len() as u64);
+                let held = held.into_iter().map(|staging| (fence, staging));
+                connection.held.extend(held);
             }
         }
     }
@@ -519,6 +542,8 @@ impl Session {
 
     /// Ends everything; all buffers are free when this returns.
     pub(crate) fn shut_down(&mut self, done: &mut Vec<Completion>) {
+        // Before anything that the node may still write goes back to it.
+        self.counters.stock.close();
         self.end_waiting(Lost::Unreachable);
         let open: Vec<u64> = self.board.calls.keys().copied().collect();
         for call in open {

@@ -2,6 +2,7 @@
 
 use crate::breaker::BreakerState;
 use crate::items::GetOutcome;
+use crate::staging::Stock;
 use kvar_base::{MissReason, Mode, ModeCell, PutOutcome, Refusal};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::Relaxed};
@@ -29,6 +30,15 @@ pub(crate) struct Counters {
     links_shared: AtomicU64,
     pub(crate) attach_declined: AtomicU64,
     not_shared: Mutex<Option<String>>,
+    /// Hits whose bytes the node wrote into staging memory.
+    pub(crate) hits_placed: AtomicU64,
+    pub(crate) stage_declined: AtomicU64,
+    /// Buffers that came to be held, and of these what is still.
+    pub(crate) staging_fenced: AtomicU64,
+    pub(crate) staging_held: AtomicU64,
+    /// Where staging memory is had.
+    pub(crate) stock: Stock,
+    not_staged: Mutex<Option<String>>,
     breaker: AtomicU8,
     /// What the node last said of the namespace's mode.
     pub(crate) mode: ModeCell,
@@ -88,6 +98,14 @@ impl Counters {
             .unwrap_or_else(PoisonError::into_inner) = why;
     }
 
+    /// Why there is no staging region.
+    pub(crate) fn say_not_staged(&self, why: Option<String>) {
+        *self
+            .not_staged
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = why;
+    }
+
     pub(crate) fn set_breaker(&self, state: BreakerState) {
         self.breaker.store(state as u8, Relaxed);
     }
@@ -102,6 +120,7 @@ impl Counters {
 
     pub(crate) fn snapshot(&self) -> ClientStats {
         let get = |counter: &AtomicU64| counter.load(Relaxed);
+        let (staging_bytes, staging_used) = self.stock.bytes();
         ClientStats {
             calls: get(&self.calls),
             lookups: get(&self.lookups),
@@ -135,6 +154,17 @@ impl Counters {
                 .lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .clone(),
+            hits_placed: get(&self.hits_placed),
+            staging_bytes,
+            staging_used,
+            staging_held: get(&self.staging_held),
+            staging_fenced: get(&self.staging_fenced),
+            stage_declined: get(&self.stage_declined),
+            not_staged: self
+                .not_staged
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .clone(),
             breaker: self.breaker(),
             mode: self.mode.get(),
             switches: get(&self.switches),
@@ -144,6 +174,10 @@ impl Counters {
 
 pub(crate) fn add(counter: &AtomicU64, count: u64) {
     counter.fetch_add(count, Relaxed);
+}
+
+pub(crate) fn subtract(counter: &AtomicU64, count: usize) {
+    counter.fetch_sub(count as u64, Relaxed);
 }
 
 impl ClientStats {
@@ -202,6 +236,21 @@ pub struct ClientStats {
     pub attach_declined: u64,
     /// Why links do not share memory with the node; `None` while they do, or none stands.
     pub not_shared: Option<String>,
+    /// Blocks (or sections of blocks that went by layers) that the node wrote where they were wanted, in
+    /// staging memory.
+    pub hits_placed: u64,
+    /// Size of the staging region; 0: there is none, and staging memory is private.
+    pub staging_bytes: u64,
+    /// What of it is in use or held.
+    pub staging_used: u64,
+    /// Buffers of it that are held until the node has said that it writes there no more.
+    pub staging_held: u64,
+    /// Buffers that came to be held since the client was made.
+    pub staging_fenced: u64,
+    /// Times the node declined to share a staging region, or it could not be taken.
+    pub stage_declined: u64,
+    /// Why there is no staging region although one is wanted; `None` while there is one.
+    pub not_staged: Option<String>,
     /// The breaker now.
     pub breaker: BreakerState,
     /// The mode that the operator gave the namespace, as the node last said; `load` until it has.

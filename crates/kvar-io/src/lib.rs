@@ -25,6 +25,7 @@ pub mod memory;
 mod open;
 mod probe;
 mod reactor;
+pub mod region;
 mod registered;
 mod ring;
 pub mod shared;

@@ -255,6 +255,8 @@ pub struct Config {
     pub shared_memory_link: ByteSize,
     /// Links that may share memory at once.
     pub shared_memory_links: u32,
+    /// Memory of all staging regions together.
+    pub shared_memory_staging: ByteSize,
     /// What is logged: a level or a tracing filter.
     pub log: String,
     /// How log lines look.
@@ -330,6 +332,7 @@ impl Default for Config {
             shared_memory: Sharing::Auto,
             shared_memory_link: ByteSize(0),
             shared_memory_links: 0,
+            shared_memory_staging: ByteSize(0),
             log: String::new(),
             log_format: LogFormat::Text,
             key_file: None,

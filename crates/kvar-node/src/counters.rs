@@ -165,6 +165,10 @@ pub struct LinkCounters {
     pub links_attached: u64,
     /// Clients that asked to share memory and do not, by reason; their links stayed on TCP.
     pub attach_declined: Declined,
+    /// Memory of the staging regions of the links open now, in bytes.
+    pub staging_bytes: u64,
+    /// Clients that asked for a staging region and have none, by reason.
+    pub stage_declined: Declined,
     /// Handshakes that failed: wrong key, version, namespace, or too slow.
     pub handshakes_failed: u64,
     /// Links closed because the peer broke the protocol.
@@ -175,6 +179,8 @@ pub struct LinkCounters {
     pub lookup_ids: u64,
     /// Blocks served.
     pub get_hits: u64,
+    /// Of the blocks (or parts of blocks) served, those that were written into a staging region.
+    pub gets_placed: u64,
     /// Blocks asked for and not served, by reason.
     pub get_misses: Misses,
     /// Puts by outcome.
@@ -201,6 +207,8 @@ impl AddAssign for LinkCounters {
         self.links_shared += other.links_shared;
         self.links_attached += other.links_attached;
         self.attach_declined += other.attach_declined;
+        self.staging_bytes += other.staging_bytes;
+        self.stage_declined += other.stage_declined;
         self.links_accepted += other.links_accepted;
         self.links_refused += other.links_refused;
         self.handshakes_failed += other.handshakes_failed;
@@ -208,6 +216,7 @@ impl AddAssign for LinkCounters {
         self.lookups += other.lookups;
         self.lookup_ids += other.lookup_ids;
         self.get_hits += other.get_hits;
+        self.gets_placed += other.gets_placed;
         self.get_misses += other.get_misses;
         self.puts += other.puts;
         self.removes += other.removes;

@@ -16,7 +16,7 @@
 use crate::admin::{self, Admin, AdminError};
 use crate::config::Config;
 use crate::devices::{Event, Fatal, Keeper, KeeperParts, Views};
-use crate::links::{Describe, LinkSettings, SharingSettings};
+use crate::links::{Describe, LinkSettings, SharingSettings, StagingSettings};
 use crate::loading::{LoadFailed, LoadingHook};
 use crate::mail::{Mail, Post};
 use crate::modes::{ModeError, Modes};
@@ -281,6 +281,7 @@ impl Node {
                 links_max: config.shared_memory_links as usize,
                 links: Arc::new(AtomicUsize::new(0)),
             },
+            staging: StagingSettings::new(config.shared_memory_staging.0),
             describe: status.clone(),
         };
         let (keeper_sender, events) = crossbeam_channel::unbounded();

@@ -274,7 +274,7 @@ pub struct NodeReport<'a> {
     pub memory_bytes_max: u64,
     /// Seconds since start.
     pub uptime_s: u64,
-    /// What memory is bounded by with the links open now, in bytes.
+    /// What memory is bounded by with the links open now and their staging regions, in bytes.
     pub memory_bytes_bound: u64,
     /// All acknowledged before this time is safe against power loss, in seconds since 1970.
     pub flushed_through: f64,
@@ -371,7 +371,9 @@ impl<'a> NodeReport<'a> {
             tiers,
             uptime_s,
             memory_bytes_max,
-            memory_bytes_bound: memory_bytes_max + links.links_open * facts.link_bytes_max,
+            memory_bytes_bound: memory_bytes_max
+                + links.links_open * facts.link_bytes_max
+                + links.staging_bytes,
             flushed_through: now_unix - oldest_us as f64 / 1e6,
             unflushed_puts: engines().map(|engine| engine.unflushed_puts).sum(),
             write_amplification: (payload > 0).then(|| written as f64 / payload as f64),

@@ -84,6 +84,7 @@ fn bytes_that_wait_for_a_slow_link_are_taken_back_when_their_time_is_over() {
                 assert!(payload == bytes_of(&ids[usize::from(item)], LEN));
                 hits += 1;
             }
+            GetOutcome::Placed { .. } => panic!("nothing was to be placed"),
             GetOutcome::Miss(reason) => {
                 assert_eq!(reason, MissReason::Deadline);
                 late += 1;

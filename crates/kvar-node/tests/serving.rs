@@ -91,6 +91,7 @@ fn batches_answer_every_item_once_and_lookups_keep_their_order() {
         answered[index] += 1;
         match answer.outcome {
             GetOutcome::Hit { .. } => assert!(payload == bytes_of(&ids[index], 5000)),
+            GetOutcome::Placed { .. } => panic!("nothing was to be placed"),
             GetOutcome::Miss(reason) => assert_eq!((index, reason), (40, MissReason::Absent)),
         }
     }

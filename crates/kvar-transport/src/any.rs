@@ -14,6 +14,7 @@ use crate::shared::{SharedEnd, SharedStream};
 use crate::stream::{Stream, StreamLink, Watched};
 use crate::tcp::{TcpOptions, TcpStream};
 use crate::{Framing, LinkOptions};
+use kvar_io::shared::SharedBytes;
 use kvar_io::{Ready, Watcher};
 use mio::Token;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -90,6 +91,17 @@ impl Stream for AnyStream {
 
     fn write(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
         inside!(self, stream => stream.write(pieces))
+    }
+
+    fn places_bytes(&self) -> usize {
+        match &self.0 {
+            Inside::Shared(stream) => stream.places_bytes(),
+            Inside::Tcp(..) | Inside::Changing => 0,
+        }
+    }
+
+    fn place(&mut self, at: usize, bytes: &[u8]) {
+        inside!(self, stream => stream.place(at, bytes));
     }
 
     fn finish(&mut self) {
@@ -180,5 +192,19 @@ impl<S: Source, D: Sink> AnyLink<S, D> {
             _ => self.fail(DownReason::Garbage("memory is shared already".to_owned())),
         }
         Ok(())
+    }
+
+    /// From now on bytes can be [placed](crate::Link::push_placed) in `places`, which the peer has
+    /// too. Nothing is written there any more when the link is down.
+    ///
+    /// # Panics
+    /// The link does not share memory.
+    pub fn stage(&mut self, places: SharedBytes) {
+        match &mut self.stream_mut().0 {
+            Inside::Shared(stream) => stream.stage(places),
+            Inside::Tcp(..) | Inside::Changing => {
+                unreachable!("places belong to links that share memory")
+            }
+        }
     }
 }

@@ -228,6 +228,23 @@ pub trait Link {
         source: Self::Source,
     ) -> Result<(), PushRefused<Self::Source>>;
 
+    /// Queues a frame without payload, behind bytes that are written to `at` in the
+    /// [memory shared for that](crate::AnyLink::stage): whoever reads the frame finds them there. Until
+    /// the source comes back, sent or fenced, they may be written.
+    ///
+    /// # Errors
+    /// The source back: the queue is full, or the link down.
+    ///
+    /// # Panics
+    /// The link shares no such memory, or the place lies outside: that is for the caller to know.
+    fn push_placed(
+        &mut self,
+        head: &[u8],
+        token: u64,
+        source: Self::Source,
+        at: usize,
+    ) -> Result<(), PushRefused<Self::Source>>;
+
     /// Says where the payload of the last [`Event::Frame`] goes.
     ///
     /// # Errors

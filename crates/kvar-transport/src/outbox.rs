@@ -3,6 +3,9 @@
 //! Several frames leave in one call. Heads live in vectors that are used again. A payload whose
 //! source is fenced in the middle is kept as a copy of its unsent rest (`Rest`), so that the
 //! source is free at once and the stream stays whole.
+//!
+//! A payload that is *placed* goes past the stream, into memory that both sides share: its bytes are
+//! written there before a byte of its head leaves, so that whoever reads the head finds them.
 
 use crate::link::FencedPush;
 use crate::pieces::{Gather, Source};
@@ -22,6 +25,8 @@ pub(crate) struct Outbox<S> {
     /// Bytes of the first frame that have left.
     sent: usize,
     bytes: usize,
+    /// Frames with bytes that are still to be placed.
+    unplaced: usize,
     spare: Vec<Vec<u8>>,
 }
 
@@ -42,6 +47,13 @@ enum Payload<S> {
         from: usize,
         bytes: Vec<u8>,
     },
+    /// Written to `at`, up to `done`, and never sent.
+    Placed {
+        token: u64,
+        source: S,
+        at: usize,
+        done: usize,
+    },
 }
 
 impl<S: Source> Outbox<S> {
@@ -50,6 +62,7 @@ impl<S: Source> Outbox<S> {
             queue: VecDeque::new(),
             sent: 0,
             bytes: 0,
+            unplaced: 0,
             spare: Vec::new(),
         }
     }
@@ -63,13 +76,30 @@ impl<S: Source> Outbox<S> {
     }
 
     pub(crate) fn add(&mut self, head: &[u8], payload: Option<(u64, S)>) {
-        let mut stored = self.spare.pop().unwrap_or_default();
-        stored.extend_from_slice(head);
         let payload_bytes = payload.as_ref().map_or(0, |(_, source)| source.len());
         let payload = match payload {
             Some((token, source)) => Payload::Source { token, source },
             None => Payload::None,
         };
+        self.add_frame(head, payload, payload_bytes);
+    }
+
+    /// A frame whose payload goes to `at`, past the stream.
+    pub(crate) fn add_placed(&mut self, head: &[u8], token: u64, source: S, at: usize) {
+        let payload_bytes = source.len();
+        let payload = Payload::Placed {
+            token,
+            source,
+            at,
+            done: 0,
+        };
+        self.unplaced += usize::from(payload_bytes > 0);
+        self.add_frame(head, payload, payload_bytes);
+    }
+
+    fn add_frame(&mut self, head: &[u8], payload: Payload<S>, payload_bytes: usize) {
+        let mut stored = self.spare.pop().unwrap_or_default();
+        stored.extend_from_slice(head);
         let frame = Outgoing {
             head: stored,
             payload,
@@ -79,17 +109,49 @@ impl<S: Source> Outbox<S> {
         self.queue.push_back(frame);
     }
 
+    /// Places bytes of the first frame that has some to place, up to `bytes_max`; how many.
+    pub(crate) fn place(&mut self, bytes_max: usize, mut place: impl FnMut(usize, &[u8])) -> usize {
+        if self.unplaced == 0 {
+            return 0;
+        }
+        let is_next = |frame: &&mut Outgoing<S>| !frame.is_placed();
+        let Some(frame) = self.queue.iter_mut().find(is_next) else {
+            return 0;
+        };
+        let Payload::Placed {
+            source, at, done, ..
+        } = &mut frame.payload
+        else {
+            return 0;
+        };
+        let (mut skip, mut left, mut next) = (*done, bytes_max, *at + *done);
+        source.visit(&mut |piece| {
+            let skipped = piece.len().min(skip);
+            skip -= skipped;
+            let now = (piece.len() - skipped).min(left);
+            if now > 0 {
+                place(next, &piece[skipped..skipped + now]);
+                next += now;
+                left -= now;
+            }
+        });
+        let placed = bytes_max - left;
+        *done += placed;
+        self.unplaced -= usize::from(frame.is_placed());
+        placed
+    }
+
     /// The next bytes to send, of as many frames as fit one call.
     pub(crate) fn gather(&self) -> Gather<'_> {
         let mut gather = Gather::new();
         let mut skip = self.sent;
         for frame in &self.queue {
-            if gather.is_full() {
+            if gather.is_full() || !frame.is_placed() {
                 break;
             }
             gather.add(&frame.head, &mut skip);
             match &frame.payload {
-                Payload::None => {}
+                Payload::None | Payload::Placed { .. } => {}
                 Payload::Source { source, .. } => {
                     source.visit(&mut |piece| gather.add(piece, &mut skip));
                 }
@@ -120,11 +182,17 @@ impl<S: Source> Outbox<S> {
     }
 
     pub(crate) fn fence(&mut self, token: u64) -> Option<FencedPush<S>> {
-        let is_it = |frame: &Outgoing<S>| matches!(&frame.payload, Payload::Source { token: its, .. } if *its == token);
+        let is_it = |frame: &Outgoing<S>| match &frame.payload {
+            Payload::Source { token: its, .. } | Payload::Placed { token: its, .. } => {
+                *its == token
+            }
+            Payload::None | Payload::Rest { .. } => false,
+        };
         let index = self.queue.iter().position(is_it)?;
         if index > 0 || self.sent == 0 {
             let frame = self.queue.remove(index)?;
             self.bytes -= frame.cost();
+            self.unplaced -= usize::from(!frame.is_placed());
             let (_, source) = self.retire(frame)?;
             return Some(FencedPush {
                 source,
@@ -132,6 +200,19 @@ impl<S: Source> Outbox<S> {
             });
         }
         let frame = self.queue.front_mut()?;
+        if let Payload::Placed { .. } = frame.payload {
+            // Its head leaves, and what it says is there is there.
+            let placed = std::mem::replace(&mut frame.payload, Payload::None);
+            let cost = std::mem::take(&mut frame.payload_bytes);
+            self.bytes -= cost;
+            return match placed {
+                Payload::Placed { source, .. } => Some(FencedPush {
+                    source,
+                    unsent: false,
+                }),
+                _ => None,
+            };
+        }
         let from = self.sent.saturating_sub(frame.head.len());
         let mut rest = Vec::with_capacity(frame.payload_bytes - from);
         if let Payload::Source { source, .. } = &frame.payload {
@@ -155,8 +236,11 @@ impl<S: Source> Outbox<S> {
     pub(crate) fn clear(&mut self, mut done: impl FnMut(u64, S)) {
         self.sent = 0;
         self.bytes = 0;
+        self.unplaced = 0;
         for frame in std::mem::take(&mut self.queue) {
-            if let Payload::Source { token, source } = frame.payload {
+            if let Payload::Source { token, source } | Payload::Placed { token, source, .. } =
+                frame.payload
+            {
                 done(token, source);
             }
         }
@@ -169,18 +253,29 @@ impl<S: Source> Outbox<S> {
             self.spare.push(head);
         }
         match frame.payload {
-            Payload::Source { token, source } => Some((token, source)),
+            Payload::Source { token, source } | Payload::Placed { token, source, .. } => {
+                Some((token, source))
+            }
             Payload::None | Payload::Rest { .. } => None,
         }
     }
 }
 
 impl<S> Outgoing<S> {
+    /// Bytes of the stream that it takes.
     fn len(&self) -> usize {
-        self.head.len() + self.payload_bytes
+        match self.payload {
+            Payload::Placed { .. } => self.head.len(),
+            _ => self.head.len() + self.payload_bytes,
+        }
+    }
+
+    /// Whether nothing of it is still to be placed.
+    fn is_placed(&self) -> bool {
+        !matches!(self.payload, Payload::Placed { done, .. } if done < self.payload_bytes)
     }
 
     fn cost(&self) -> usize {
-        self.len() + FRAME_OVERHEAD_BYTES
+        self.head.len() + self.payload_bytes + FRAME_OVERHEAD_BYTES
     }
 }

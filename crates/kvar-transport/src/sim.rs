@@ -4,6 +4,7 @@
 //! by the contract suite here and by simulations of more than one link.
 
 use crate::stream::Stream;
+use kvar_io::shared::SharedBytes;
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -34,6 +35,7 @@ impl Default for SimOptions {
 pub struct SimStream {
     wire: Rc<RefCell<Wire>>,
     end: usize,
+    places: Option<SharedBytes>,
 }
 
 /// Both ends' shared fate: break it, silence it, look at it.
@@ -67,8 +69,18 @@ pub fn pair(seed: u64, options: SimOptions) -> (SimStream, SimStream, SimControl
     let end = |end| SimStream {
         wire: Rc::clone(&wire),
         end,
+        places: None,
     };
     (end(0), end(1), SimControl(Rc::clone(&wire)))
+}
+
+impl SimStream {
+    /// The same with places beside the stream.
+    #[must_use]
+    pub fn with_places(mut self, places: SharedBytes) -> Self {
+        self.places = Some(places);
+        self
+    }
 }
 
 impl SimControl {
@@ -165,6 +177,16 @@ impl Stream for SimStream {
             left -= now;
         }
         Ok(moved)
+    }
+
+    fn places_bytes(&self) -> usize {
+        self.places.as_ref().map_or(0, SharedBytes::len)
+    }
+
+    fn place(&mut self, at: usize, bytes: &[u8]) {
+        if let Some(places) = &mut self.places {
+            places.copy_in(at, bytes);
+        }
     }
 
     fn finish(&mut self) {

@@ -21,6 +21,10 @@ use std::io::{self, IoSlice, IoSliceMut};
 /// copy while we look at the next request.
 const SEND_EARLY_BYTES: usize = 128 << 10;
 
+/// What is placed before the heads of what was placed leave: a block of the usual size, so that its
+/// reader begins while the next one is copied.
+const PLACE_BYTES: usize = 64 << 10;
+
 /// A connection of bytes that never blocks.
 pub trait Stream {
     /// Whether an outgoing connection stands by now.
@@ -40,6 +44,19 @@ pub trait Stream {
     /// # Errors
     /// `WouldBlock`, or the connection is broken.
     fn write(&mut self, pieces: &[IoSlice<'_>]) -> io::Result<usize>;
+
+    /// Bytes of memory beside the stream in which places can be written for the peer.
+    fn places_bytes(&self) -> usize {
+        0
+    }
+
+    /// Writes bytes to a place there; whoever reads what is written to the stream afterwards finds them.
+    ///
+    /// # Panics
+    /// They would not lie inside.
+    fn place(&mut self, _at: usize, _bytes: &[u8]) {
+        unreachable!("what lies inside of nothing is never placed");
+    }
 
     /// Tells the peer that nothing more will come.
     fn finish(&mut self);
@@ -221,7 +238,7 @@ impl<T: Stream, S: Source, D: Sink> StreamLink<T, S, D> {
             // Where a call costs nothing there is no reason to wait for a batch: the peer begins on the
             // first frame while we look at the next.
             let early = self.outbox.bytes() >= SEND_EARLY_BYTES || self.stream.needs_arming();
-            if early && self.write(budget) {
+            if early && (self.place(budget) | self.write(budget)) {
                 continue;
             }
             if *budget == 0 {
@@ -239,7 +256,7 @@ impl<T: Stream, S: Source, D: Sink> StreamLink<T, S, D> {
                 Next::Bad(why) => self.go_down(DownReason::Garbage(why)),
                 Next::Need if self.readiness.readable => self.read(budget),
                 Next::Need | Next::Wait => {
-                    if self.write(budget) {
+                    if self.place(budget) | self.write(budget) {
                         continue;
                     }
                     if let Phase::Mute(reason) = &self.phase {
@@ -277,14 +294,35 @@ impl<T: Stream, S: Source, D: Sink> StreamLink<T, S, D> {
         }
     }
 
+    /// Places some of what is to be placed before anything behind it is sent; whether there was any.
+    fn place(&mut self, budget: &mut usize) -> bool {
+        // What cannot be told need not be there yet.
+        if !self.may_write() {
+            return false;
+        }
+        let stream = &mut self.stream;
+        let placed = self.outbox.place(PLACE_BYTES.min(*budget), |at, bytes| {
+            stream.place(at, bytes);
+        });
+        *budget -= placed;
+        placed > 0
+    }
+
+    fn may_write(&self) -> bool {
+        let can = matches!(self.phase, Phase::Open | Phase::Finishing { .. });
+        can && self.readiness.writable && !self.outbox.is_empty()
+    }
+
     /// Sends once; whether the crank should turn again.
     fn write(&mut self, budget: &mut usize) -> bool {
-        let can = matches!(self.phase, Phase::Open | Phase::Finishing { .. });
-        if !can || !self.readiness.writable || self.outbox.is_empty() || *budget == 0 {
+        if !self.may_write() || *budget == 0 {
             return false;
         }
         let gather = self.outbox.gather();
         let wanted = gather.bytes;
+        if wanted == 0 {
+            return false; // the first is to be placed before
+        }
         let result = self.stream.write(&gather.list);
         drop(gather);
         match result {
@@ -355,6 +393,26 @@ impl<T: Stream, S: Source, D: Sink> Link for StreamLink<T, S, D> {
             "a frame's header must announce its payload's length",
         );
         self.outbox.add(head, Some((token, source)));
+        self.idle = false;
+        Ok(())
+    }
+
+    fn push_placed(
+        &mut self,
+        head: &[u8],
+        token: u64,
+        source: S,
+        at: usize,
+    ) -> Result<(), PushRefused<S>> {
+        if let Err(why) = self.may_send() {
+            return Err(PushRefused { source, why });
+        }
+        let end = at.checked_add(source.len());
+        assert!(
+            end.is_some_and(|end| end <= self.stream.places_bytes()),
+            "a place lies inside the memory that is shared for it"
+        );
+        self.outbox.add_placed(head, token, source, at);
         self.idle = false;
         Ok(())
     }

@@ -1,7 +1,9 @@
-//! The messages by which a client and a node of one host come to share memory (version 4).
+//! The messages by which a client and a node of one host come to share memory (version 4), and
+//! places for what is read (version 6).
 //!
 //! ```text
 //!   Attach ──> AttachAnswer      while nothing is open on the link, or it is declined
+//!   Stage ───> StageAnswer       at any time on a link that shares memory, once
 //! ```
 //!
 //! What follows is `docs/internals/links.md`.
@@ -45,6 +47,51 @@ pub enum AttachAnswer {
 }
 
 impl AttachAnswer {
+    /// A refusal whose text is cut to what fits.
+    #[must_use]
+    pub fn declined(why: AttachDeclined, text: &str) -> Self {
+        let text = crate::Failure::new(crate::FailureCode::Protocol, text).text;
+        Self::Declined { why, text }
+    }
+}
+
+/// Shall we share a staging region: memory of so many bytes into which you write what I read? It is
+/// brought as the memory of an [`Attach`] is.
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stage {
+    /// As in [`Attach`].
+    pub place: [u8; 16],
+    /// As in [`Attach`].
+    pub secret: [u8; 16],
+    /// Its size.
+    pub bytes: u64,
+}
+
+impl std::fmt::Debug for Stage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Stage {{ bytes: {}, .. }}", self.bytes)
+    }
+}
+
+/// The answer to it. The region lives as long as the link.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StageAnswer {
+    /// The memory has been sent.
+    Staged {
+        /// Its size: what was asked for.
+        bytes: u64,
+    },
+    /// There is none; everything else goes on as before.
+    Declined {
+        /// What kind of reason. (Remote: the link does not share memory.)
+        why: AttachDeclined,
+        /// What it is, and what to do.
+        #[serde(with = "Text::<TEXT_BYTES_MAX>")]
+        text: String,
+    },
+}
+
+impl StageAnswer {
     /// A refusal whose text is cut to what fits.
     #[must_use]
     pub fn declined(why: AttachDeclined, text: &str) -> Self {

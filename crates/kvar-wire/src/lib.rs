@@ -27,7 +27,7 @@ mod mode;
 mod put;
 mod read;
 
-pub use attach::{Attach, AttachAnswer, AttachDeclined};
+pub use attach::{Attach, AttachAnswer, AttachDeclined, Stage, StageAnswer};
 pub use frame::{HEADER_BYTES, Header, MESSAGE_BYTES_MAX, PAYLOAD_BYTES_MAX, WireError};
 pub use frame::{decode, encode, frame_lengths};
 pub use handshake::{ClientHandshake, ClientStep, HandshakeError, NodeHandshake, NodeStep, Peer};
@@ -36,16 +36,18 @@ pub use message::*;
 pub use mode::{Switch, Welcome};
 pub use put::{Announce, Commit, MoreHints, Payload, Pull, Put, PutAnswer, PutHints, Sections};
 pub use read::{
-    Bitmap, Get, GetAnswer, GetHints, GetItem, GetOutcome, Lengths, Lookup, LookupAnswer, Section,
+    Bitmap, Get, GetAnswer, GetHints, GetItem, GetOutcome, GetSlot, Lengths, Lookup, LookupAnswer,
+    Section,
 };
 
 /// Versions of the protocol that this build speaks. Version 2 added leases (kinds 31 to 36),
 /// version 3 the hints of a put that stand behind its deadline, version 4 shared memory (kinds 37
 /// and 38), version 5 modes (kind 45, and the tail of Welcome) and what goes layer by layer: the hints of
-/// a get, and kinds 39 to 41.
+/// a get, and kinds 39 to 41, version 6 staging regions: kinds 42 and 43, the places of a get behind its
+/// hints, and the outcome Placed of its answer.
 pub const VERSIONS: VersionRange = VersionRange {
     oldest: 1,
-    newest: 5,
+    newest: 6,
 };
 
 /// The version from which on leases are understood; to an older peer they are not sent.
@@ -62,6 +64,9 @@ pub const VERSION_WITH_LAYERS: u16 = 5;
 
 /// The version from which on a client is told the mode of its namespace.
 pub const VERSION_WITH_MODES: u16 = 5;
+
+/// The version from which on a client may ask for a staging region, and read into it.
+pub const VERSION_WITH_STAGING: u16 = 6;
 
 /// The request number of frames that belong to no request: handshake, failures, pings.
 pub const LINK_REQUEST: u64 = 0;

@@ -12,6 +12,7 @@
 //!   Stat, Status, Ping ───────────> …Answer
 //!   Lease, Renew, Release ────────> …Answer             (version 2)
 //!   Attach ───────────────────────> AttachAnswer        (version 4; first of all)
+//!   Stage ────────────────────────> StageAnswer         (version 6)
 //!   Announce ─────────────────────> PutAnswer           (version 5; turned away)
 //!                                   Pull -> n x Sections + payload -> Commit -> PutAnswer
 //!   <───────────────────────── Switch  (version 5; whenever the operator switches)
@@ -27,7 +28,7 @@
 //! that one prompt touches (0: the node takes its own clock), so that among blocks of one prompt
 //! the tail is dropped first.
 
-use crate::attach::{Attach, AttachAnswer};
+use crate::attach::{Attach, AttachAnswer, Stage, StageAnswer};
 use crate::bounded::{Ids, List, Text};
 use crate::lease::{Lease, LeaseAnswer, Release, ReleaseAnswer, Renew, RenewAnswer};
 use crate::mode::{Switch, Welcome, take_welcome};
@@ -199,6 +200,10 @@ messages! {
     40 Sections,
     /// That was all of it.
     41 Commit,
+    /// Shall we share a place for what I read? (Version 6, as is its answer.)
+    42 Stage,
+    /// Yes, or why not.
+    43 StageAnswer,
     /// The mode of your namespace is this from now on. (Version 5.)
     45 Switch,
 }

@@ -6,6 +6,7 @@
 //!
 //!   Get, version 1   items | touch request | deadline
 //!        version 5   the same          ... and | by layer | wait for what is announced
+//!        version 6   the same          ... and | where each item's bytes go in the staging region
 //! ```
 
 use crate::VERSION_WITH_LAYERS;
@@ -113,17 +114,27 @@ impl GetHints {
 
 impl Serialize for Get {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let hints = Some(self.hints).filter(|hints| *hints != GetHints::default());
-        let mut get = serializer.serialize_struct("Get", 3 + usize::from(hints.is_some()))?;
+        let slots = self.items.iter().any(|item| item.slot.is_some());
+        let hints = slots || self.hints != GetHints::default();
+        let fields = 3 + usize::from(hints) + usize::from(slots);
+        let mut get = serializer.serialize_struct("Get", fields)?;
         get.serialize_field("items", &Items(&self.items))?;
         get.serialize_field("touch_request", &self.touch_request)?;
         get.serialize_field("deadline_us", &self.deadline_us)?;
-        if let Some(hints) = hints {
-            get.serialize_field("hints", &hints)?;
+        if hints {
+            get.serialize_field("hints", &self.hints)?;
+        }
+        if slots {
+            let slots = self.items.iter().map(|item| item.slot).collect();
+            get.serialize_field("slots", &Slots(slots))?;
         }
         get.end()
     }
 }
+
+/// Where each item's bytes go (version 6), behind the hints; left out when all go through the link.
+#[derive(Serialize, Deserialize)]
+struct Slots(#[serde(with = "List::<ITEMS_MAX>")] Vec<Option<GetSlot>>);
 
 struct Items<'a>(&'a [GetItem]);
 
@@ -139,15 +150,34 @@ pub(crate) fn take_get(bytes: &[u8]) -> Result<Get, String> {
     let (mut get, rest) = postcard::take_from_bytes::<Get>(bytes).map_err(wrong)?;
     if !rest.is_empty() {
         let (hints, rest) = postcard::take_from_bytes::<GetHints>(rest).map_err(wrong)?;
-        if !rest.is_empty() {
-            return Err(format!("{} bytes too many", rest.len()));
-        }
-        if hints == GetHints::default() {
+        if rest.is_empty() && hints == GetHints::default() {
             return Err("hints that say nothing are left out".to_owned());
         }
         get.hints = hints;
+        if !rest.is_empty() {
+            take_slots(&mut get.items, rest)?;
+        }
     }
     Ok(get)
+}
+
+fn take_slots(items: &mut [GetItem], bytes: &[u8]) -> Result<(), String> {
+    let (Slots(slots), rest) =
+        postcard::take_from_bytes(bytes).map_err(|error| error.to_string())?;
+    if !rest.is_empty() {
+        return Err(format!("{} bytes too many", rest.len()));
+    }
+    if slots.len() != items.len() {
+        let (slots, items) = (slots.len(), items.len());
+        return Err(format!("{slots} places for {items} blocks"));
+    }
+    if slots.iter().all(Option::is_none) {
+        return Err("places that say nothing are left out".to_owned());
+    }
+    for (item, slot) in items.iter_mut().zip(slots) {
+        item.slot = slot;
+    }
+    Ok(())
 }
 
 /// One block of a get.
@@ -163,6 +193,28 @@ pub struct GetItem {
     pub version: Option<u64>,
     /// Depth in the chain.
     pub depth: u32,
+    /// Where in the link's staging region its bytes are written, instead of being sent. (Version 6;
+    /// on the wire it stands behind the hints.)
+    #[serde(skip)]
+    pub slot: Option<GetSlot>,
+}
+
+/// A part of a link's staging region, for the bytes of one block. It belongs to the request until
+/// that is answered, or fenced: a Pong to a Ping that followed the request's Cancel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GetSlot {
+    /// Where it begins.
+    pub at: u64,
+    /// Its length, which must be that of what is read.
+    pub bytes: u32,
+}
+
+impl GetSlot {
+    /// Where it ends; `None` beyond all numbers.
+    #[must_use]
+    pub fn end(&self) -> Option<u64> {
+        self.at.checked_add(u64::from(self.bytes))
+    }
 }
 
 /// Lengths of sections that a reader expects.
@@ -211,7 +263,8 @@ pub struct Section {
     pub check: ContentCheck,
 }
 
-/// One item's answer. For a hit the sections stand in the payload, in order, without padding.
+/// One item's answer. For a hit the sections stand in the payload, in order, without padding; for
+/// one that was placed there is none.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GetAnswer {
     /// Which item of the get.
@@ -235,4 +288,14 @@ pub enum GetOutcome {
     },
     /// Not, and why.
     Miss(MissReason),
+    /// Here it is, in the slot that the item named: no payload follows. (Version 6.)
+    Placed {
+        /// Of which copy.
+        version: u64,
+        /// Index of the first section that is there.
+        first_section: u16,
+        /// The sections that are there, in order, without padding.
+        #[serde(with = "List::<SECTIONS_MAX>")]
+        sections: Vec<Section>,
+    },
 }

@@ -153,3 +153,47 @@ fn a_welcome_without_a_mode_is_the_same_in_every_version() {
     assert_eq!(long.len(), short.len() + 1);
     assert_eq!(long[..short.len()], short);
 }
+
+/// A get whose bytes all go through the link is the same bytes in every version; and places that say
+/// nothing, or of which there are not as many as blocks, are refused.
+#[test]
+fn places_of_a_get_stand_behind_all_else_and_fit_its_items() {
+    let samples = samples::added_by(6);
+    let found = samples.iter().find(|(name, ..)| *name == "get_placed");
+    let Some((_, Message::Get(get), _)) = found.cloned() else {
+        panic!("a sample");
+    };
+    let encoded = |get: &kvar_wire::Get| {
+        let mut bytes = Vec::new();
+        kvar_wire::encode(&mut bytes, 1, MapEpoch(1), get, 0).unwrap();
+        bytes.split_off(HEADER_BYTES)
+    };
+    let mut plain = get.clone();
+    plain.items.iter_mut().for_each(|item| item.slot = None);
+    let (long, short) = (encoded(&get), encoded(&plain));
+    assert_eq!(long[..short.len()], short);
+    // Hints that say nothing, and three places: none, at 0, none.
+    let read = |tail: &[u8]| {
+        let message = [&short, tail].concat();
+        let (mut head, request) = (Vec::new(), 1);
+        kvar_wire::encode(&mut head, request, MapEpoch(1), &plain, 0).unwrap();
+        let check = |bytes: &[u8]| (kvar_base::check::crc64(bytes) as u32).to_le_bytes();
+        head[24..28].copy_from_slice(&(message.len() as u32).to_le_bytes());
+        let of_header = check(&head[..32]);
+        head[32..36].copy_from_slice(&of_header);
+        head[36..40].copy_from_slice(&check(&message));
+        let header = Header::decode(head.first_chunk().unwrap()).unwrap();
+        decode(&header, &message)
+    };
+    assert!(read(&[0, 0, 3, 0, 1, 0, 9, 0]).is_ok());
+    for (tail, why) in [
+        (&[0, 0][..], "left out"),
+        (&[0, 0, 3, 0, 0, 0], "left out"),
+        (&[0, 0, 2, 0, 1, 0, 9], "2 places for 3 blocks"),
+        (&[0, 0, 3, 0, 1, 0, 9, 0, 0], "too many"),
+        (&[0, 0, 3, 0, 1, 0], "end"),
+    ] {
+        let error = read(tail).unwrap_err().to_string();
+        assert!(error.to_lowercase().contains(why), "{tail:?}: {error}");
+    }
+}

@@ -105,18 +105,18 @@ fn versions_without_overlap_are_both_named() {
         }
         .into()
     };
-    let NodeStep::Fail(failure) = node_says(&mut NodeHandshake::new([2; 32]), hello(6, 7)) else {
-        panic!("a client of versions 6 to 7 was taken");
+    let NodeStep::Fail(failure) = node_says(&mut NodeHandshake::new([2; 32]), hello(7, 8)) else {
+        panic!("a client of versions 7 to 8 was taken");
     };
     assert_eq!(failure.code, FailureCode::Version);
     assert!(
-        failure.text.contains("node speaks 1 to 5") && failure.text.contains("6 to 7"),
+        failure.text.contains("node speaks 1 to 6") && failure.text.contains("7 to 8"),
         "{failure:?}"
     );
     // A newer client that still speaks ours is fine; one with the range upside down is not.
-    let step = node_says(&mut NodeHandshake::new([2; 32]), hello(1, 6));
+    let step = node_says(&mut NodeHandshake::new([2; 32]), hello(1, 7));
     assert!(
-        matches!(step, NodeStep::Send(Challenge { version: 5, .. })),
+        matches!(step, NodeStep::Send(Challenge { version: 6, .. })),
         "{step:?}"
     );
     // An old client is spoken to as it can.

@@ -32,13 +32,15 @@ fn item() -> impl Strategy<Value = GetItem> {
         expected,
         any::<Option<u64>>(),
         any::<u32>(),
+        any::<Option<(u64, u32)>>(),
     )
-        .prop_map(|(id, sections, expected, version, depth)| GetItem {
+        .prop_map(|(id, sections, expected, version, depth, slot)| GetItem {
             id: BlockId::new(id),
             sections,
             expected,
             version,
             depth,
+            slot: slot.map(|(at, bytes)| GetSlot { at, bytes }),
         })
 }
 

@@ -9,6 +9,11 @@
 //! ```
 //!
 //! Why links stay on TCP is in the stats, in words.
+//!
+//! ```text
+//!   Open over shared memory ── Stage, if wanted ──> Staged, region taken ──> staging memory is shared
+//!                                  └── Declined, not to be taken ──────────> it is private, nothing else changes
+//! ```
 
 use super::Session;
 use crate::config::{ClientError, LinkChoice};
@@ -20,9 +25,10 @@ use kvar_transport::Link as _;
 use kvar_transport::shared::{Meeting, PLACE_BYTES, SECRET_BYTES};
 use kvar_wire::{
     Attach, AttachAnswer, AttachDeclined, Limits, MESSAGE_BYTES_MAX, Message, PAYLOAD_BYTES_MAX,
-    VERSION_WITH_SHARED_MEMORY,
+    Stage, StageAnswer, VERSION_WITH_SHARED_MEMORY, VERSION_WITH_STAGING,
 };
 use mio::Token;
+use std::sync::Arc;
 
 impl Session {
     /// A link has been let in: asks to share memory where that is wanted and may be had.
@@ -122,6 +128,76 @@ impl Session {
         self.board.last_error = None;
         self.note_mode();
         self.node_lives();
+        self.stage(index);
+    }
+
+    /// Asks for a region to read into, where one is wanted and there is none. Everything else goes on
+    /// meanwhile, and without.
+    fn stage(&mut self, index: usize) {
+        let mut links = self.slots.iter().filter_map(Slot::connection);
+        let has_one = links.any(|link| link.region.is_some() || link.staging.is_some());
+        let Slot::Linked(connection) = &mut self.slots[index] else {
+            return;
+        };
+        if self.config.staging == 0 || has_one {
+            return;
+        }
+        let why = why_not_staged(connection).or_else(|| self.counters.stock.why_not());
+        let number = self.next_number;
+        let asked = why.map_or_else(
+            || ask_for_places(connection, number, self.config.staging),
+            Err,
+        );
+        match asked {
+            Ok(meeting) => {
+                self.next_number += 1;
+                connection.staging = Some((number, meeting));
+            }
+            Err(why) => self.counters.say_not_staged(Some(why)),
+        }
+    }
+
+    /// The node has answered that.
+    pub(super) fn on_stage_answer(
+        &mut self,
+        index: usize,
+        request: u64,
+        answer: StageAnswer,
+    ) -> Result<(), String> {
+        let Slot::Linked(connection) = &mut self.slots[index] else {
+            return Ok(());
+        };
+        let asked = connection.staging.take_if(|(number, _)| *number == request);
+        let Some((_, meeting)) = asked else {
+            return Err("the node brings a staging region that nobody asked for".to_owned());
+        };
+        let why = match answer {
+            StageAnswer::Declined { text, .. } => text,
+            StageAnswer::Staged { bytes } if bytes != self.config.staging => {
+                return Err(format!(
+                    "a staging region of {bytes} bytes where {} were asked for",
+                    self.config.staging
+                ));
+            }
+            StageAnswer::Staged { bytes } => match meeting.take_places(bytes) {
+                Ok(region) => {
+                    connection.region = Some(Arc::clone(&region));
+                    self.counters.stock.open(region);
+                    self.counters.say_not_staged(None);
+                    return Ok(());
+                }
+                Err(error) => error.to_string(),
+            },
+        };
+        add(&self.counters.stage_declined, 1);
+        self.counters.say_not_staged(Some(why));
+        Ok(())
+    }
+
+    /// Whether the node has not yet answered to that.
+    pub(super) fn is_staging(&self) -> bool {
+        let mut links = self.slots.iter().filter_map(Slot::connection);
+        links.any(|link| link.staging.is_some() && link.is_open())
     }
 }
 
@@ -145,14 +221,47 @@ fn why_not(
     }
 }
 
-/// Listens for the node, and tells it where.
-fn ask(connection: &mut Connection) -> Result<Meeting, String> {
+/// Why the node is not asked for a staging region, if so.
+fn why_not_staged(connection: &Connection) -> Option<String> {
+    match connection.version {
+        _ if !connection.is_shared() => Some("the link shares no memory with the node".to_owned()),
+        version if version < VERSION_WITH_STAGING => Some(format!(
+            "the node speaks protocol version {version}, which knows no staging regions; update it"
+        )),
+        _ => None,
+    }
+}
+
+/// A place to meet at.
+fn meet() -> Result<([u8; PLACE_BYTES], [u8; SECRET_BYTES], Meeting), String> {
     let (mut place, mut secret) = ([0; PLACE_BYTES], [0; SECRET_BYTES]);
     for random in [&mut place, &mut secret] {
         getrandom::fill(random)
             .map_err(|error| format!("the operating system gives no randomness: {error}"))?;
     }
     let meeting = Meeting::open(&place, secret).map_err(|error| error.to_string())?;
+    Ok((place, secret, meeting))
+}
+
+fn ask_for_places(
+    connection: &mut Connection,
+    request: u64,
+    bytes: u64,
+) -> Result<Meeting, String> {
+    let (place, secret, meeting) = meet()?;
+    let stage = Stage {
+        place,
+        secret,
+        bytes,
+    };
+    let sent = connection.send(request, &stage);
+    sent.map_err(|error| error.to_string())?;
+    Ok(meeting)
+}
+
+/// Listens for the node, and tells it where.
+fn ask(connection: &mut Connection) -> Result<Meeting, String> {
+    let (place, secret, meeting) = meet()?;
     let attach = Attach { place, secret };
     let sent = connection.send(kvar_wire::LINK_REQUEST, &attach);
     sent.map_err(|error| error.to_string())?;

@@ -16,7 +16,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 /// Bytes of one get item on the wire without its list of lengths, and of one length, at most.
-const ITEM_BYTES_MAX: usize = 80;
+const ITEM_BYTES_MAX: usize = 96;
 const LENGTH_BYTES_MAX: usize = 5;
 
 /// The call of requests whose answer nobody waits for; calls are numbered from 1.
@@ -105,7 +105,8 @@ impl Session {
                 queue.pop_front();
                 continue;
             };
-            let Some(connection) = widest(&mut self.slots) else {
+            let link = staged_over(&self.slots, unit, call);
+            let Some(connection) = the_same_or_widest(&mut self.slots, link) else {
                 return (any, Sent::Full);
             };
             let Some(limits) = connection.limits().copied() else {
@@ -149,6 +150,18 @@ impl Session {
         }
         (any, Sent::All)
     }
+}
+
+/// The link over which the node can write the next of these blocks where it is wanted, if there is one.
+fn staged_over(slots: &[Slot], unit: &Unit, call: &Call) -> Option<u64> {
+    let Work::Get { slots: items, .. } = &call.work else {
+        return None;
+    };
+    let into = &items.get(unit.next)?.item.into;
+    let mut links = slots.iter().filter_map(Slot::connection);
+    links
+        .find(|link| link.slot_of(into).is_some())
+        .map(|link| link.serial)
 }
 
 /// A link while it stands and its window is not full; once it is gone any other.
@@ -370,6 +383,7 @@ fn send_gets(
                 expected: slot.item.expected.clone(),
                 version: slot.item.version,
                 depth: slot.item.depth,
+                slot: connection.slot_of(&slot.item.into),
             });
             unit.next += 1;
         }
@@ -389,6 +403,7 @@ fn send_gets(
         }
         for slot in &mut slots[first..unit.next] {
             slot.is_sent = true;
+            slot.is_placed = connection.slot_of(&slot.item.into).is_some();
         }
         connection.requests_open += count as u64;
         connection.bytes_open += bytes;

@@ -8,10 +8,11 @@ use crate::call::{Board, Lost, Reply};
 use crate::check::SectionChecks;
 use crate::config::ClientError;
 use crate::connection::{Connection, Open, Phase, Receiving};
-use crate::items::{Filled, GetOutcome};
+use crate::items::{Filled, GetItem, GetOutcome};
 use crate::session::links::Slot;
 use crate::session::pieces::advance;
-use crate::stats::add;
+use crate::staging::Staging;
+use crate::stats::{add, subtract};
 use kvar_base::{MissReason, Mode, Moment, PutOutcome};
 use kvar_transport::{DownReason, Event, Link, Owned, Sink, TURN_BYTES};
 use kvar_wire::{ClientStep, Failure, FailureCode, Header, Message, Payload, Switch};
@@ -43,6 +44,8 @@ impl Session {
                 _ => TURN_BYTES,
             };
             while let Slot::Linked(connection) = &mut self.slots[index] {
+                // What the node has written was not moved here, but it is read here.
+                budget = budget.saturating_sub(std::mem::take(&mut connection.placed_bytes));
                 let happened = next(connection, &mut budget);
                 if matches!(happened, Happened::Pause) {
                     break;
@@ -155,7 +158,11 @@ impl Session {
         };
         let board = &mut self.board;
         match message {
-            Message::Pong(_) => return Ok(()),
+            Message::Pong(_) => {
+                release(connection, board, request);
+                return Ok(());
+            }
+            Message::StageAnswer(answer) => return self.on_stage_answer(index, request, answer),
             Message::Switch(Switch { mode }) => {
                 connection.mode = mode;
                 self.note_mode();
@@ -192,6 +199,7 @@ impl Session {
                     return Err("the node answers an item that was not asked for".to_owned());
                 }
                 let is_hit = matches!(answer.outcome, kvar_wire::GetOutcome::Hit { .. });
+                let is_placed = matches!(answer.outcome, kvar_wire::GetOutcome::Placed { .. });
                 if is_hit == (payload_bytes == 0) {
                     return Err("a hit without its bytes, or bytes without a hit".to_owned());
                 }
@@ -207,8 +215,15 @@ impl Session {
                 connection.requests_open -= 1;
                 connection.bytes_open -= slot.cost;
                 slot.cost = 0;
+                // Whatever it says, nothing is written to its place any more.
+                let was_to_be_placed = std::mem::take(&mut slot.is_placed);
+                let id = slot.item.id;
                 if last {
                     connection.open.remove(&request);
+                }
+                if is_placed && !was_to_be_placed {
+                    board.end_get(call, item, GetOutcome::Miss(MissReason::Unreachable));
+                    return Err("the node placed what it was to send".to_owned());
                 }
                 match answer.outcome {
                     kvar_wire::GetOutcome::Miss(reason) => {
@@ -219,8 +234,12 @@ impl Session {
                         version,
                         first_section,
                         sections,
+                    }
+                    | kvar_wire::GetOutcome::Placed {
+                        version,
+                        first_section,
+                        sections,
                     } => {
-                        let id = slot.item.id;
                         let of = Receiving {
                             request,
                             call,
@@ -230,7 +249,11 @@ impl Session {
                             first_section,
                             sections,
                         };
-                        hit(connection, board, of, payload_bytes).inspect_err(|_| {
+                        let done = match is_placed {
+                            true => placed(connection, board, &of),
+                            false => hit(connection, board, of, payload_bytes),
+                        };
+                        done.inspect_err(|_| {
                             // It is answered, so the end of the link would pass it over.
                             let lost = GetOutcome::Miss(MissReason::Unreachable);
                             board.end_get(call, item, lost);
@@ -307,11 +330,21 @@ impl Session {
         if was_open {
             self.counters.link_closed(connection.is_shared());
         }
+        if connection.region.take().is_some() {
+            // The node may write there until it has seen the link's end, so nobody gets it again.
+            self.counters.stock.close();
+            let why = "the link broke, and its staging region went with it".to_owned();
+            self.counters.say_not_staged(Some(why));
+        }
+        let held = std::mem::take(&mut connection.held);
+        subtract(&self.counters.staging_held, held.len());
+        drop(held);
         let error = connection.fault.take().unwrap_or_else(|| {
             ClientError::Unreachable(format!("{}: {reason}", self.config.endpoint))
         });
         for (request, open) in connection.open {
             self.board.owe_again(request);
+            drop(take_placed(&mut self.board, &open));
             end_open(&mut self.board, &open);
         }
         if was_open {
@@ -370,11 +403,7 @@ fn hit(
     payload_bytes: usize,
 ) -> Result<(), String> {
     let (call, item) = (of.call, of.item);
-    let sent: u64 = of
-        .sections
-        .iter()
-        .map(|section| u64::from(section.len))
-        .sum();
+    let sent = of.bytes();
     if sent != payload_bytes as u64 {
         return Err(format!(
             "sections of {sent} bytes in a payload of {payload_bytes}"
@@ -383,27 +412,7 @@ fn hit(
     let Some(slot) = board.get_slot(call, item) else {
         return Ok(());
     };
-    let wanted = slot.item.sections.clone();
-    let first = wanted.as_ref().map_or(0, |range| range.start);
-    let count = wanted.map(|range| range.len());
-    if of.first_section != first || count.is_some_and(|count| count != of.sections.len()) {
-        return Err("the node sends other sections than were asked for".to_owned());
-    }
-    let mut miss = None;
-    if slot
-        .item
-        .version
-        .is_some_and(|version| version != of.version)
-    {
-        miss = Some(MissReason::Version);
-    }
-    if !slot
-        .item
-        .expected
-        .fit(of.sections.iter().map(|section| section.len))
-    {
-        miss = Some(MissReason::WrongFormat);
-    }
+    let mut miss = of.judge(&slot.item)?;
     if let Filled::Bytes(bytes) = &mut slot.item.into
         && miss.is_none()
     {
@@ -445,26 +454,116 @@ fn received(connection: &mut Connection, board: &mut Board, request: u64, mut si
     ) {
         connection.open.remove(&request);
     }
-    let lengths: Vec<u32> = of.sections.iter().map(|section| section.len).collect();
-    let mut checks = SectionChecks::new(&of.id, of.first_section, &lengths);
-    sink.visit_mut(&mut |piece| checks.feed(piece));
-    let expected = of.sections.iter().map(|section| section.check);
-    let sound = checks.finish().into_iter().eq(expected);
+    let outcome = of.verify(board, &mut sink);
     if let Some(slot) = board.get_slot(of.call, of.item) {
         slot.item.into = sink;
     }
-    let outcome = if sound {
-        let (version, first_section) = (of.version, of.first_section);
+    board.end_get(of.call, of.item, outcome);
+}
+
+/// A hit's bytes are where they were wanted: the caller may see them if they are what the writer wrote.
+fn placed(connection: &mut Connection, board: &mut Board, of: &Receiving) -> Result<(), String> {
+    let (call, item) = (of.call, of.item);
+    let Some(slot) = board.get_slot(call, item) else {
+        return Ok(());
+    };
+    let room = Sink::len(&slot.item.into) as u64;
+    if of.bytes() != room {
+        let placed = of.bytes();
+        return Err(format!(
+            "the node placed {placed} bytes in a place of {room}"
+        ));
+    }
+    let outcome = match of.judge(&slot.item)? {
+        Some(reason) => GetOutcome::Miss(reason),
+        None => {
+            let mut into = std::mem::replace(&mut slot.item.into, Filled::NOWHERE);
+            let outcome = of.verify(board, &mut into);
+            connection.placed_bytes += Sink::len(&into);
+            if let Some(slot) = board.get_slot(call, item) {
+                slot.item.into = into;
+            }
+            outcome
+        }
+    };
+    if matches!(outcome, GetOutcome::Hit { .. }) {
+        add(&board.counters.hits_placed, 1);
+    }
+    board.end_get(call, item, outcome);
+    Ok(())
+}
+
+impl Receiving {
+    fn bytes(&self) -> u64 {
+        let lengths = self.sections.iter().map(|section| u64::from(section.len));
+        lengths.sum()
+    }
+
+    /// Why an item is not what was asked for, if so; an error is a node that answers something else.
+    fn judge(&self, item: &GetItem) -> Result<Option<MissReason>, String> {
+        let wanted = item.sections.clone();
+        let first = wanted.as_ref().map_or(0, |range| range.start);
+        let count = wanted.map(|range| range.len());
+        if self.first_section != first || count.is_some_and(|count| count != self.sections.len()) {
+            return Err("the node sends other sections than were asked for".to_owned());
+        }
+        let lengths = self.sections.iter().map(|section| section.len);
+        if !item.expected.fit(lengths) {
+            return Ok(Some(MissReason::WrongFormat));
+        }
+        let other = item.version.is_some_and(|version| version != self.version);
+        Ok(other.then_some(MissReason::Version))
+    }
+
+    /// Whether the bytes are what the writer wrote.
+    fn verify(&self, board: &Board, sink: &mut Filled) -> GetOutcome {
+        let lengths: Vec<u32> = self.sections.iter().map(|section| section.len).collect();
+        let mut checks = SectionChecks::new(&self.id, self.first_section, &lengths);
+        sink.visit_mut(&mut |piece| checks.feed(piece));
+        let expected = self.sections.iter().map(|section| section.check);
+        if !checks.finish().into_iter().eq(expected) {
+            add(&board.counters.checks_failed, 1);
+            return GetOutcome::Miss(MissReason::Corrupt);
+        }
+        let (version, first_section) = (self.version, self.first_section);
         GetOutcome::Hit {
             version,
             first_section,
             lengths,
         }
-    } else {
-        add(&board.counters.checks_failed, 1);
-        GetOutcome::Miss(MissReason::Corrupt)
+    }
+}
+
+/// Takes the memory of a request's items to which the node may write; who asked for them is told that
+/// it is held.
+pub(super) fn take_placed(board: &mut Board, open: &Open) -> Vec<Staging> {
+    let Open::Get {
+        call, first, count, ..
+    } = *open
+    else {
+        return Vec::new();
     };
-    board.end_get(of.call, of.item, outcome);
+    let mut taken = Vec::new();
+    for item in first..first + count {
+        let Some(slot) = board.get_slot(call, item) else {
+            continue;
+        };
+        if !std::mem::take(&mut slot.is_placed) {
+            continue;
+        }
+        match std::mem::replace(&mut slot.item.into, Filled::Held) {
+            Filled::Staged(staging) => taken.push(staging),
+            other => slot.item.into = other,
+        }
+    }
+    taken
+}
+
+/// The node has answered a Ping: what was given up before that was sent it does not write any more.
+fn release(connection: &mut Connection, board: &Board, ping: u64) {
+    let before = connection.held.len();
+    connection.held.retain(|(fence, _)| *fence > ping);
+    subtract(&board.counters.staging_held, before - connection.held.len());
 }
 
 fn end_open(board: &mut Board, open: &Open) {

@@ -373,6 +373,18 @@ pub const SETTINGS: &[Setting] = &[
         },
     },
     Setting {
+        key: "shared_memory_staging",
+        default: "256MiB",
+        form: "size",
+        help: "Memory of all staging regions together: places that clients on this host ask for, so that                what they read is written where they look at it, without a copy of their own. Taken when                a client asks, first come, first served; one that gets none reads as before. 0: none.",
+        is_switch: false,
+        is_list: false,
+        set: |config, text| {
+            config.shared_memory_staging = size(text)?;
+            Ok(())
+        },
+    },
+    Setting {
         key: "mode",
         default: "load",
         form: "\"off\", \"observe\", \"save\" or \"load\"",

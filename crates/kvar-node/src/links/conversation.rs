@@ -21,6 +21,7 @@ use super::filling::Filling;
 use super::get::is_counted;
 use super::overdue::UnsentAnswers;
 use super::request::{Get, ItemState, Kind, Open};
+use super::staging::Staging;
 use crate::mail::{Ask, Ticket};
 use crate::report::{ClientReport, NodeFacts};
 use kvar_base::{MissReason, Mode, Moment, PutOutcome, Refusal};
@@ -94,6 +95,8 @@ pub(crate) struct Conversation {
     pub(super) unsent: UnsentAnswers,
     /// Its place among the links that share memory.
     pub(super) seat: Option<Seat>,
+    /// Where its client's reads go, if it has asked for that.
+    pub(super) staging: Staging,
 }
 
 impl Conversation {
@@ -124,6 +127,7 @@ impl Conversation {
             looks: 0,
             unsent: UnsentAnswers::default(),
             seat: None,
+            staging: Staging::None,
         }
     }
 
@@ -331,8 +335,13 @@ impl Conversation {
                 desk.counters.overdue.line += u64::from(item.state == ItemState::Waiting);
                 let is_counted = is_counted(get.hints, &item.wanted);
                 let reason = MissReason::Deadline;
+                self.staging.free(item.wanted.slot);
                 self.send_miss(desk, request, index as u16, reason, is_counted);
-            } else if let Some((operation, is_below)) = forget {
+                continue;
+            }
+            // Not asked any more, so nothing comes that could be written there.
+            self.staging.free(item.wanted.slot);
+            if let Some((operation, is_below)) = forget {
                 desk.forget(item.wanted.id, operation, self.key, is_below);
             }
         }

@@ -6,6 +6,7 @@
 use crate::counters::{LinkCounters, NamespaceCounters};
 use crate::devices::{Event, Note, Removal, Removed, Routes};
 use crate::links::attach::SharingSettings;
+use crate::links::staging::StagingSettings;
 use crate::mail::{Ask, EngineKey, ForgetAsk};
 use crate::modes::Modes;
 use crate::namespaces::Namespaces;
@@ -87,6 +88,8 @@ pub(crate) struct LinkSettings {
     pub(crate) block_bytes_guess: u64,
     /// With whom memory is shared.
     pub(crate) sharing: SharingSettings,
+    /// What may be shared beyond that for reads.
+    pub(crate) staging: StagingSettings,
     /// Makes the node's status.
     pub(crate) describe: Arc<dyn Describe>,
 }

@@ -9,6 +9,9 @@
 //!                                       └──> AskedBelow ── has it, or not ────> Answered
 //! ```
 //!
+//! A copy goes through the link, or is written to the place that the item names and only told
+//! ([`staging`](super::staging)).
+//!
 //! What must always be true: bytes asked for and bytes queued together stay within the budget, but
 //! for one block, which is always let through, and for the first blocks of a link, whose size is
 //! not known yet; what is waited for takes nothing of it. A peer that takes its answers too slowly is
@@ -24,13 +27,17 @@ use crate::report::NodeFacts;
 use kvar_base::{BLOCK_BYTES_MAX, MissReason, Moment};
 use kvar_engine::{Copy, GetRequest, ReadHints, Touch};
 use kvar_transport::{Link as _, SharedPieces};
-use kvar_wire::{GetAnswer, GetHints, GetOutcome, Section};
+use kvar_wire::{GetAnswer, GetHints, GetOutcome, GetSlot, Section};
 
 /// Reads under way while the link has not seen a block yet and nobody knows how large they are.
 const FIRST_READS: u32 = 8;
 
 impl Conversation {
     pub(super) fn on_get(&mut self, desk: &mut Desk, request: u64, get: kvar_wire::Get) {
+        let slots = get.items.iter().filter_map(|item| item.slot);
+        if let Err(text) = self.staging.take(slots) {
+            return self.protocol(desk, &text);
+        }
         let miss = match () {
             () if get.deadline_us == 0 => Some(MissReason::Deadline),
             () if self.is_full(desk, get.items.len()) => Some(MissReason::Overloaded),
@@ -39,6 +46,7 @@ impl Conversation {
         if let Some(reason) = miss {
             for (item, wanted) in get.items.iter().enumerate() {
                 let is_counted = is_counted(get.hints, wanted);
+                self.staging.free(wanted.slot);
                 self.send_miss(desk, request, item as u16, reason, is_counted);
             }
             return;
@@ -209,10 +217,20 @@ impl Conversation {
         let is_over = get.left == 0;
         let outcome = outcome.and_then(|copy| fits(&item.wanted, copy));
         let is_counted = is_counted(get.hints, &item.wanted);
-        let item = index as u16;
+        let slot = item.wanted.slot;
+        let answering = Answering {
+            request,
+            item: index as u16,
+            deadline,
+            is_counted,
+            slot,
+        };
         match outcome {
-            Ok(copy) => self.push_copy(desk, request, item, copy, deadline, is_counted),
-            Err(reason) => self.send_miss(desk, request, item, reason, is_counted),
+            Ok(copy) => self.push_copy(desk, &answering, copy),
+            Err(reason) => {
+                self.staging.free(slot);
+                self.send_miss(desk, request, answering.item, reason, is_counted);
+            }
         }
         if is_over {
             self.close(desk, request);
@@ -274,15 +292,14 @@ impl Conversation {
         );
     }
 
-    fn push_copy(
-        &mut self,
-        desk: &mut Desk,
-        request: u64,
-        item: u16,
-        copy: Copy,
-        deadline: Moment,
-        is_counted: bool,
-    ) {
+    fn push_copy(&mut self, desk: &mut Desk, answering: &Answering, copy: Copy) {
+        let Answering {
+            request,
+            item,
+            deadline,
+            is_counted,
+            slot,
+        } = *answering;
         let mut sections = std::mem::take(&mut desk.sections);
         sections.clear();
         sections.extend(copy.sections.iter().map(|section| Section {
@@ -299,16 +316,31 @@ impl Conversation {
             .collect();
         let bytes = ranges.iter().map(ExactSizeIterator::len).sum::<usize>();
         let first_section = copy.sections.first().map_or(0, |section| section.index);
-        let outcome = GetOutcome::Hit {
-            version: copy.version,
-            first_section,
-            sections,
+        let version = copy.version;
+        let (outcome, payload_bytes) = match slot {
+            None => {
+                let hit = GetOutcome::Hit {
+                    version,
+                    first_section,
+                    sections,
+                };
+                (hit, bytes)
+            }
+            Some(_) => {
+                let placed = GetOutcome::Placed {
+                    version,
+                    first_section,
+                    sections,
+                };
+                (placed, 0)
+            }
         };
         desk.scratch.clear();
-        let answer = GetAnswer { item, outcome };
-        let encoded =
-            kvar_wire::encode(&mut desk.scratch, request, NodeFacts::EPOCH, &answer, bytes);
-        if let GetOutcome::Hit { sections, .. } = answer.outcome {
+        let (answer, epoch) = (GetAnswer { item, outcome }, NodeFacts::EPOCH);
+        let encoded = kvar_wire::encode(&mut desk.scratch, request, epoch, &answer, payload_bytes);
+        if let GetOutcome::Hit { sections, .. } | GetOutcome::Placed { sections, .. } =
+            answer.outcome
+        {
             desk.sections = sections;
         }
         if let Err(error) = encoded {
@@ -321,7 +353,13 @@ impl Conversation {
             bytes: copy.bytes,
             ranges,
         };
-        if self.link.push(&desk.scratch, token, source).is_err() {
+        let head = &desk.scratch;
+        let pushed = match slot {
+            None => self.link.push(head, token, source),
+            // It lies inside: looked at when it was taken.
+            Some(slot) => self.link.push_placed(head, token, source, slot.at as usize),
+        };
+        if pushed.is_err() {
             return self.link.close();
         }
         self.note_unsent(
@@ -333,9 +371,19 @@ impl Conversation {
                 deadline,
                 bytes: bytes as u64,
                 is_counted,
+                slot,
             },
         );
     }
+}
+
+/// An item of which its owner has sent a copy.
+struct Answering {
+    request: u64,
+    item: u16,
+    deadline: Moment,
+    is_counted: bool,
+    slot: Option<GetSlot>,
 }
 
 /// What an engine is asked of an item, be it the first one or the one below.
@@ -402,6 +450,12 @@ fn fits(wanted: &kvar_wire::GetItem, copy: Copy) -> Result<Copy, MissReason> {
         .fit(copy.sections.iter().map(|section| section.len))
     {
         return Err(MissReason::WrongFormat);
+    }
+    if let Some(slot) = wanted.slot {
+        let lengths = copy.sections.iter().map(|section| u64::from(section.len));
+        if lengths.sum::<u64>() != u64::from(slot.bytes) {
+            return Err(MissReason::WrongFormat);
+        }
     }
     Ok(copy)
 }

@@ -9,6 +9,7 @@
 //! | `finish`, `stat` | what is asked of all engines, and what of one block or the node? |
 //! | `parts` | which engine is asked for which blocks? |
 //! | `attach` | may a link share memory with its client? |
+//! | `staging` | which parts of a client's memory are read into, by whom? |
 //! | `request` | what is open on a link? |
 //! | `desk` | what do all links of the thread share? |
 //! | `overdue` | what does nobody wait for any more? |
@@ -32,11 +33,13 @@ mod put;
 mod request;
 mod sections;
 mod serve;
+mod staging;
 mod stat;
 
 pub use attach::Sharing;
 pub(crate) use attach::SharingSettings;
 pub(crate) use desk::{Describe, LinkSettings, Outgoing, To};
+pub(crate) use staging::StagingSettings;
 
 use crate::devices::Routes;
 use crate::mail::{Answer, Ticket};
@@ -145,6 +148,11 @@ impl Links {
         crate::counters::LinkCounters {
             links_open: self.slots.len() as u64,
             links_shared: self.shared_links() as u64,
+            staging_bytes: self
+                .slots
+                .iter()
+                .map(|(_, link)| link.staging.bytes())
+                .sum(),
             ..self.desk.counters
         }
     }
@@ -270,7 +278,7 @@ impl Links {
             if moved {
                 link.looks = 0;
             }
-            if !link.link.is_idle() {
+            if !link.link.is_idle() || link.is_making_places() {
                 self.list(key.index);
             } else if link.link.needs_arming() && !link.is_unarmed {
                 link.is_unarmed = true;
@@ -452,6 +460,7 @@ fn pump_one(link: &mut Conversation, desk: &mut Desk) -> ControlFlow<(), bool> {
             Happened::Nothing => {}
             Happened::Rest => {
                 link.tell_mode(desk);
+                link.make_places(desk);
                 link.start_gets(desk);
                 return ControlFlow::Continue(moved || budget < TURN_BYTES);
             }

@@ -23,6 +23,7 @@ use super::desk::{Desk, LINK_TIMER, Outgoing, To};
 use crate::mail::Ask;
 use kvar_base::{MissReason, Moment};
 use kvar_transport::Link as _;
+use kvar_wire::GetSlot;
 use std::collections::VecDeque;
 
 /// An answer whose bytes have not left.
@@ -35,6 +36,8 @@ pub(super) struct Unsent {
     pub(super) bytes: u64,
     /// Whether it is a hit once it has left, or a miss if it has not in time.
     pub(super) is_counted: bool,
+    /// Where its payload is written, if it is not sent: the place is in use until it has.
+    pub(super) slot: Option<GetSlot>,
 }
 
 /// The answers with bytes that a link has queued.
@@ -124,6 +127,7 @@ impl Conversation {
     /// The bytes of an answer have left.
     pub(super) fn on_sent(&mut self, desk: &mut Desk, token: u64) {
         if let Some(sent) = self.unsent.sent(token) {
+            self.staging.free(sent.slot);
             self.count_hit(desk, &sent);
         }
     }
@@ -133,6 +137,7 @@ impl Conversation {
         let hits = u64::from(sent.is_counted);
         desk.counters.payload_bytes_out += sent.bytes;
         desk.counters.get_hits += hits;
+        desk.counters.gets_placed += u64::from(sent.slot.is_some());
         desk.of_namespace[self.tenant.index()].hits += hits;
     }
 
@@ -141,6 +146,7 @@ impl Conversation {
         for unsent in self.unsent.take_overdue(desk.now) {
             // What has begun to leave is sent to its end: the stream must stay whole.
             let fenced = self.link.fence_push(unsent.token);
+            self.staging.free(unsent.slot);
             if !fenced.is_some_and(|fenced| fenced.unsent) {
                 self.count_hit(desk, &unsent);
                 continue;
@@ -208,6 +214,7 @@ mod tests {
                 deadline: Moment(deadline),
                 bytes: 1,
                 is_counted: true,
+                slot: None,
             });
         }
         assert_eq!(unsent.next_timer(), Some(Moment(10)));

@@ -9,6 +9,7 @@
 //! | remove, flush, purge | `finish` |
 //! | stat, status | `stat` |
 //! | attach | `attach` |
+//! | stage | `staging` |
 
 use super::conversation::{Conversation, abort};
 use super::desk::{Desk, LINK_TIMER, Operation};
@@ -42,6 +43,7 @@ impl Conversation {
                 | Message::Lease(_)
                 | Message::Renew(_)
                 | Message::Release(_)
+                | Message::Stage(_)
         );
         if begins && (request == LINK_TIMER || self.open.contains_key(&request)) {
             let text = format!(
@@ -101,6 +103,7 @@ impl Conversation {
             }
             Message::Ping(_) => self.send(desk, request, &Pong {}),
             Message::Attach(attach) => self.on_attach(desk, request, &attach),
+            Message::Stage(stage) => self.on_stage(desk, request, &stage),
             Message::Failure(failure) => {
                 tracing::warn!(peer = %self.peer, "the client ends its link: {}", failure.text);
                 self.end_requests(desk);

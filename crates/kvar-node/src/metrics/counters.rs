@@ -55,6 +55,12 @@ pub(super) fn counters(report: &NodeReport<'_>) -> Vec<Counter> {
         ),
         ("kvar_get_hits", "Blocks served", None, links.get_hits),
         (
+            "kvar_gets_placed",
+            "Blocks, or parts of some, that were written into a staging region",
+            None,
+            links.gets_placed,
+        ),
+        (
             "kvar_get_hits_dram",
             "Blocks read from memory",
             None,

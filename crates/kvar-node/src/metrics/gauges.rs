@@ -215,5 +215,11 @@ pub(super) fn gauges(report: &NodeReport<'_>) -> Vec<Gauge> {
             None,
             links.links_shared as f64,
         ),
+        (
+            "kvar_staging_bytes",
+            "Memory of the staging regions of the links open now",
+            bytes(),
+            links.staging_bytes as f64,
+        ),
     ]
 }

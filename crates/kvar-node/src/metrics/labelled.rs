@@ -29,6 +29,16 @@ pub(super) fn labelled(report: &NodeReport<'_>) -> Vec<Labelled> {
                 .collect(),
         },
         Labelled {
+            name: "kvar_stage_declined",
+            help: "Clients that asked for a staging region and have none, by reason",
+            label: "reason",
+            counts: links
+                .stage_declined
+                .iter()
+                .map(|(why, count)| (why.word().to_owned(), count))
+                .collect(),
+        },
+        Labelled {
             name: "kvar_overdue",
             help: "Work dropped because nobody waited for it any more, by where that was found",
             label: "where",

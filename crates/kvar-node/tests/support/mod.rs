@@ -227,6 +227,7 @@ impl Peer {
             expected: Lengths::Any,
             version: None,
             depth: 0,
+            slot: None,
         }
     }
 
@@ -244,6 +245,7 @@ impl Peer {
             panic!("{message:?}")
         };
         match outcome {
+            GetOutcome::Placed { .. } => panic!("it was not asked to place anything"),
             GetOutcome::Miss(reason) => Err(reason),
             GetOutcome::Hit {
                 first_section,

@@ -4,6 +4,8 @@
 //!   client                                          node
 //!   Meeting::open(place, secret) ── over the link that is proved ──> offer(place, secret)
 //!   Meeting::take  <── secret, ring bytes, descriptor ── connects to the place
+//!
+//!   Meeting::take_places  <── secret, bytes, descriptor ── offer_places      (later, another meeting)
 //! ```
 //!
 //! What must always be true: the client takes memory only from who knows the secret; the node
@@ -12,6 +14,7 @@
 
 use super::{SharedEnd, Side, is_ring, memory_bytes};
 use kvar_io::SharedMemory;
+use kvar_io::region::Region;
 use mio::net::UnixStream;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -22,7 +25,8 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt as _;
-use std::os::unix::net::{SocketAddr, UnixListener};
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream as Socket};
+use std::sync::Arc;
 
 /// Bytes of a place's name; random, so that nobody else has it.
 pub const PLACE_BYTES: usize = 16;
@@ -33,7 +37,7 @@ pub const SECRET_BYTES: usize = 16;
 /// What every place's name begins with: the node connects to no other.
 const PLACE_PREFIX: &str = "kvar-link-";
 
-/// What travels with the descriptor: the secret and a ring's size.
+/// What travels with the descriptor: the secret and a size, of a ring or of all places.
 const GREETING_BYTES: usize = SECRET_BYTES + 8;
 
 /// Strangers that are passed over before the meeting is given up. Names of abstract sockets can be
@@ -103,20 +107,41 @@ impl Meeting {
     /// # Errors
     /// It did not, or what it sent cannot be used.
     pub fn take(self) -> Result<SharedEnd, MeetingRefused> {
+        let (stream, ring_bytes, file) = self.accept()?;
+        finish(stream, ring_bytes, file).map_err(MeetingRefused::Unusable)
+    }
+
+    /// Takes places of so many bytes that the node sent, after it has said that it did.
+    ///
+    /// # Errors
+    /// As [`take`](Self::take).
+    pub fn take_places(self, bytes: u64) -> Result<Arc<Region>, MeetingRefused> {
+        let (_, sent, file) = self.accept()?;
+        let region = || {
+            if sent as u64 != bytes {
+                let text = format!("{sent} bytes were sent where {bytes} were to come");
+                return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+            }
+            Region::received(&SharedMemory::received(file, sent)?)
+        };
+        region().map_err(MeetingRefused::Unusable)
+    }
+
+    fn accept(&self) -> Result<(Socket, usize, OwnedFd), MeetingRefused> {
         for _ in 0..STRANGERS_MAX {
             let Ok((stream, _)) = self.listener.accept() else {
                 return Err(MeetingRefused::NotSent);
             };
             // Whoever knows no secret is no node, whatever else it says.
-            let Some((ring_bytes, file)) = self.greeting(&stream) else {
+            let Some((bytes, file)) = self.greeting(&stream) else {
                 continue;
             };
-            return finish(stream, ring_bytes, file).map_err(MeetingRefused::Unusable);
+            return Ok((stream, bytes, file));
         }
         Err(MeetingRefused::NotSent)
     }
 
-    fn greeting(&self, stream: &std::os::unix::net::UnixStream) -> Option<(usize, OwnedFd)> {
+    fn greeting(&self, stream: &Socket) -> Option<(usize, OwnedFd)> {
         let mut said = [0; GREETING_BYTES];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut rights = RecvAncillaryBuffer::new(&mut space);
@@ -133,16 +158,12 @@ impl Meeting {
         if received.bytes != GREETING_BYTES || said[..SECRET_BYTES] != self.secret {
             return None;
         }
-        let ring_bytes = u64::from_le_bytes(*said[SECRET_BYTES..].first_chunk()?);
-        Some((usize::try_from(ring_bytes).ok()?, file?))
+        let bytes = u64::from_le_bytes(*said[SECRET_BYTES..].first_chunk()?);
+        Some((usize::try_from(bytes).ok()?, file?))
     }
 }
 
-fn finish(
-    stream: std::os::unix::net::UnixStream,
-    ring_bytes: usize,
-    file: OwnedFd,
-) -> io::Result<SharedEnd> {
+fn finish(stream: Socket, ring_bytes: usize, file: OwnedFd) -> io::Result<SharedEnd> {
     if !is_ring(ring_bytes) {
         let text = format!("a ring of {ring_bytes} bytes; update the older of client and node");
         return Err(io::Error::new(io::ErrorKind::InvalidData, text));
@@ -168,23 +189,48 @@ pub fn offer(
     ring_bytes: usize,
 ) -> Result<SharedEnd, MeetingRefused> {
     // First, since it is what fails for a client that is not on this host.
-    let bell = address(place)
-        .and_then(|address| UnixStream::connect_addr(&address))
-        .map_err(MeetingRefused::Reach)?;
+    let bell = reach(place)?;
     let memory = SharedMemory::create(memory_bytes(ring_bytes)).map_err(MeetingRefused::Memory)?;
+    send(&bell, secret, ring_bytes, &memory)?;
+    SharedEnd::new(&memory, ring_bytes, bell, Side::Node).map_err(MeetingRefused::Memory)
+}
+
+/// The node's side: sends memory for places, which it has made and reserved, to `place`.
+///
+/// # Errors
+/// Why the two cannot share it; the link stays as it is.
+pub fn offer_places(
+    place: &[u8; PLACE_BYTES],
+    secret: &[u8; SECRET_BYTES],
+    memory: &SharedMemory,
+) -> Result<(), MeetingRefused> {
+    send(&reach(place)?, secret, memory.bytes(), memory)
+}
+
+fn reach(place: &[u8; PLACE_BYTES]) -> Result<UnixStream, MeetingRefused> {
+    address(place)
+        .and_then(|address| UnixStream::connect_addr(&address))
+        .map_err(MeetingRefused::Reach)
+}
+
+fn send(
+    socket: &UnixStream,
+    secret: &[u8; SECRET_BYTES],
+    bytes: usize,
+    memory: &SharedMemory,
+) -> Result<(), MeetingRefused> {
     let mut greeting = [0; GREETING_BYTES];
     greeting[..SECRET_BYTES].copy_from_slice(secret);
-    greeting[SECRET_BYTES..].copy_from_slice(&(ring_bytes as u64).to_le_bytes());
+    greeting[SECRET_BYTES..].copy_from_slice(&(bytes as u64).to_le_bytes());
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut rights = SendAncillaryBuffer::new(&mut space);
     let files = [memory.as_fd()];
     rights.push(SendAncillaryMessage::ScmRights(&files));
     let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-    let sent = rustix::net::sendmsg(&bell, &[IoSlice::new(&greeting)], &mut rights, flags);
+    let sent = rustix::net::sendmsg(socket, &[IoSlice::new(&greeting)], &mut rights, flags);
     match sent {
-        Ok(GREETING_BYTES) => {}
-        Ok(_) => return Err(MeetingRefused::Send(io::ErrorKind::WriteZero.into())),
-        Err(error) => return Err(MeetingRefused::Send(error.into())),
+        Ok(GREETING_BYTES) => Ok(()),
+        Ok(_) => Err(MeetingRefused::Send(io::ErrorKind::WriteZero.into())),
+        Err(error) => Err(MeetingRefused::Send(error.into())),
     }
-    SharedEnd::new(&memory, ring_bytes, bell, Side::Node).map_err(MeetingRefused::Memory)
 }

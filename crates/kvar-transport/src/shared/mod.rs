@@ -16,7 +16,9 @@
 
 mod meeting;
 
-pub use meeting::{Meeting, MeetingRefused, PLACE_BYTES, SECRET_BYTES, offer};
+pub use meeting::{Meeting, MeetingRefused, PLACE_BYTES, SECRET_BYTES, offer, offer_places};
+
+pub use kvar_io::region::{Kept, Region, Slot};
 
 use crate::link::Readiness;
 use crate::ring::{Reader, RingMemory, Scribbled, Word, Writer};
@@ -186,6 +188,8 @@ pub struct SharedStream {
     /// The connection on which both agreed: nothing travels on it any more, but when it goes the
     /// peer is gone.
     tcp: TcpStream,
+    /// Places for the peer's reads, if it has asked for some.
+    places: Option<SharedBytes>,
     /// The peer sends no more.
     closed: bool,
     /// The peer does not read any more either.
@@ -199,9 +203,15 @@ impl SharedStream {
         Self {
             end,
             tcp,
+            places: None,
             closed: false,
             gone: false,
         }
+    }
+
+    /// Bytes can be placed here from now on.
+    pub fn stage(&mut self, places: SharedBytes) {
+        self.places = Some(places);
     }
 
     /// Takes what rang.
@@ -261,6 +271,16 @@ impl Stream for SharedStream {
         match writer.write(pieces, || ring(bell)).map_err(scribbled)? {
             0 => Err(io::ErrorKind::WouldBlock.into()),
             written => Ok(written),
+        }
+    }
+
+    fn places_bytes(&self) -> usize {
+        self.places.as_ref().map_or(0, SharedBytes::len)
+    }
+
+    fn place(&mut self, at: usize, bytes: &[u8]) {
+        if let Some(places) = &mut self.places {
+            places.copy_in(at, bytes);
         }
     }
 

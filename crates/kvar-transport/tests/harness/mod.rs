@@ -1,7 +1,10 @@
 //! Two ends of a link of some kind, a framing of its own, and what they got.
 #![allow(dead_code)] // each test file uses its part
 
-use kvar_transport::shared::{Meeting, offer};
+use kvar_io::SharedMemory;
+use kvar_io::region::Region;
+use kvar_io::shared::SharedBytes;
+use kvar_transport::shared::{Meeting, offer, offer_places};
 use kvar_transport::sim::{self, SimControl, SimOptions, SimStream};
 use kvar_transport::{
     AnyLink, DownReason, Event, FrameLengths, HEADER_BYTES, Link, LinkKind, LinkOptions, Listener,
@@ -9,6 +12,7 @@ use kvar_transport::{
 };
 use mio::{Events, Poll, Token};
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Small, so that back-pressure is soon felt.
@@ -34,6 +38,15 @@ impl Kind {
     pub(crate) fn is_slow(self) -> bool {
         self == Self::Bytewise
     }
+}
+
+/// Those that can have memory beside their stream.
+pub(crate) fn check_all_with_places(check: impl Fn(Kind)) {
+    check_all(|kind| {
+        if kind != Kind::Tcp {
+            check(kind);
+        }
+    });
 }
 
 pub(crate) fn check_all(check: impl Fn(Kind)) {
@@ -251,6 +264,16 @@ pub(crate) enum Got {
     Yield,
 }
 
+/// Memory for places in `b`'s hands, and the node's side of it.
+pub(crate) fn places(bytes: usize) -> (Arc<Region>, SharedBytes) {
+    let memory = SharedMemory::create(bytes).unwrap();
+    let (place, secret) = (place(), [9; 16]);
+    let meeting = Meeting::open(&place, secret).unwrap();
+    offer_places(&place, &secret, &memory).unwrap();
+    let region = meeting.take_places(bytes as u64).unwrap();
+    (region, memory.map_untouched().unwrap().bytes(bytes))
+}
+
 enum Net {
     Tcp { poll: Poll, events: Events },
     Sim { control: SimControl },
@@ -267,6 +290,16 @@ pub(crate) struct Pair {
 
 impl Pair {
     pub(crate) fn new(kind: Kind) -> Self {
+        Self::build(kind, None)
+    }
+
+    /// The same, and end a places its payload in memory of so many bytes, which is end b's.
+    pub(crate) fn with_places(kind: Kind, bytes: usize) -> (Self, Arc<Region>) {
+        let (region, shared) = places(bytes);
+        (Self::build(kind, Some(shared)), region)
+    }
+
+    fn build(kind: Kind, places: Option<SharedBytes>) -> Self {
         let options = LinkOptions {
             outgoing_bytes_max: OUTGOING_BYTES_MAX,
             ..Default::default()
@@ -290,7 +323,8 @@ impl Pair {
             }
             Kind::Shared(ring_bytes) => {
                 let poll = Poll::new().unwrap();
-                let (a, b) = shared_pair(&poll, ring_bytes, options);
+                let (mut a, b) = shared_pair(&poll, ring_bytes, options);
+                places.into_iter().for_each(|places| a.stage(places));
                 let events = Events::with_capacity(8);
                 (Box::new(a), Box::new(b), Net::Tcp { poll, events })
             }
@@ -299,7 +333,7 @@ impl Pair {
                     chunk_bytes_max: 300_000,
                     ..SimOptions::default()
                 };
-                Self::simulated(seed, chosen, options)
+                Self::simulated(seed, chosen, options, places)
             }
             Kind::Bytewise => {
                 let chosen = SimOptions {
@@ -307,7 +341,7 @@ impl Pair {
                     stall_one_in: 0,
                     capacity_bytes: 64,
                 };
-                Self::simulated(7, chosen, options)
+                Self::simulated(7, chosen, options, places)
             }
         };
         let (got_a, got_b) = (VecDeque::new(), VecDeque::new());
@@ -325,8 +359,12 @@ impl Pair {
         seed: u64,
         sim: SimOptions,
         options: LinkOptions,
+        places: Option<SharedBytes>,
     ) -> (TestedLink, TestedLink, Net) {
-        let (a, b, control) = sim::pair(seed, sim);
+        let (mut a, b, control) = sim::pair(seed, sim);
+        if let Some(places) = places {
+            a = a.with_places(places);
+        }
         let link = |stream: SimStream| Box::new(StreamLink::new(stream, framing, options, false));
         (link(a), link(b), Net::Sim { control })
     }

@@ -15,6 +15,7 @@ pub(crate) fn added_by(version: u16) -> Vec<Sample> {
         3 => samples_of_version_3(),
         4 => samples_of_version_4(),
         5 => samples_of_version_5(),
+        6 => samples_of_version_6(),
         version => panic!("version {version} has no samples; what did it add?"),
     }
 }
@@ -45,6 +46,7 @@ fn samples_of_version_1() -> Vec<Sample> {
         expected: Lengths::Any,
         version: None,
         depth: u32::from(n),
+        slot: None,
     };
     let part = GetItem {
         sections: Some(3..9),
@@ -401,6 +403,7 @@ fn samples_of_version_5() -> Vec<Sample> {
             expected: Lengths::Equal(1, 65_536),
             version: Some(42),
             depth: 9,
+            slot: None,
         }],
         touch_request: 78,
         deadline_us: 1_000_000,
@@ -452,5 +455,60 @@ fn samples_of_version_5() -> Vec<Sample> {
         ("announce", announce.into(), 0),
         ("sections", sections.into(), 65_606),
         ("commit", Commit {}.into(), 0),
+    ]
+}
+
+/// What version 6 added.
+fn samples_of_version_6() -> Vec<Sample> {
+    let item = |slot| GetItem {
+        id: BlockId::new([7; 32]),
+        sections: None,
+        expected: Lengths::Equal(1, 65_536),
+        version: None,
+        depth: 9,
+        slot,
+    };
+    let slot = |at| Some(GetSlot { at, bytes: 65_536 });
+    let get = |slots: &[Option<GetSlot>], by_layer| Get {
+        items: slots.iter().map(|slot| item(*slot)).collect(),
+        touch_request: 78,
+        deadline_us: 1_000_000,
+        hints: GetHints {
+            by_layer,
+            wait_announced: false,
+        },
+    };
+    let stage = Stage {
+        place: [0x11; 16],
+        secret: [0x77; 16],
+        bytes: 64 << 20,
+    };
+    let declined = StageAnswer::declined(AttachDeclined::Full, "as much as may be");
+    let placed = GetAnswer {
+        item: 1,
+        outcome: GetOutcome::Placed {
+            version: 3,
+            first_section: 2,
+            sections: vec![Section {
+                len: 65_536,
+                check: ContentCheck(7),
+            }],
+        },
+    };
+    vec![
+        ("stage", stage.into(), 0),
+        (
+            "stage_answer",
+            StageAnswer::Staged { bytes: 64 << 20 }.into(),
+            0,
+        ),
+        ("stage_answer_declined", declined.into(), 0),
+        (
+            "get_placed",
+            get(&[slot(0), None, slot(1 << 33)], false).into(),
+            0,
+        ),
+        ("get_placed_by_layer", get(&[slot(70)], true).into(), 0),
+        ("get_answer_placed", placed.into(), 0),
     ]
 }

@@ -185,7 +185,7 @@ fn from_flash(
 
 /// A node of this binary, ended with its value.
 pub(super) struct NodeProcess {
-    child: Child,
+    pub(super) child: Child,
     endpoint: String,
     key_file: PathBuf,
 }
@@ -207,6 +207,7 @@ impl NodeProcess {
             .args([
                 "--size", size, "--dram", dram, "--shards", "1", "--log", "warn",
             ])
+            .args(["--shared-memory-staging", "512MiB"])
             .args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"])
             .arg("--spin-us")
             .arg(spin.as_micros().to_string())
@@ -255,10 +256,13 @@ impl Drop for NodeProcess {
 
 pub(super) struct Client {
     session: Session,
+    block_bytes: usize,
     done: Vec<Completion>,
     random: Random,
     spare: Vec<Filled>,
     at_random: bool,
+    /// The number of its first block.
+    first: u64,
 }
 
 impl Client {
@@ -267,6 +271,17 @@ impl Client {
         spin: Duration,
         link: LinkChoice,
     ) -> Result<Self, Failure> {
+        Self::open_with(node, spin, link, BLOCK_BYTES, 0)
+    }
+
+    /// The same for blocks of another size, and with a staging region of so many bytes.
+    pub(super) fn open_with(
+        node: &NodeProcess,
+        spin: Duration,
+        link: LinkChoice,
+        block_bytes: usize,
+        staging: u64,
+    ) -> Result<Self, Failure> {
         let key = KeyFile::read(&node.key_file)
             .map_err(|error| Failure::failed(error.to_string()))?
             .key;
@@ -274,15 +289,18 @@ impl Client {
             deadline: DEADLINE,
             link,
             spin,
+            staging,
             ..ClientConfig::new(&node.endpoint, key)
         };
         let session = Session::connect(config).map_err(crate::connect::failure)?;
         Ok(Self {
             session,
+            block_bytes,
             done: Vec::new(),
             random: Random::new(0x1357_9bdf),
             spare: Vec::new(),
             at_random: false,
+            first: 0,
         })
     }
 
@@ -292,11 +310,35 @@ impl Client {
         BlockId::new(bytes)
     }
 
+    /// Its blocks are those from this number on.
+    pub(super) fn set_first(&mut self, number: u64) {
+        self.first = number;
+    }
+
     /// From now on reads into so many places by turns, at random, and not into those just free.
     pub(super) fn read_into_places(&mut self, count: usize) {
-        let place = || Filled::Place(Box::new(vec![7_u8; BLOCK_BYTES]));
+        let bytes = self.block_bytes;
+        let place = || Filled::Place(Box::new(vec![7_u8; bytes]));
         self.spare = (0..count).map(|_| place()).collect();
         self.at_random = true;
+    }
+
+    /// The same into places that the node can write to.
+    pub(super) fn read_into_staging(&mut self, count: usize) -> Result<(), Failure> {
+        let staging = (0..count).map(|_| self.session.staging(self.block_bytes));
+        let staging: Vec<_> = staging.collect();
+        if !staging.iter().all(kvar_client::Staging::is_shared) {
+            let why = self.session.stats().not_staged.unwrap_or_default();
+            return Err(Failure::failed(format!("no staging region: {why}")));
+        }
+        self.spare = staging.into_iter().map(Filled::from).collect();
+        self.at_random = true;
+        Ok(())
+    }
+
+    /// Hits that the node wrote where they were wanted.
+    pub(super) fn hits_placed(&self) -> u64 {
+        self.session.stats().hits_placed
     }
 
     fn spare(&mut self) -> Option<Filled> {
@@ -313,9 +355,9 @@ impl Client {
             in_flight: PUTS_IN_FLIGHT,
             deadline: DEADLINE,
         };
-        let random = &mut self.random;
+        let (random, bytes, first) = (&mut self.random, self.block_bytes, self.first);
         filling.put(&mut self.session, |number| {
-            PutItem::of_bytes(Self::id(number), random.bytes(BLOCK_BYTES))
+            PutItem::of_bytes(Self::id(first + number), random.bytes(bytes))
         })?;
         let flush = self.session.submit(Request::Flush, DEADLINE);
         while !self
@@ -344,12 +386,12 @@ impl Client {
         loop {
             let now = Instant::now();
             while begun.len() < depth && now < end {
-                let number = self.random.number() % blocks;
+                let number = self.first + self.random.number() % blocks;
                 let into = self
                     .spare()
-                    .unwrap_or_else(|| Filled::Place(Box::new(vec![0_u8; BLOCK_BYTES])));
+                    .unwrap_or_else(|| Filled::Place(Box::new(vec![0_u8; self.block_bytes])));
                 let item = GetItem {
-                    expected: Lengths::of(&[BLOCK_BYTES as u32]),
+                    expected: Lengths::of(&[self.block_bytes as u32]),
                     into,
                     ..GetItem::to_vec(Self::id(number))
                 };
@@ -391,7 +433,7 @@ impl Client {
             )));
         }
         Ok(Reached {
-            bytes_per_s: hits as f64 * BLOCK_BYTES as f64 / started.elapsed().as_secs_f64(),
+            bytes_per_s: hits as f64 * self.block_bytes as f64 / started.elapsed().as_secs_f64(),
             p50_us: latencies.value_at_quantile(0.5) as f64,
             p99_us: latencies.value_at_quantile(0.99) as f64,
         })
