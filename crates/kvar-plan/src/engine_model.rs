@@ -64,6 +64,12 @@ impl FlashShape {
         }
     }
 
+    /// Blocks of the smallest flash that is two segments.
+    pub(crate) fn two_segments(block_bytes: u64) -> u64 {
+        let fit = (SEGMENT_BYTES_MIN as f64 * PAYLOAD_SHARE) as u64 / block_bytes.max(1);
+        fit.max(1) * 2
+    }
+
     pub(crate) fn payload_bytes(&self) -> u64 {
         self.blocks_per_segment.saturating_mul(self.block_bytes)
     }

@@ -20,7 +20,13 @@
 //! * Where several tenants share it, memory makes room and reclaim keeps as in the engine: the tenant
 //!   furthest beyond its part first, and what is within a part stays.
 //!
+//! * With a big tier `below` it, what reclaim does not keep is offered there (see [`tiers`]).
+//!
 //! What it leaves out: as the engine model, and the write budget itself.
+
+mod tiers;
+
+pub(crate) use tiers::TwoTiers;
 
 use crate::engine_model::FlashShape;
 use crate::offline::{Admit, Store, Writes};
@@ -33,7 +39,8 @@ use std::collections::{HashSet, VecDeque};
 
 #[derive(Clone, Copy)]
 struct Block {
-    /// The number of its segment, counted up for ever; [`NOWHERE`] if it is not on flash.
+    /// The number of its segment, counted up for ever; [`NOWHERE`] if it is not on flash, [`BELOW`] if
+    /// it is in DRAM and on the flash of the tier below.
     segment: u64,
     used_at: u64,
     request: u64,
@@ -43,11 +50,17 @@ struct Block {
 }
 
 const NOWHERE: u64 = u64::MAX;
+/// The copy in DRAM may go at any time, and is not written here again.
+const BELOW: u64 = u64::MAX - 1;
 
 impl Block {
     fn is_here(&self) -> bool {
-        self.in_dram || self.segment != NOWHERE
+        self.in_dram || is_on_flash(self.segment)
     }
+}
+
+fn is_on_flash(segment: u64) -> bool {
+    segment < BELOW
 }
 
 struct Segment {
@@ -96,12 +109,19 @@ pub(crate) struct LearnedModel {
     segments: VecDeque<Segment>,
     oldest: u64,
     looked_up: usize,
+    /// Blocks of the request under way that were found here.
+    found: usize,
     /// Of the request under way.
     kind: Kind,
     /// Whose request this is.
     asking: Tenant,
     keep: Keep,
     writes: Writes,
+    /// The big tier.
+    below: Option<Box<Self>>,
+    /// Blocks offered to it, and such as it had after that.
+    offered: u64,
+    taken: u64,
 }
 
 impl LearnedModel {
@@ -133,6 +153,7 @@ impl LearnedModel {
             }]),
             oldest: 0,
             looked_up: 0,
+            found: 0,
             kind: Kind::default(),
             asking: Tenant::DEFAULT,
             keep: Keep::new(&StoreShape {
@@ -142,6 +163,9 @@ impl LearnedModel {
                 blocks: capacity_blocks.min(distinct),
             }),
             writes: Writes::default(),
+            below: None,
+            offered: 0,
+            taken: 0,
         }
     }
 
@@ -187,9 +211,9 @@ impl LearnedModel {
     fn set_segment(&mut self, number: u32, segment: u64) {
         let tenant = self.tenant(number);
         let before = std::mem::replace(&mut self.blocks[number as usize].segment, segment);
-        match (before == NOWHERE, segment == NOWHERE) {
-            (true, false) => self.on_flash.add(tenant, 1),
-            (false, true) => self.on_flash.take(tenant, 1),
+        match (is_on_flash(before), is_on_flash(segment)) {
+            (false, true) => self.on_flash.add(tenant, 1),
+            (true, false) => self.on_flash.take(tenant, 1),
             _ => {}
         }
     }
@@ -273,6 +297,10 @@ impl LearnedModel {
             let orders = &mut self.orders[tenant.index()];
             if let Some(copy) = orders.copies.pop_least(voice, now) {
                 self.set_in_dram(copy.key, false);
+                if self.block(copy.key).segment == BELOW {
+                    self.set_segment(copy.key, NOWHERE);
+                    self.gone(copy.key);
+                }
                 continue;
             }
             let Some(least) = orders.unwritten.pop_least(voice, now) else {
@@ -366,7 +394,8 @@ impl LearnedModel {
             if segment != number {
                 continue;
             }
-            if !is_shared && self.order_of(block, number).remove(&block) {
+            let waits_in_dram = !is_shared && self.below.is_none();
+            if waits_in_dram && self.order_of(block, number).remove(&block) {
                 // DRAM has it: whether it is written again is decided when it leaves.
                 self.set_segment(block, NOWHERE);
                 let Block {
@@ -392,18 +421,23 @@ impl LearnedModel {
             let was_copy = self.order_of(block, number).remove(&block);
             self.set_segment(block, NOWHERE);
             // A reclaim that frees nothing would never end, as where a block fills a segment. What
-            // DRAM has, too, waits there, but for what must stay.
+            // DRAM has, too, waits there, but for what must stay (and above another tier, which it
+            // goes to now, where the write budget has plenty).
+            let waits = was_copy && (self.below.is_none() || self.admit == Admit::ByWorth);
             let stays = !self.open_is_full()
                 && if is_entitled {
                     self.keep.keeper_mut().keeps_entitled(bytes)
                 } else {
-                    !was_copy && self.keep.keeper_mut().keeps(worth, bytes)
+                    !waits && self.keep.keeper_mut().keeps(worth, bytes)
                 };
             if stays {
                 self.writes.again += 1;
                 self.place(block);
             } else {
                 losses.lost(tenant, 1);
+                if self.goes_down(block) && was_copy {
+                    self.set_segment(block, BELOW);
+                }
             }
             let Block {
                 segment,
@@ -441,6 +475,7 @@ impl Store for LearnedModel {
         for (depth, block) in blocks[..hits].iter().enumerate() {
             self.use_block(*block, request, depth as u32, blocks.len(), true);
         }
+        self.found = hits;
         hits
     }
 
@@ -452,7 +487,7 @@ impl Store for LearnedModel {
         for (depth, block) in (depth as u32..).zip(blocks) {
             self.use_block(*block, request, depth, length, false);
         }
-        let used = (depth + blocks.len()) as u64;
+        let used = (self.found + blocks.len()) as u64;
         self.keep
             .demanded(used.saturating_mul(self.shape.block_bytes));
         if self.admit == Admit::All {

@@ -2,7 +2,8 @@
 //!
 //! * [`trace`] reads the Mooncake and the Qwen-Bailian form, and folds small blocks into larger;
 //! * [`offline`] replays a trace against capacities: the pure policy with unit blocks, or a model
-//!   of the real engine (DRAM tier, segments, reserve, rewriting) around the production policy.
+//!   of the real engine (DRAM tier, segments, reserve, rewriting, a big tier of flash below) around the
+//!   production policy.
 //!
 //! * [`shared`] replays several traces in one store: what each keeps beside the others.
 //!
@@ -21,8 +22,8 @@ pub mod trace;
 
 pub use engine_model::FlashShape;
 pub use offline::{
-    Admit, Capacity, CapacityError, Model, OfflineError, OfflineOptions, OfflineReport, OfflineRow,
-    Policy, replay_offline, replay_offline_with,
+    Admit, BigRow, Capacity, CapacityError, Model, OfflineError, OfflineOptions, OfflineReport,
+    OfflineRow, Policy, replay_offline, replay_offline_with,
 };
 pub use shared::{
     Share, SharedOptions, SharedReport, SharedRow, SharedWrites, flood, replay_shared,

@@ -14,7 +14,7 @@
 //! hits never exceed the ceiling of the pure model with unlimited room.
 
 use crate::engine_model::{EngineModel, FlashShape};
-use crate::learned_model::LearnedModel;
+use crate::learned_model::{LearnedModel, TwoTiers};
 use crate::optimum::Optimum;
 use crate::trace::Trace;
 use kvar_policy::{RecentlyUsed, ReclaimPolicy, TailFirstLru};
@@ -129,6 +129,9 @@ pub struct OfflineOptions {
     pub admit: Admit,
     /// The share (0 to below 1) of the requests that warm the store up and are not counted.
     pub warmup_share: f64,
+    /// Engine model, production: big tiers to test below each capacity, flash of their own; none: one
+    /// tier. A row each.
+    pub big: Vec<Capacity>,
 }
 
 impl Default for OfflineOptions {
@@ -144,6 +147,7 @@ impl Default for OfflineOptions {
             policy: Policy::default(),
             admit: Admit::default(),
             warmup_share: 0.0,
+            big: Vec::new(),
         }
     }
 }
@@ -174,6 +178,24 @@ pub enum OfflineError {
         /// The model it is for.
         model: &'static str,
     },
+    /// A big tier where there is no engine, or not its policy.
+    #[error(
+        "a big tier is for --model engine and its own policy: add --model engine, and leave --policy out"
+    )]
+    BigModel,
+    /// Too small to be a ring of segments.
+    #[error(
+        "a big tier of {blocks} blocks of {block_bytes} bytes has no room for two segments: give at \
+         least {min} blocks"
+    )]
+    BigTooSmall {
+        /// What was given.
+        blocks: u64,
+        /// Bytes of each.
+        block_bytes: u64,
+        /// What would do.
+        min: u64,
+    },
     /// None, or more than a store has tenants.
     #[error("{0} traces cannot share a store: give 1 to {max}", max = kvar_policy::TENANTS)]
     Traces(usize),
@@ -185,7 +207,7 @@ pub enum OfflineError {
 /// What one capacity reaches.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct OfflineRow {
-    /// Blocks the store could hold.
+    /// Blocks the store could hold (the fast tier, and all memory, where there is a big one).
     pub capacity_blocks: u64,
     /// The same as a share of the distinct blocks.
     pub capacity_share: f64,
@@ -193,9 +215,34 @@ pub struct OfflineRow {
     pub block_hit_rate: f64,
     /// Tokens saved per input token.
     pub token_hit_rate: f64,
-    /// Blocks written to flash, rewritten ones included (for unit blocks: blocks put in).
+    /// Blocks written to flash (of the fast tier), rewritten ones included (for unit blocks: blocks
+    /// put in).
     pub flash_write_blocks: u64,
     /// Blocks written per block put in; 1 for unit blocks.
+    pub write_amplification: f64,
+    /// What the big tier has in this.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub big: Option<BigRow>,
+}
+
+/// What a big tier brings to a row.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct BigRow {
+    /// Blocks that its flash could hold, beside the row's `capacity_blocks`.
+    pub capacity_blocks: u64,
+    /// The same as a share of the distinct blocks.
+    pub capacity_share: f64,
+    /// Hits per block looked up that the fast tier had.
+    pub fast_block_hit_rate: f64,
+    /// Hits per block looked up that the fast tier lacked: together the row's.
+    pub block_hit_rate: f64,
+    /// Blocks that reclaim of the fast tier offered.
+    pub offered_blocks: u64,
+    /// Of these, those that the big tier had then.
+    pub taken_blocks: u64,
+    /// Blocks written to its flash, rewritten ones included.
+    pub flash_write_blocks: u64,
+    /// Blocks written per block that came down.
     pub write_amplification: f64,
 }
 
@@ -250,7 +297,10 @@ pub fn replay_offline_with<P: ReclaimPolicy>(
     }
     let numbered = Numbered::new(trace, options.warmup_share)?;
     let distinct = numbered.distinct;
-    let rows = options.capacities.iter().map(|capacity| {
+    let bigs = check_big(options, distinct)?;
+    let pairs = options.capacities.iter();
+    let pairs = pairs.flat_map(|capacity| bigs.iter().map(move |big| (capacity, *big)));
+    let rows = pairs.map(|(capacity, big)| {
         let capacity_blocks = capacity.blocks(distinct);
         let dram = (distinct as f64 * options.dram_share) as u64;
         let dram_blocks = dram.min(capacity_blocks / 2);
@@ -266,16 +316,42 @@ pub fn replay_offline_with<P: ReclaimPolicy>(
             }
             (Model::Engine, _) => {
                 let admit = options.admit;
-                numbered.replay(&mut LearnedModel::new(distinct, dram_blocks, shape, admit))
+                if let Some(big) = big {
+                    let big = FlashShape::new(big, options.block_bytes);
+                    numbered.replay(&mut TwoTiers::new(distinct, dram_blocks, shape, big, admit))
+                } else {
+                    numbered.replay(&mut LearnedModel::new(distinct, dram_blocks, shape, admit))
+                }
             }
         };
+        let share_of = |blocks: u64| blocks as f64 / distinct.max(1) as f64;
         OfflineRow {
             capacity_blocks,
-            capacity_share: capacity_blocks as f64 / distinct.max(1) as f64,
+            capacity_share: share_of(capacity_blocks),
             block_hit_rate: tally.block_hit_rate(),
             token_hit_rate: tally.token_hit_rate(),
             flash_write_blocks: tally.writes.total(),
             write_amplification: tally.writes.amplification(),
+            big: big.map(|blocks| {
+                let in_fast = Tally {
+                    hit_blocks: tally.hit_blocks - tally.below.hits,
+                    ..tally.clone()
+                };
+                let in_big = Tally {
+                    hit_blocks: tally.below.hits,
+                    ..tally.clone()
+                };
+                BigRow {
+                    capacity_blocks: blocks,
+                    capacity_share: share_of(blocks),
+                    fast_block_hit_rate: in_fast.block_hit_rate(),
+                    block_hit_rate: in_big.block_hit_rate(),
+                    offered_blocks: tally.below.offered,
+                    taken_blocks: tally.below.taken,
+                    flash_write_blocks: tally.below.writes.total(),
+                    write_amplification: tally.below.writes.amplification(),
+                }
+            }),
         }
     });
     let rows = rows.collect();
@@ -308,6 +384,32 @@ pub(crate) fn check(
     }
 }
 
+/// The big tiers to test in blocks; `None`: no such tier.
+fn check_big(options: &OfflineOptions, distinct: u64) -> Result<Vec<Option<u64>>, OfflineError> {
+    if options.big.is_empty() {
+        return Ok(vec![None]);
+    }
+    if options.model != Model::Engine || options.policy != Policy::Production {
+        return Err(OfflineError::BigModel);
+    }
+    let block_bytes = options.block_bytes;
+    let min = FlashShape::two_segments(block_bytes);
+    let in_blocks = |big: &Capacity| {
+        if !big.is_valid() {
+            return Err(OfflineError::Capacity(*big));
+        }
+        match big.blocks(distinct) {
+            blocks if blocks >= min => Ok(Some(blocks)),
+            blocks => Err(OfflineError::BigTooSmall {
+                blocks,
+                block_bytes,
+                min,
+            }),
+        }
+    };
+    options.big.iter().map(in_blocks).collect()
+}
+
 /// Writes to flash, counted in blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Writes {
@@ -318,6 +420,13 @@ pub(crate) struct Writes {
 }
 
 impl Writes {
+    fn since(self, before: Self) -> Self {
+        Self {
+            put: self.put - before.put,
+            again: self.again - before.again,
+        }
+    }
+
     pub(crate) fn total(self) -> u64 {
         self.put + self.again
     }
@@ -327,6 +436,29 @@ impl Writes {
             1.0
         } else {
             self.total() as f64 / self.put as f64
+        }
+    }
+}
+
+/// What a tier below did, counted in blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Below {
+    /// Hits that the tier above lacked.
+    pub(crate) hits: u64,
+    /// Offered to it.
+    pub(crate) offered: u64,
+    /// Of these, those that it had then.
+    pub(crate) taken: u64,
+    pub(crate) writes: Writes,
+}
+
+impl Below {
+    fn since(self, before: Self) -> Self {
+        Self {
+            hits: self.hits - before.hits,
+            offered: self.offered - before.offered,
+            taken: self.taken - before.taken,
+            writes: self.writes.since(before.writes),
         }
     }
 }
@@ -343,6 +475,10 @@ pub(crate) trait Store {
     fn put(&mut self, blocks: &[u32], depth: usize, request: u64);
     /// What it wrote so far.
     fn writes(&self) -> Writes;
+    /// What a tier below did so far.
+    fn below(&self) -> Below {
+        Below::default()
+    }
 }
 
 /// The trace with its ids made dense.
@@ -363,6 +499,7 @@ pub(crate) struct Tally {
     hit_tokens: u64,
     input_tokens: u64,
     pub(crate) writes: Writes,
+    below: Below,
 }
 
 impl<'a> Numbered<'a> {
@@ -415,7 +552,7 @@ impl<'a> Numbered<'a> {
         group: impl Fn(usize) -> usize,
     ) -> Vec<Tally> {
         let mut tallies = vec![Tally::default(); groups];
-        let mut warm = Writes::default();
+        let mut warm = (Writes::default(), Below::default());
         for (number, (request, range)) in self
             .trace
             .requests
@@ -424,7 +561,7 @@ impl<'a> Numbered<'a> {
             .enumerate()
         {
             if number == self.warmup_requests {
-                warm = store.writes();
+                warm = (store.writes(), store.below());
             }
             let blocks = &self.blocks[range];
             store.set_traffic_class(request.traffic_class);
@@ -439,12 +576,10 @@ impl<'a> Numbered<'a> {
             tally.hit_tokens += request.hit_tokens(hits, self.trace.block_tokens);
             tally.input_tokens = tally.input_tokens.saturating_add(request.input_length);
         }
-        let all = store.writes();
+        let (writes, below) = (store.writes(), store.below());
         for tally in &mut tallies {
-            tally.writes = Writes {
-                put: all.put - warm.put,
-                again: all.again - warm.again,
-            };
+            tally.writes = writes.since(warm.0);
+            tally.below = below.since(warm.1);
         }
         tallies
     }

@@ -140,3 +140,40 @@ fn learned_worth_beats_exact_lru_where_room_is_short() {
         );
     }
 }
+
+/// What `docs/internals/tiers.md` says of this trace. Half a point is noise.
+#[test]
+fn a_big_tier_brings_hits_where_room_is_short() {
+    for admit in [Admit::ByWorth, Admit::All] {
+        let alone = OfflineOptions {
+            model: Model::Engine,
+            admit,
+            capacities: vec![Capacity::Percent(2.0)],
+            ..OfflineOptions::default()
+        };
+        let both = OfflineOptions {
+            big: [10.0, 20.0].map(Capacity::Percent).to_vec(),
+            ..alone.clone()
+        };
+        let alone = replay_offline(&CONVERSATION, &alone).unwrap();
+        let both = replay_offline(&CONVERSATION, &both).unwrap();
+        let alone = &alone.rows[0];
+        for row in &both.rows {
+            let big = row.big.as_ref().unwrap();
+            assert_eq!(row.capacity_blocks, alone.capacity_blocks);
+            assert!(row.block_hit_rate > alone.block_hit_rate + 0.03, "{row:?}");
+            let sum = big.fast_block_hit_rate + big.block_hit_rate;
+            assert!((sum - row.block_hit_rate).abs() < 1e-9, "{row:?}");
+            assert!(big.taken_blocks <= big.offered_blocks, "{row:?}");
+            assert!(big.write_amplification < 1.85, "{row:?}");
+        }
+        // A larger one is no worse.
+        let [small, large] = &both.rows[..] else {
+            panic!("a row a big tier")
+        };
+        assert!(
+            large.block_hit_rate > small.block_hit_rate - 0.005,
+            "{both:?}"
+        );
+    }
+}

@@ -102,6 +102,37 @@ fn options_that_mean_nothing_are_refused() {
         let error = refuse(&wrong).to_string();
         assert!(error.contains("is for --model"), "{error}");
     }
+    for (model, policy) in [
+        (Model::Blocks, Policy::Production),
+        (Model::Engine, Policy::Recent),
+    ] {
+        let wrong = OfflineOptions {
+            big: vec![Capacity::Blocks(100)],
+            model,
+            policy,
+            ..good.clone()
+        };
+        assert_eq!(refuse(&wrong), OfflineError::BigModel);
+    }
+    let big = |capacity| OfflineOptions {
+        big: vec![Capacity::Blocks(100), capacity],
+        ..good.clone()
+    };
+    assert!(replay_offline(&trace, &big(Capacity::Blocks(30))).is_ok());
+    let small = refuse(&big(Capacity::Blocks(29)));
+    let (blocks, block_bytes, min) = (29, 64 << 10, 30);
+    assert_eq!(
+        small,
+        OfflineError::BigTooSmall {
+            blocks,
+            block_bytes,
+            min
+        }
+    );
+    assert_eq!(
+        refuse(&big(Capacity::Blocks(0))),
+        OfflineError::Capacity(Capacity::Blocks(0))
+    );
     for capacity in [Capacity::Blocks(0), Capacity::Percent(-1.0)] {
         let wrong = OfflineOptions {
             capacities: vec![capacity],
@@ -218,6 +249,19 @@ proptest! {
             let learned = replay(Model::Engine, Policy::Production, admit);
             prop_assert!(learned.block_hit_rate <= optimum.block_hit_rate);
             prop_assert!(learned.write_amplification <= 4.0 + 2.0);
+            let both = OfflineOptions {
+                dram_share,
+                block_bytes: block_kib << 10,
+                admit,
+                big: vec![Capacity::Blocks(64 + capacity)],
+                ..options_of(Model::Engine, &[Capacity::Blocks(capacity)])
+            };
+            let report = replay_offline(&trace, &both).unwrap();
+            prop_assert_eq!(&report, &replay_offline(&trace, &both).unwrap());
+            let row = &report.rows[0];
+            prop_assert!(row.block_hit_rate <= report.ceiling_block_hit_rate);
+            let big = row.big.as_ref().unwrap();
+            prop_assert!(big.taken_blocks <= big.offered_blocks);
         }
     }
 }

@@ -127,6 +127,12 @@ pub(crate) struct ReplayArguments {
         requires = "offline"
     )]
     pub(crate) dram_share: f64,
+    /// Offline, --model engine: a second, big tier of flash below each --capacity, in blocks or as a share of
+    /// the distinct blocks; repeatable. What the fast tier does not keep is offered to it, and it takes
+    /// what its own policy thinks worth a place. Memory stays what it was: a quarter of it is the big
+    /// tier's. To see whether a larger fast tier would do as well, replay the sum as --capacity.
+    #[arg(long, value_name = "BLOCKS|SHARE%", requires = "offline")]
+    pub(crate) big: Vec<Capacity>,
     /// Offline, --model engine: another trace in the same store, as a namespace of its own; repeatable.
     /// Prints what each reaches alone on its share, beside the others, and beside them with shares.
     #[arg(long, value_name = "TRACE", requires = "offline")]

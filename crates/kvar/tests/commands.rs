@@ -161,6 +161,7 @@ fn what_is_for_offline_replay_says_so() {
         ["--dram-share", "0.1"],
         ["--beside", "other.jsonl"],
         ["--flood", "4"],
+        ["--big", "20%"],
     ] {
         let mut command = with(&["replay", "trace.jsonl", "--block-bytes", "4KiB"]);
         command.args(words);
@@ -197,6 +198,52 @@ fn offline_replay_shows_what_a_share_is_worth_beside_a_flood() {
     fails(replay(&["--flood", "8"]), 2, &["--model engine"]);
     fails(replay(&["--share", "8"]), 2, &["--beside"]);
     fails(replay(&["--flood", "0"]), 2, &["0.01 to 1000"]);
+}
+
+#[test]
+fn offline_replay_shows_what_a_big_tier_brings() {
+    let dir = tempfile::tempdir().unwrap();
+    let trace = dir.path().join("trace.jsonl");
+    write_trace(&trace, 300, 1);
+    let replay = |words: &str| {
+        let mut command = with(&["replay", trace.to_str().unwrap(), "--offline"]);
+        command.args(words.split(' '));
+        command
+    };
+    let words = "--model engine --capacity 10% --big 50% --big 90%";
+    let table = String::from_utf8(finish(replay(words)).stdout).unwrap();
+    assert!(
+        table.contains("big tier") && table.contains("in fast"),
+        "{table}"
+    );
+    let output = finish(replay(&format!("{words} --json")));
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 2);
+    for row in rows {
+        let big = &row["big"];
+        let parts = ["fast_block_hit_rate", "block_hit_rate"].map(|key| big[key].as_f64().unwrap());
+        let all = row["block_hit_rate"].as_f64().unwrap();
+        assert!((parts[0] + parts[1] - all).abs() < 1e-9, "{row}");
+        assert!(big["write_amplification"].is_number(), "{row}");
+    }
+    fails(replay("--big 20%"), 2, &["--model engine"]);
+    fails(
+        replay("--model engine --policy recent --big 20%"),
+        2,
+        &["leave --policy out"],
+    );
+    fails(
+        replay("--model engine --capacity 10% --big 3"),
+        2,
+        &["two segments", "at least 30 blocks"],
+    );
+    fails(replay("--model engine --big 0%"), 2, &["not a capacity"]);
+    fails(
+        replay("--model engine --flood 2 --big 50%"),
+        2,
+        &["one trace"],
+    );
 }
 
 #[test]

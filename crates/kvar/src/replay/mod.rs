@@ -66,6 +66,7 @@ pub(crate) fn run(arguments: &ReplayArguments) -> Outcome {
             trace,
             trace_options,
             capacities: arguments.capacity.clone(),
+            big: arguments.big.clone(),
             model: match arguments.model {
                 OfflineModel::Blocks => Model::Blocks,
                 OfflineModel::Engine => Model::Engine,

@@ -19,6 +19,11 @@ pub(crate) fn run(
             "namespaces share a store of the engine: add --model engine, and leave --policy out",
         ));
     }
+    if !arguments.big.is_empty() {
+        return Err(Failure::usage(
+            "--big is for one trace: leave --beside and --flood out",
+        ));
+    }
     if arguments.warmup_share > 0.0 {
         return Err(Failure::usage("--warmup-share is for one trace"));
     }
