@@ -90,7 +90,7 @@ mutations! {
     without_tombstones: mutation(&[Check::Tombstone], Temper::Well, 20);
     without_waiting_for_readers: Mutation {
         temper: Temper::Slow,
-        ..focused(&[Check::Readers], Focus::Readers, 300)
+        ..focused(&[Check::Readers], Focus::Readers, 900)
     };
     without_order_at_recovery: mutation(&[Check::SequenceOrder], Temper::Well, 40);
     without_generations_of_checkpoints: mutation(&[Check::CheckpointGeneration], Temper::Well, 60);
