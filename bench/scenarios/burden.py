@@ -4,7 +4,7 @@ Two engines that differ in the connector alone, on prompts that nobody asked bef
 goes to both, one after the other, and who begins changes from pair to pair:
 
 ```text
-  full      the node serves, and is small: it saves, and lets go, all the time
+  full      the node serves, and lets something go for whatever it takes
   stopped   the node has stopped (SIGSTOP): nothing answers, connections stay open
   absent    the node is gone: connections are refused
 ```
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +28,12 @@ from facts import load, percentile, spread
 from funnel import Metrics
 from servers import kvar_transfer, say
 
-NODE_SIZE, NODE_DRAM = "128MiB", "64MiB"
-FREE_GIB = 2
+# A block of 32 tokens of the small model is 1.2 MiB, and a node of less takes none so large.
+NODE_SIZE, NODE_DRAM = "2GiB", "256MiB"
+FREE_GIB = 4
+FILL_S = 8
+# An engine's threads spin for a moment after an answer, and would take the next one's cores.
+PAUSE_S = 0.5
 CONTEXT_TOKENS = 4096
 OWN_CACHE_BYTES = 256 << 20
 DOCUMENTS = 4
@@ -76,6 +81,7 @@ class Duel:
                 question = self._question(state, number)
                 answers: dict[int, Answer] = {}
                 for engine in (BARE, KVAR) if number % 2 == 0 else (KVAR, BARE):
+                    await asyncio.sleep(PAUSE_S)
                     answers[engine] = await asker.ask(question, engine)
                 found.append(Pair(answers[BARE], answers[KVAR]))
         return found
@@ -102,6 +108,7 @@ def run(stage: Stage) -> dict[str, Any]:
     engines[KVAR].start(transfer)
     duel = Duel(stage, engines, sizes)
     duel.pairs("warm-up", DOCUMENTS)
+    fill(stage)
     evicted = node.blocks_evicted()
     states: list[dict[str, Any]] = []
     wrong: list[str] = []
@@ -124,6 +131,18 @@ def run(stage: Stage) -> dict[str, Any]:
         )
     found = {"sizes": vars(sizes), "states": states, "wrong": wrong, "load": load()}
     return found | {"funnel": funnel_of(engines[KVAR:])}
+
+
+def fill(stage: Stage) -> None:
+    """Puts what nobody wants until the node lets go of some of it for more."""
+    node = stage.node
+    assert node is not None
+    command = [str(stage.options.kvar), "bench", "node", "--op", "put", "--size", "1MiB"]
+    command += ["--endpoint", node.endpoint, "--key-file", str(node.key_file)]
+    command += ["--depth", "4", "--seconds", str(FILL_S)]
+    subprocess.run(command, check=True, timeout=120, stdout=subprocess.DEVNULL)
+    if not node.blocks_evicted():
+        raise SystemExit(f"the node is not full after {FILL_S} s of puts")
 
 
 def _scheduler_hooks(engine: StartedEngine) -> float:
