@@ -1,4 +1,4 @@
-//! Prints the tables of `docs/decisions/0003-learned-worth.md`: hit rate (% of blocks), write
+//! Prints the tables of `docs/decisions/0012-admission-asks-less.md`: hit rate (% of blocks), write
 //! amplification and flash writes (% of the distinct blocks) at every capacity, DRAM being 2 % of
 //! the distinct blocks and inside the capacity.
 //!
