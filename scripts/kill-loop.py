@@ -13,8 +13,9 @@ With --loop-device the store is a raw block device: a loop device over a file, m
 the end (root alone may do that).
 
 With --two-tiers the store is a small fast file and a large big one: most of what is settled went down from the
-one to the other. Puts come faster here than a disk that both share can take them down, and what reclaim
-drops for that is no broken promise: up to a twentieth of the settled blocks may be misses.
+one to the other. Puts may come faster than a disk that both share can take them down, and what reclaim drops
+for that is no broken promise: the node counts it, and is asked for its counts just before it is killed. No more
+settled blocks may be misses than it counted, and a fiftieth for what it dropped after it was asked.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +39,9 @@ TRACE = ROOT / "traces" / "mooncake-conversation.jsonl.zst"
 SETTLED_SHARE_MIN = 0.80
 SIZE_BYTES = 6 << 30
 FAST_BYTES = 1 << 30
-DROPPED_SHARE_MAX = 0.05
+UNCOUNTED_SHARE_MAX = 0.02
+DROPS = re.compile(r'^kvar_evictions_total\{cause="(reclaim|bucket|device_lost)"\} (\d+)', re.MULTILINE)
+NOT_DEMOTED = re.compile(r'^kvar_not_demoted_total\{reason="(\w+)"\} (\d+)', re.MULTILINE)
 
 
 class LoopDevice:
@@ -80,10 +85,18 @@ class Node:
                 sys.exit(f"the node ended with {self.process.returncode} before it was ready")
             time.sleep(0.01)
         self.seconds = time.monotonic() - began
-        self.endpoint = json.loads(self.ready.read_text())["listen"]
+        listens = json.loads(self.ready.read_text())
+        self.endpoint, self.admin = listens["listen"], listens["admin"]
 
     def arguments(self) -> list[str]:
         return ["--endpoint", self.endpoint, "--key-file", str(self.key)]
+
+    def dropped(self) -> tuple[int, dict[str, int]]:
+        """Blocks that left the store for want of room, by its own count, and why they did not go down."""
+        with urllib.request.urlopen(f"http://{self.admin}/metrics", timeout=10) as answer:
+            metrics = answer.read().decode()
+        why = {reason: int(count) for reason, count in NOT_DEMOTED.findall(metrics) if count != "0"}
+        return sum(int(count) for _, count in DROPS.findall(metrics)), why
 
     def kill(self) -> int:
         """Kills it; when that was, in microseconds of the monotonic clock."""
@@ -111,14 +124,12 @@ def main() -> None:
     node = None
     loop = None
     data = [f"{folder / 'data'}={SIZE_BYTES}"]
-    dropped_share_max = 0.0
     try:
         if options.loop_device:
             loop = LoopDevice(folder)
             data = [str(loop.path)]
         if options.two_tiers:
             data = [f"{folder / 'fast'}={FAST_BYTES}", f"{folder / 'big'}={SIZE_BYTES},big"]
-            dropped_share_max = DROPPED_SHARE_MAX
         node = Node(options.kvar, folder, data)
         settled_bytes_share = []
         for number in range(options.rounds):
@@ -130,6 +141,7 @@ def main() -> None:
                 stderr=subprocess.DEVNULL,
             )
             time.sleep(dice.uniform(12, 25))
+            dropped, why = node.dropped() if options.two_tiers else (0, {})
             killed = node.kill()
             replay.wait()
             node = Node(options.kvar, folder, data)
@@ -148,10 +160,11 @@ def main() -> None:
                 f"round {number:2}: {found['acknowledged']} acknowledged, {found['settled']} settled "
                 f"({100 * found['settled_share_of_bytes']:.0f} % of bytes), {found['settled_hits']} of them hits, "
                 f"{found['removed']} removed, {found['removed_but_back']} back, wrong bytes {found['wrong_bytes']}, "
-                f"ready again in {node.seconds:.2f} s",
+                f"dropped {dropped} {why}, ready again in {node.seconds:.2f} s",
                 flush=True,
             )
-            hits_min = found["settled"] * (1 - dropped_share_max)
+            uncounted = UNCOUNTED_SHARE_MAX * found["settled"] if options.two_tiers else 0
+            hits_min = found["settled"] - dropped - uncounted
             bad = found["wrong_bytes"] or found["removed_but_back"] or found["settled_hits"] < hits_min
             if bad:
                 sys.exit(f"round {number} broke a promise: {verified.stdout}")
