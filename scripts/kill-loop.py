@@ -79,6 +79,8 @@ class Node:
             + [word for each in data for word in ("--data", each)]
             + ["--expected-block-bytes", "8KiB", "--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
             + ["--flush-after", "1s", "--log", "error", "--ready-file", self.ready]
+            # All is written within flush_after: what waits in memory for want of a budget a kill may take.
+            + ["--flash-write-budget", "unlimited"]
         )
         while not self.ready.exists():
             if self.process.poll() is not None:

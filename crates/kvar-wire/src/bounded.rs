@@ -5,12 +5,13 @@ use kvar_base::BlockId;
 use serde::de::{Error as _, SeqAccess, Visitor};
 use serde::ser::{Error as _, SerializeSeq};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use smallvec::SmallVec;
 use std::fmt;
 use std::marker::PhantomData;
 
 const ID_BYTES: usize = 32;
 
-/// `#[serde(with = "List::<MAX>")]` for a `Vec` of at most `MAX` elements.
+/// `#[serde(with = "List::<MAX>")]` for a list of at most `MAX` elements.
 pub(crate) struct List<const MAX: usize>;
 
 impl<const MAX: usize> List<MAX> {
@@ -27,31 +28,62 @@ impl<const MAX: usize> List<MAX> {
         sequence.end()
     }
 
-    pub(crate) fn deserialize<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
-        deserializer: D,
-    ) -> Result<Vec<T>, D::Error> {
-        struct Elements<T, const MAX: usize>(PhantomData<T>);
-        impl<'de, T: Deserialize<'de>, const MAX: usize> Visitor<'de> for Elements<T, MAX> {
-            type Value = Vec<T>;
+    pub(crate) fn deserialize<'de, L, D>(deserializer: D) -> Result<L, D::Error>
+    where
+        L: Elements<Element: Deserialize<'de>>,
+        D: Deserializer<'de>,
+    {
+        struct Visit<L, const MAX: usize>(PhantomData<L>);
+        impl<'de, L: Elements<Element: Deserialize<'de>>, const MAX: usize> Visitor<'de> for Visit<L, MAX> {
+            type Value = L;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 write!(f, "at most {MAX} elements")
             }
-            fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> Result<Vec<T>, A::Error> {
+            fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> Result<L, A::Error> {
                 let claimed = sequence.size_hint().unwrap_or(0);
                 if claimed > MAX {
                     return Err(A::Error::custom("list too long"));
                 }
-                let mut list = Vec::with_capacity(claimed);
+                let mut list = L::with_capacity(claimed);
+                let mut count = 0;
                 while let Some(element) = sequence.next_element()? {
-                    if list.len() == MAX {
+                    if count == MAX {
                         return Err(A::Error::custom("list too long"));
                     }
+                    count += 1;
                     list.push(element);
                 }
                 Ok(list)
             }
         }
-        deserializer.deserialize_seq(Elements::<T, MAX>(PhantomData))
+        deserializer.deserialize_seq(Visit::<L, MAX>(PhantomData))
+    }
+}
+
+/// What a [`List`] is read into.
+pub(crate) trait Elements {
+    type Element;
+    fn with_capacity(elements: usize) -> Self;
+    fn push(&mut self, element: Self::Element);
+}
+
+impl<T> Elements for Vec<T> {
+    type Element = T;
+    fn with_capacity(elements: usize) -> Self {
+        Self::with_capacity(elements)
+    }
+    fn push(&mut self, element: T) {
+        self.push(element);
+    }
+}
+
+impl<T> Elements for SmallVec<[T; 1]> {
+    type Element = T;
+    fn with_capacity(elements: usize) -> Self {
+        Self::with_capacity(elements)
+    }
+    fn push(&mut self, element: T) {
+        self.push(element);
     }
 }
 

@@ -15,6 +15,7 @@ use crate::message::{IDS_MAX, ITEMS_MAX};
 use kvar_base::{BlockId, ContentCheck, MissReason, SECTIONS_MAX};
 use serde::ser::SerializeStruct;
 use serde::{Deserialize, Serialize, Serializer};
+use smallvec::SmallVec;
 use std::ops::Range;
 
 /// Are these blocks there?
@@ -75,9 +76,9 @@ impl Bitmap {
 /// Send these blocks.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Get {
-    /// The blocks wanted; each is answered by itself.
+    /// The blocks wanted; each is answered by itself. One alone takes no memory of its own.
     #[serde(with = "List::<ITEMS_MAX>")]
-    pub items: Vec<GetItem>,
+    pub items: SmallVec<[GetItem; 1]>,
     /// Recency: the prompt this get belongs to.
     pub touch_request: u64,
     /// Time left, in microseconds.

@@ -97,7 +97,7 @@ fn message() -> impl Strategy<Value = Message> {
             .prop_map(
                 |(items, (touch_request, deadline_us, by_layer, wait_announced))| {
                     Get {
-                        items,
+                        items: items.into(),
                         touch_request,
                         deadline_us,
                         hints: GetHints {

@@ -392,7 +392,7 @@ fn send_gets(
         }
         let (request, count) = (number(), items.len());
         let body = Get {
-            items,
+            items: items.into(),
             touch_request: *touch_request,
             deadline_us,
             hints,

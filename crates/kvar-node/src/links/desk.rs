@@ -3,6 +3,7 @@
 //! A link never calls an engine. It leaves an ask here, under an operation number; the thread's
 //! loop takes asks to their owners and brings the answers back under the same number.
 
+use super::timers::Timers;
 use crate::counters::{LinkCounters, NamespaceCounters};
 use crate::devices::{Event, Note, Removal, Removed, Routes};
 use crate::links::attach::SharingSettings;
@@ -18,7 +19,6 @@ use kvar_io::Watcher;
 use kvar_wire::{Limits, Section};
 use mio::Token;
 use slab::Slab;
-use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -32,17 +32,6 @@ pub(crate) struct LinkKey {
 
 /// The request number under which a link's own timers run; no request has it.
 pub(crate) const LINK_TIMER: u64 = kvar_wire::LINK_REQUEST;
-
-/// A timer that is always there: a tree that becomes empty gives its memory back, and a link with one
-/// request at a time would take it again with each.
-const NEVER: (Moment, LinkKey, u64) = (
-    Moment(u64::MAX),
-    LinkKey {
-        index: usize::MAX,
-        serial: u64::MAX,
-    },
-    LINK_TIMER,
-);
 
 /// Something asked of an owner, and whose it is.
 #[derive(Clone, Copy, Debug)]
@@ -107,7 +96,7 @@ pub(crate) struct Desk {
     pub(crate) routes: Arc<Routes>,
     pub(crate) operations: Slab<Operation>,
     pub(crate) outgoing: Vec<Outgoing>,
-    pub(crate) timers: BTreeSet<(Moment, LinkKey, u64)>,
+    pub(crate) timers: Timers,
     pub(crate) counters: LinkCounters,
     /// The same of each namespace, by number.
     pub(crate) of_namespace: [NamespaceCounters; TENANTS],
@@ -141,7 +130,7 @@ impl Desk {
             routes: Arc::new(Routes::new(Vec::new(), false, &Arc::default())),
             operations: Slab::new(),
             outgoing: Vec::new(),
-            timers: BTreeSet::from([NEVER]),
+            timers: Timers::default(),
             counters: LinkCounters::default(),
             of_namespace: [NamespaceCounters::default(); TENANTS],
             settings,

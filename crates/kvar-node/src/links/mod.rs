@@ -35,6 +35,7 @@ mod sections;
 mod serve;
 mod staging;
 mod stat;
+mod timers;
 
 pub use attach::Sharing;
 pub(crate) use attach::SharingSettings;
@@ -246,8 +247,7 @@ impl Links {
 
     /// When the next timer is due.
     pub(crate) fn next_timer(&self) -> Option<Moment> {
-        let first = self.desk.timers.first().map(|(at, _, _)| *at);
-        first.filter(|at| *at != Moment(u64::MAX))
+        self.desk.timers.first().map(|(at, ..)| at)
     }
 
     /// Modes were switched: every link is looked at, and its client told if that concerns it.
@@ -347,11 +347,7 @@ impl Links {
 
     /// Ends what is overdue.
     pub(crate) fn run_timers(&mut self) {
-        while let Some((at, key, request)) = self.desk.timers.first().copied() {
-            if at > self.desk.now {
-                return;
-            }
-            self.desk.timers.pop_first();
+        while let Some((at, key, request)) = self.desk.timers.pop_due(self.desk.now) {
             let Some(link) = self.slots.get_mut(key.index).filter(|link| link.key == key) else {
                 continue;
             };

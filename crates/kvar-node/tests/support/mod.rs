@@ -215,7 +215,7 @@ impl Peer {
 
     pub(crate) fn get_message(items: Vec<GetItem>) -> Get {
         Get {
-            items,
+            items: items.into(),
             touch_request: 0,
             deadline_us: PATIENCE.as_micros() as u64,
             hints: GetHints::default(),

@@ -151,7 +151,7 @@ fn samples_of_version_1() -> Vec<Sample> {
         (
             "get",
             Get {
-                items: vec![item(7), part, ragged],
+                items: vec![item(7), part, ragged].into(),
                 touch_request: 78,
                 deadline_us: 1_000_000,
                 hints: GetHints::default(),
@@ -404,7 +404,8 @@ fn samples_of_version_5() -> Vec<Sample> {
             version: Some(42),
             depth: 9,
             slot: None,
-        }],
+        }]
+        .into(),
         touch_request: 78,
         deadline_us: 1_000_000,
         hints: GetHints {
