@@ -21,55 +21,35 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from harness import arguments_of, judge, out_folder, script
-from lmcache_run import BLOCK_TOKENS, CHUNK_TOKENS, HIT_SHARE_MIN, LOGPROB_TOLERANCE, LMCache
-from prompts import Prompt, PromptMaker
-from servers import Answer, Engine, Node, cpu_arguments, kvar_transfer, say
+from lmcache_stage import (
+    CHUNK_TOKENS,
+    HIT_SHARE_MIN,
+    LOGPROB_TOLERANCE,
+    STORED_WAIT_S_MAX,
+    Stage,
+)
+from prompts import Prompt
+from servers import Answer, kvar_transfer, say
 
 ANSWER_TOKENS = 4
-LENGTHS_TOKENS = [1024, 4096]
-PROMPTS_A_LENGTH = 2
-WARM_UP_TOKENS = [600, 1200]
 ARMS = ("kvar", "lmcache")
 TIERS = ("memory", "device")
-QUIET_S = 2.0
-STORED_WAIT_S_MAX = 120
 FREE_BYTES_MIN = 8 << 30
 
 
-class Compare:
+class Compare(Stage):
     """One arm after the other."""
 
     def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
-        python = Path(sys.executable)
+        super().__init__(arguments, folder)
         self.files = folder / "files"
-        self.node = Node(arguments.kvar, folder / "store.kvar", folder / "node.log")
-        self.lmcache = LMCache(python, arguments.overlay, folder / "lmcache.log")
-        self.engine = Engine(
-            python,
-            arguments.model,
-            arguments.overlay,
-            cpu_arguments(BLOCK_TOKENS),
-            folder,
-            folder / "vllm.log",
-        )
-        maker = PromptMaker(AutoTokenizer.from_pretrained(arguments.model))
-        self.warm_up = [
-            maker.make(f"warm-up-{number}", "en", tokens)
-            for number, tokens in enumerate(WARM_UP_TOKENS)
-        ]
-        self.prompts = maker.series(LENGTHS_TOKENS, PROMPTS_A_LENGTH)
-        self.cold: dict[str, Answer] = {}
         self.ttft_s: dict[tuple[str, str, int], list[float]] = {}
-        self.wrong: list[str] = []
 
     def run(self, arm: str) -> None:
         """One arm from an empty store to its device."""
@@ -86,7 +66,7 @@ class Compare:
             answer = self.engine.ask(prompt.tokens, ANSWER_TOKENS)
             self.cold.setdefault(prompt.name, answer)
             self._note(arm, "cold", prompt, answer)
-        self._wait_until_stored(arm)
+        self.wait_until_stored(lambda: self._stored(arm))
         for tier in TIERS:
             say(f"{arm}: {tier}")
             if arm == "kvar" and tier == "device":
@@ -103,12 +83,12 @@ class Compare:
         self.close()
 
     def _ask_again(self, arm: str, tier: str, prompt: Prompt) -> None:
-        before = self.engine.counter("external_prefix_cache_hits")
+        before = self.external_hits()
         answer = self.engine.ask(prompt.tokens, ANSWER_TOKENS)
-        hits = self.engine.counter("external_prefix_cache_hits") - before
+        hits = self.external_hits() - before
         self._note(arm, tier, prompt, answer)
         if hits < HIT_SHARE_MIN * prompt.full_block_tokens(CHUNK_TOKENS):
-            self.wrong.append(f"{arm}, {tier}: {prompt.name}: {hits:.0f} tokens were hits")
+            self.wrong.append(f"{arm}, {tier}: {prompt.name}: {hits} tokens were hits")
 
     def _note(self, arm: str, tier: str, prompt: Prompt, answer: Answer) -> None:
         length = len(prompt.tokens)
@@ -122,26 +102,14 @@ class Compare:
             return self.node.blocks_stored()
         return sum(path.stat().st_size for path in self.files.rglob("*") if path.is_file())
 
-    def _wait_until_stored(self, arm: str) -> None:
-        started = since = time.monotonic()
-        stored = -1
-        while time.monotonic() - since < QUIET_S or stored <= 0:
-            now = self._stored(arm)
-            if now != stored:
-                stored, since = now, time.monotonic()
-            if time.monotonic() - started > STORED_WAIT_S_MAX:
-                self.wrong.append(f"{arm}: the store still grows, or is empty")
-                return
-            time.sleep(0.1)
-
     def _wait_until_found(self) -> None:
         """Until vLLM has found the restarted node."""
         started = time.monotonic()
         while time.monotonic() - started < STORED_WAIT_S_MAX:
             self.engine.forget_local_cache()
-            before = self.engine.counter("external_prefix_cache_hits")
+            before = self.external_hits()
             self.engine.ask(self.warm_up[0].tokens, ANSWER_TOKENS)
-            if self.engine.counter("external_prefix_cache_hits") > before:
+            if self.external_hits() > before:
                 return
         self.wrong.append("kvar: vLLM did not find the node again")
 
@@ -159,12 +127,6 @@ class Compare:
                 row |= {"ratio": statistics.median(theirs) / ours_s}
             found.append(row)
         return found
-
-    def close(self) -> None:
-        """Ends all servers."""
-        self.engine.kill()
-        self.lmcache.kill()
-        self.node.kill()
 
 
 def give_back(folder: Path) -> None:
