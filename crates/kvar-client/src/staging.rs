@@ -15,7 +15,7 @@
 
 use crate::client::Client;
 use crate::items::Filled;
-use kvar_transport::shared::{Kept, Region, Slot};
+use kvar_transport::shared::{Lender, Region, Slot};
 use kvar_transport::{Sink, Source};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -49,11 +49,22 @@ impl Staging {
         }
     }
 
-    /// For bindings, which give out pointers: keeps shared memory mapped, and from being given out again,
-    /// when this is gone. `None`: it is plain memory.
-    #[must_use]
-    pub fn keep(&self) -> Option<Kept> {
-        self.slot().map(Slot::keep)
+    /// For bindings, which give out pointers: shared memory as something that lends it in parts, each of
+    /// which makes a destination of its own (`Staging::from`). Plain memory comes back as it is.
+    ///
+    /// # Errors
+    /// The plain memory.
+    pub fn into_lender(self) -> Result<Lender, Vec<u8>> {
+        match self.0 {
+            Memory::Shared(slot) => Ok(slot.into_lender()),
+            Memory::Private(bytes) => Err(bytes),
+        }
+    }
+}
+
+impl From<Slot> for Staging {
+    fn from(slot: Slot) -> Self {
+        Self(Memory::Shared(slot))
     }
 }
 
@@ -110,6 +121,14 @@ impl Client {
     #[must_use]
     pub fn staging(&self, len: usize) -> Staging {
         self.stock().take(len)
+    }
+
+    /// Whether the node can write to this memory now: it is of the region of the link that stands.
+    /// (Memory of one that is gone stays what it is, and is read into by a copy.)
+    #[must_use]
+    pub fn can_place(&self, lender: &Lender) -> bool {
+        let region = self.stock().lock().now.clone();
+        region.is_some_and(|region| lender.is_of(&region))
     }
 }
 
