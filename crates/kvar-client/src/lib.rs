@@ -69,7 +69,7 @@ pub use items::{
 pub use kvar_base::Mode;
 pub use kvar_transport::shared::Lender;
 pub use kvar_transport::{Sink, Source};
-pub use kvar_wire::{BlockStat, Lengths, Limits, PutHints};
+pub use kvar_wire::{BlockStat, Lengths, Limits, PutHints, VERSIONS, VersionRange};
 pub use layer_put::{
     ANNOUNCED_SHARE, LayerPut, LayerPutItem, LayerPutRequest, SectionPart, SectionRefused,
 };

@@ -49,6 +49,13 @@ impl Staging {
         }
     }
 
+    /// Its link was lost while the node may have been writing: of a [`Lender`], nobody is lent it again.
+    pub(crate) fn give_up(self) {
+        if let Memory::Shared(slot) = self.0 {
+            slot.give_up();
+        }
+    }
+
     /// For bindings, which give out pointers: shared memory as something that lends it in parts, each of
     /// which makes a destination of its own (`Staging::from`). Plain memory comes back as it is.
     ///
@@ -122,14 +129,6 @@ impl Client {
     pub fn staging(&self, len: usize) -> Staging {
         self.stock().take(len)
     }
-
-    /// Whether the node can write to this memory now: it is of the region of the link that stands.
-    /// (Memory of one that is gone stays what it is, and is read into by a copy.)
-    #[must_use]
-    pub fn can_place(&self, lender: &Lender) -> bool {
-        let region = self.stock().lock().now.clone();
-        region.is_some_and(|region| lender.is_of(&region))
-    }
 }
 
 impl From<Staging> for Filled {
@@ -172,6 +171,7 @@ impl Stock {
     pub(crate) fn close(&self) {
         let mut regions = self.lock();
         let gone = regions.now.take();
+        gone.iter().for_each(|region| region.retire());
         regions.old.extend(gone.iter().map(Arc::downgrade));
         drop(regions);
         drop(gone);

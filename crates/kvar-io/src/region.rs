@@ -12,7 +12,7 @@
 //!
 //! What must always be true:
 //! * two slots never overlap, lent ones included, and a part is given out again only when its slot or its
-//!   lender is gone, and everything that was lent of it;
+//!   lender is gone, and everything that was lent of it; what was lent and given up is lent no more;
 //! * the memory stays mapped as long as anything of it is held.
 //!
 //! What is left to the caller: not to give a slot up, nor look into it, while the other process may
@@ -25,6 +25,7 @@ use memmap2::MmapRaw;
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Parts begin on a page, as blocks do where they come from.
@@ -34,6 +35,7 @@ const ALIGN_BYTES: usize = 4096;
 pub struct Region {
     map: MmapRaw,
     free: Mutex<Free>,
+    is_gone: AtomicBool,
 }
 
 struct Free {
@@ -56,6 +58,7 @@ impl Region {
                 spans: BTreeMap::from([(0, bytes)]),
                 bytes,
             }),
+            is_gone: AtomicBool::new(false),
         }))
     }
 
@@ -69,6 +72,11 @@ impl Region {
     #[must_use]
     pub fn free_bytes(&self) -> usize {
         self.lock().bytes
+    }
+
+    /// The other process is asked to write here no more: the memory stays, for who holds parts of it.
+    pub fn retire(&self) {
+        self.is_gone.store(true, Ordering::Relaxed);
     }
 
     /// A part of `len` bytes; what is in it means nothing. `None`: there is no room, or nothing is
@@ -148,7 +156,6 @@ impl Drop for Part {
 /// A part of a region; reads and writes as plain bytes.
 pub struct Slot {
     /// Before what it is lent from: the range is free while its memory is still held.
-    #[expect(dead_code, reason = "it is held, not used")]
     loan: Option<Loan>,
     part: Arc<Part>,
     /// Where it begins in the region.
@@ -167,6 +174,11 @@ impl Slot {
     #[must_use]
     pub fn is_of(&self, region: &Arc<Region>) -> bool {
         Arc::ptr_eq(&self.part.region, region)
+    }
+
+    /// Nobody knows whether the other process will write here yet: whoever lent it never gets it back.
+    pub fn give_up(mut self) {
+        std::mem::forget(self.loan.take());
     }
 
     /// Gives its memory up to be lent in parts.
@@ -218,10 +230,10 @@ impl Lender {
         self.slot.len
     }
 
-    /// Whether it is of this region.
+    /// Whether the other process may be asked to write here: the region was not [retired](Region::retire).
     #[must_use]
-    pub fn is_of(&self, region: &Arc<Region>) -> bool {
-        self.slot.is_of(region)
+    pub fn is_live(&self) -> bool {
+        !self.slot.part.region.is_gone.load(Ordering::Relaxed)
     }
 
     /// Whether nothing is lent at the moment.
@@ -377,7 +389,7 @@ mod tests {
             lender.lend(0, 100).unwrap(),
             lender.lend(150, PAGE - 50).unwrap(),
         );
-        assert!(!lender.is_free() && lender.is_of(&region));
+        assert!(!lender.is_free() && lender.is_live());
         drop((lent, beside));
         assert!(lender.is_free());
         // What was written is where the lender's pointer says.
