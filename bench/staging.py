@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Python gets into staging memory against gets into memory of the caller, over shared memory.
 
-Both clients and the node are on this machine; turns of one and the other alternate, and each pair
-gives a ratio. Needs the package (``pip install ./python`` or a wheel on PYTHONPATH) and a release build::
+A third way is what an engine's own pages would need: into staging memory, and copied from there.
+Clients and node are on this machine; turns of the three alternate, and each round gives a ratio to
+plain memory. Needs the package (``pip install ./python`` or a wheel on PYTHONPATH) and a release
+build::
 
     python3 bench/staging.py target/release/kvar
 """
@@ -30,9 +32,12 @@ START_S_MAX = 30
 class Reader:
     """A client and its destinations, which are used again and again."""
 
-    def __init__(self, client: kvar.Client, ids: list[bytes], size: int, depth: int) -> None:
+    def __init__(
+        self, client: kvar.Client, ids: list[bytes], size: int, depth: int, *, copied: bool = False
+    ) -> None:
         self.client, self.ids, self.size, self.at = client, ids, size, 0
         self.buffers = [client.staging(size) for _ in range(depth)]
+        self.pages = [memoryview(bytearray(size)) for _ in range(depth if copied else 0)]
 
     def turn(self, seconds: float) -> tuple[float, float, float]:
         """Reads for so long: GB/s, the median call in us, CPU seconds of this process a GB."""
@@ -44,6 +49,8 @@ class Reader:
             self.at += len(ids)
             results = self.client.get(list(zip(ids, self.buffers, strict=True)))
             assert all(result.outcome == "hit" for result in results), results
+            for page, buffer in zip(self.pages, self.buffers, strict=False):
+                page[:] = memoryview(buffer)
             was, now = now, time.perf_counter()
             times.append(now - was)
         gigabytes = len(times) * len(self.buffers) * self.size / 1e9
@@ -59,7 +66,7 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f} [{low:.{digits}f} {high:.{digits}f}]"
 
 
-def measure(endpoint: str, key_file: str, pairs: int, seconds: float) -> None:
+def measure(endpoint: str, key_file: str, rounds_wanted: int, seconds: float) -> None:
     """All cases, one line each."""
     key = kvar.NamespaceKey.from_file(key_file)
     with (
@@ -72,29 +79,33 @@ def measure(endpoint: str, key_file: str, pairs: int, seconds: float) -> None:
             for id in ids:
                 assert staged.put([(id, os.urandom(size))]) == ["stored"]
             for depth in DEPTHS:
-                readers = [Reader(client, ids, size, depth) for client in (staged, plain)]
-                for reader in readers:
+                readers = {
+                    "plain": Reader(plain, ids, size, depth),
+                    "staging": Reader(staged, ids, size, depth),
+                    "copied": Reader(staged, ids, size, depth, copied=True),
+                }
+                for reader in readers.values():
                     reader.turn(seconds)
-                rows = []
-                for number in range(pairs):
-                    order = readers if number % 2 else readers[::-1]
-                    found = {id(reader): reader.turn(seconds) for reader in order}
-                    rows.append([found[id(reader)] for reader in readers])
+                rounds = []
+                for number in range(rounds_wanted):
+                    order = list(readers) if number % 2 else list(readers)[::-1]
+                    rounds.append({name: readers[name].turn(seconds) for name in order})
                 print(f"{size >> 10} KiB, {depth} at a time")
                 for what, column, digits in (("GB/s", 0, 2), ("p50 us", 1, 0), ("CPU s/GB", 2, 2)):
-                    ours, theirs = ([row[who][column] for row in rows] for who in (0, 1))
-                    ratio = spread([a / b for a, b in zip(ours, theirs, strict=True)], 2)
-                    print(
-                        f"  {what:9} staging {spread(ours, digits):22}"
-                        f" plain {spread(theirs, digits):22} ratio {ratio}"
-                    )
+                    line = f"  {what:9}"
+                    for name in readers:
+                        line += f" {name} {spread([one[name][column] for one in rounds], digits)}"
+                    for name in ("staging", "copied"):
+                        ratios = [one[name][column] / one["plain"][column] for one in rounds]
+                        line += f" {name}/plain {spread(ratios, 2)}"
+                    print(line)
 
 
 def main() -> None:
     """Starts a node, measures, ends it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kvar", help="the binary, a release build")
-    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=0.3, help="of a turn")
     parser.add_argument("--spin", default="0", help="how long the node's threads spin, in us")
     arguments = parser.parse_args()
@@ -112,7 +123,7 @@ def main() -> None:
                 assert time.monotonic() < end and node.poll() is None, "the node did not start"
                 time.sleep(0.05)
             said = json.loads(ready.read_text())
-            measure(said["listen"], said["key_file"], arguments.pairs, arguments.seconds)
+            measure(said["listen"], said["key_file"], arguments.rounds, arguments.seconds)
         finally:
             node.kill()
             node.wait()

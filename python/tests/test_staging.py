@@ -273,3 +273,18 @@ def test_a_client_killed_with_gets_under_way_leaves_its_region_to_others(own_nod
                     greedy.kill()
             assert client.get_bytes(block) == data_of(block, PIECE)
             until(lambda: staging() == 0)
+
+
+def test_numpy_and_torch_look_into_it(staged: kvar.Client, name: Name) -> None:
+    numpy, torch = pytest.importorskip("numpy"), pytest.importorskip("torch")
+    source = torch.arange(20_000, dtype=torch.float32)
+    assert staged.put([(name(1), source.numpy())]) == ["stored"]
+    buffer = staged.staging(2 * 80_000)
+    tensor = torch.frombuffer(buffer, dtype=torch.float32).view(2, 20_000)
+    array = numpy.frombuffer(buffer, dtype=numpy.float32).reshape(2, 20_000)
+    del buffer
+    gc.collect()
+    assert words(staged.get([(name(1), tensor[1].numpy()), (name(1), array[0])])) == ["hit", "hit"]
+    assert staged.hits_placed == 2
+    assert torch.equal(tensor, source.expand(2, -1))
+    assert numpy.array_equal(array[0], source.numpy())
