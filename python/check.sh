@@ -25,8 +25,8 @@ cached_environment python "$here/requirements-dev.lock"
 
 say "lint and types"
 cd "$here"
-"$tools/bin/ruff" check --quiet . ../e2e ../bench/peers_net ../bench/scenarios
-"$tools/bin/ruff" format --check --quiet . ../e2e ../bench/peers_net ../bench/scenarios
+"$tools/bin/ruff" check --quiet . ../e2e ../bench/peers_net ../bench/scenarios ../bench/staging.py
+"$tools/bin/ruff" format --check --quiet . ../e2e ../bench/peers_net ../bench/scenarios ../bench/staging.py
 "$tools/bin/mypy" --no-error-summary
 
 profile=${KVAR_PROFILE:-dev}

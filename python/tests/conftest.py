@@ -24,8 +24,9 @@ OWN_STORE_SIZE = "256MiB"
 class Node:
     """A node process that a test may stop, kill and start again."""
 
-    def __init__(self, binary: str, folder: Path, size: str) -> None:
+    def __init__(self, binary: str, folder: Path, size: str, *flags: str) -> None:
         self._binary = binary
+        self._flags = flags
         self._folder = folder
         self._size = size
         self._process: subprocess.Popen[bytes] | None = None
@@ -39,7 +40,7 @@ class Node:
         ready.unlink(missing_ok=True)
         command = [self._binary, "serve", "--data", str(self.data), "--size", self._size]
         command += ["--dram", "64MiB", "--shards", "1", "--listen", self.endpoint]
-        command += ["--admin", "127.0.0.1:0", "--ready-file", str(ready)]
+        command += ["--admin", "127.0.0.1:0", "--ready-file", str(ready), *self._flags]
         with (self._folder / "node.log").open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
         deadline = time.monotonic() + START_S_MAX
@@ -93,11 +94,11 @@ class Node:
         return kvar.NamespaceKey.from_file(self.key_file)
 
 
-def node_in(folder: Path, size: str) -> Node:
+def node_in(folder: Path, size: str, *flags: str) -> Node:
     binary = os.environ.get("KVAR_BIN")
     if not binary:
         pytest.skip("KVAR_BIN names no kvar binary; python/check.sh sets it")
-    return Node(binary, folder, size)
+    return Node(binary, folder, size, *flags)
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,14 @@ use crate::breaker::BreakerState;
 use crate::call::{Board, Lost};
 use crate::config::{ClientConfig, ClientError};
 use crate::items::{Answer, GetItem, GetOutcome, GetResult, Leased, Lookup, PutItem, Request};
-use crate::layer_put::{LayerPut, LayerPutItem, LayerPutRequest, SectionPart};
+use crate::layer_put::{LayerPut, LayerPutItem, LayerPutRequest};
 use crate::layers::{LayerGet, LayerItem, LayerRequest};
 use crate::pending::{Completer, Pending, pair};
-use crate::session::{Completion, Session, Ticket};
+use crate::session::{Completion, Session};
 use crate::staging::Stock;
 use crate::stats::{ClientStats, Counters};
-use crossbeam_channel::{Receiver, Sender, TryRecvError, unbounded};
+use crate::worker::{Command, Published, PutWord, Worker, publish};
+use crossbeam_channel::{Sender, unbounded};
 use kvar_base::wake;
 use kvar_base::{
     BlockId, Clock, LeaseToken, MissReason, Mode, Moment, PutOutcome, Refusal, SystemClock,
@@ -25,9 +26,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-
-/// The thread looks up at least this often; deadlines and answers wake it anyway.
-const SLEEP_MAX: Duration = Duration::from_secs(60);
 
 /// A node's client for any thread. Clones share one thread and its links, which end with the last
 /// of them.
@@ -74,33 +72,6 @@ struct Handle {
     /// Numbers puts by layers.
     next_put: AtomicU64,
     thread: Option<JoinHandle<()>>,
-}
-
-enum Command {
-    Call {
-        request: Request,
-        deadline: Moment,
-        completer: Completer,
-    },
-    /// To a put by layers that was submitted before.
-    Put(u64, PutWord),
-}
-
-/// What the writer of a put by layers says after its announcement.
-pub(crate) enum PutWord {
-    /// The next section of each block that is still wanted.
-    Section(Vec<Option<SectionPart>>),
-    /// That was all; the call ends by then, if that is sooner than it would anyway.
-    Commit(Option<Moment>),
-    /// There will be no more.
-    Abort,
-}
-
-/// What the thread lets others see.
-#[derive(Clone, Default)]
-struct Published {
-    limits: Option<Limits>,
-    last_error: Option<ClientError>,
 }
 
 impl Client {
@@ -604,73 +575,11 @@ impl Drop for Handle {
     }
 }
 
-struct Worker {
-    session: Session,
-    commands: Receiver<Command>,
-    asleep: Arc<AtomicBool>,
-    published: Arc<Mutex<Published>>,
-    waiting: HashMap<Ticket, Completer>,
-}
-
-impl Worker {
-    fn run(mut self) {
-        let mut done = Vec::new();
-        loop {
-            loop {
-                match self.commands.try_recv() {
-                    Ok(Command::Put(put, word)) => self.session.on_put_word(put, word),
-                    Ok(Command::Call {
-                        request,
-                        deadline,
-                        completer,
-                    }) => {
-                        let ticket = self.session.submit_until(request, deadline);
-                        self.waiting.insert(ticket, completer);
-                    }
-                    Err(TryRecvError::Empty) => break,
-                    Err(TryRecvError::Disconnected) => {
-                        self.session.shut_down(&mut done);
-                        self.tell(&mut done);
-                        return;
-                    }
-                }
-            }
-            let timeout = if wake::may_sleep(&*self.asleep, || self.commands.is_empty()) {
-                SLEEP_MAX
-            } else {
-                Duration::ZERO
-            };
-            self.session.poll(timeout, &mut done);
-            wake::is_up(&*self.asleep);
-            publish(&self.session, &self.published);
-            self.tell(&mut done);
-        }
-    }
-
-    fn tell(&mut self, done: &mut Vec<Completion>) {
-        for Completion { ticket, answer } in done.drain(..) {
-            if let Some(completer) = self.waiting.remove(&ticket) {
-                completer.complete(answer);
-            }
-        }
-    }
-}
-
 /// A number that no other client has: budgets of leases are kept by it. Drawn as tokens are, of
 /// which half the bytes are enough to tell clients apart.
 fn client_number() -> u64 {
     let [a, b, c, d, e, f, g, h, ..] = *LeaseToken::random().as_bytes();
     u64::from_be_bytes([a, b, c, d, e, f, g, h])
-}
-
-fn publish(session: &Session, published: &Mutex<Published>) {
-    let mut published = published.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(limits) = session.limits() {
-        published.limits = Some(limits);
-    }
-    if published.last_error.as_ref() != session.last_error() {
-        published.last_error = session.last_error().cloned();
-    }
 }
 
 fn finished(answer: Option<Answer>, _: usize) -> Result<u64, ClientError> {

@@ -1,7 +1,7 @@
 //! What a client is told, and what it says when it cannot do as told.
 
 use kvar_base::NamespaceKey;
-use kvar_wire::{HandshakeError, NAME_BYTES_MAX};
+use kvar_wire::{HandshakeError, NAME_BYTES_MAX, VERSIONS, VersionRange};
 use std::time::Duration;
 
 /// Most links to one node: one for bulk and one beside it is all that TCP gains from.
@@ -68,6 +68,8 @@ pub struct ClientConfig {
     pub spin: Duration,
     /// How this client names itself in the node's log.
     pub name: String,
+    /// Versions of the protocol that it speaks; fewer than all of them to be met as an older build would be.
+    pub versions: VersionRange,
 }
 
 impl ClientConfig {
@@ -85,6 +87,7 @@ impl ClientConfig {
             staging: 0,
             spin: Duration::ZERO,
             name: concat!("kvar-client ", env!("CARGO_PKG_VERSION")).to_owned(),
+            versions: VERSIONS,
         }
     }
 

@@ -17,9 +17,10 @@
 //! Left to others: the window (`session::dispatch`), what the node answers (`session::exchange`).
 
 use crate::check::SectionChecks;
-use crate::client::{Client, PutWord};
+use crate::client::Client;
 use crate::items::PutSource;
 use crate::pending::Pending;
+use crate::worker::PutWord;
 use kvar_base::{BlockId, ContentCheck, Moment, PutOutcome, SECTIONS_MAX};
 use kvar_transport::Source;
 use kvar_wire::PutHints;

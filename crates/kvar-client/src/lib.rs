@@ -57,6 +57,7 @@ mod pending;
 mod session;
 mod staging;
 mod stats;
+mod worker;
 
 pub use breaker::BreakerState;
 pub use client::{CallOptions, Client};
@@ -66,8 +67,9 @@ pub use items::{
     PreparedPut, PutItem, PutSource, Request,
 };
 pub use kvar_base::Mode;
+pub use kvar_transport::shared::Lender;
 pub use kvar_transport::{Sink, Source};
-pub use kvar_wire::{BlockStat, Lengths, Limits, PutHints};
+pub use kvar_wire::{BlockStat, Lengths, Limits, PutHints, VERSIONS, VersionRange};
 pub use layer_put::{
     ANNOUNCED_SHARE, LayerPut, LayerPutItem, LayerPutRequest, SectionPart, SectionRefused,
 };

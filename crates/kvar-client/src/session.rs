@@ -551,12 +551,16 @@ impl Session {
             self.board.end_call(call, Lost::Unreachable);
         }
         done.append(&mut self.board.done);
-        for connection in self.slots.iter().filter_map(Slot::connection) {
+        for slot in self.slots.drain(..) {
+            let Slot::Linked(connection) = slot else {
+                continue;
+            };
             if connection.is_open() {
                 self.counters.link_closed(connection.is_shared());
             }
+            let held = connection.held.into_iter();
+            held.for_each(|(_, staging)| staging.give_up());
         }
-        self.slots.clear();
     }
 
     fn trip(&mut self, now: Moment, for_good: bool) {

@@ -15,7 +15,7 @@
 
 use crate::client::Client;
 use crate::items::Filled;
-use kvar_transport::shared::{Kept, Region, Slot};
+use kvar_transport::shared::{Lender, Region, Slot};
 use kvar_transport::{Sink, Source};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -49,11 +49,29 @@ impl Staging {
         }
     }
 
-    /// For bindings, which give out pointers: keeps shared memory mapped, and from being given out again,
-    /// when this is gone. `None`: it is plain memory.
-    #[must_use]
-    pub fn keep(&self) -> Option<Kept> {
-        self.slot().map(Slot::keep)
+    /// Its link was lost while the node may have been writing: of a [`Lender`], nobody is lent it again.
+    pub(crate) fn give_up(self) {
+        if let Memory::Shared(slot) = self.0 {
+            slot.give_up();
+        }
+    }
+
+    /// For bindings, which give out pointers: shared memory as something that lends it in parts, each of
+    /// which makes a destination of its own (`Staging::from`). Plain memory comes back as it is.
+    ///
+    /// # Errors
+    /// The plain memory.
+    pub fn into_lender(self) -> Result<Lender, Vec<u8>> {
+        match self.0 {
+            Memory::Shared(slot) => Ok(slot.into_lender()),
+            Memory::Private(bytes) => Err(bytes),
+        }
+    }
+}
+
+impl From<Slot> for Staging {
+    fn from(slot: Slot) -> Self {
+        Self(Memory::Shared(slot))
     }
 }
 
@@ -153,6 +171,7 @@ impl Stock {
     pub(crate) fn close(&self) {
         let mut regions = self.lock();
         let gone = regions.now.take();
+        gone.iter().for_each(|region| region.retire());
         regions.old.extend(gone.iter().map(Arc::downgrade));
         drop(regions);
         drop(gone);

@@ -2,13 +2,17 @@
 //!
 //! ```text
 //!   Region::received ── take(len) ──> Slot ── the other process fills it ──> read in place
-//!                          ^            └─ dropped, and all that keeps it ─┐
-//!                          └──────────── room again <──────────────────────┘
+//!                          ^            │ └─ dropped, and all that is lent of it ─┐
+//!                          └─ room again ─────────────────────────────────────────┘
+//!                                       └──> Lender ── lend(from, len) ──> Slot, as often as it is asked
 //! ```
 //!
+//! A *lender* is for whoever gives out raw pointers to its memory (a binding's buffer) and has parts of it
+//! filled again and again. It has no way to the bytes itself.
+//!
 //! What must always be true:
-//! * two slots never overlap, and a part is given out again only when its slot is gone, and everything
-//!   that was made to [keep](Slot::keep) it;
+//! * two slots never overlap, lent ones included, and a part is given out again only when its slot or its
+//!   lender is gone, and everything that was lent of it; what was lent and given up is lent no more;
 //! * the memory stays mapped as long as anything of it is held.
 //!
 //! What is left to the caller: not to give a slot up, nor look into it, while the other process may
@@ -21,6 +25,7 @@ use memmap2::MmapRaw;
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Parts begin on a page, as blocks do where they come from.
@@ -30,6 +35,7 @@ const ALIGN_BYTES: usize = 4096;
 pub struct Region {
     map: MmapRaw,
     free: Mutex<Free>,
+    is_gone: AtomicBool,
 }
 
 struct Free {
@@ -52,6 +58,7 @@ impl Region {
                 spans: BTreeMap::from([(0, bytes)]),
                 bytes,
             }),
+            is_gone: AtomicBool::new(false),
         }))
     }
 
@@ -65,6 +72,11 @@ impl Region {
     #[must_use]
     pub fn free_bytes(&self) -> usize {
         self.lock().bytes
+    }
+
+    /// The other process is asked to write here no more: the memory stays, for who holds parts of it.
+    pub fn retire(&self) {
+        self.is_gone.store(true, Ordering::Relaxed);
     }
 
     /// A part of `len` bytes; what is in it means nothing. `None`: there is no room, or nothing is
@@ -90,9 +102,16 @@ impl Region {
             room,
         };
         Some(Slot {
+            loan: None,
             part: Arc::new(part),
+            at,
             len,
         })
+    }
+
+    /// Where this place of it is mapped.
+    fn start(&self, at: usize) -> *mut u8 {
+        self.map.as_mut_ptr().wrapping_add(at)
     }
 
     fn give_back(&self, at: usize, room: usize) {
@@ -121,7 +140,7 @@ impl std::fmt::Debug for Region {
     }
 }
 
-/// What a slot and its keepers hold together.
+/// What a slot, or a lender and the slots that it lent, hold together.
 struct Part {
     region: Arc<Region>,
     at: usize,
@@ -136,18 +155,19 @@ impl Drop for Part {
 
 /// A part of a region; reads and writes as plain bytes.
 pub struct Slot {
+    /// Before what it is lent from: the range is free while its memory is still held.
+    loan: Option<Loan>,
     part: Arc<Part>,
+    /// Where it begins in the region.
+    at: usize,
     len: usize,
 }
-
-/// Keeps a slot's memory from being given out again, and mapped; no way to it.
-pub struct Kept(#[expect(dead_code, reason = "it is held, not used")] Arc<Part>);
 
 impl Slot {
     /// Where it begins in its region.
     #[must_use]
     pub fn at(&self) -> usize {
-        self.part.at
+        self.at
     }
 
     /// Whether it is of this region.
@@ -156,36 +176,121 @@ impl Slot {
         Arc::ptr_eq(&self.part.region, region)
     }
 
-    /// Something that keeps its memory when it is gone: for whoever has a raw pointer there.
+    /// Nobody knows whether the other process will write here yet: whoever lent it never gets it back.
+    pub fn give_up(mut self) {
+        std::mem::forget(self.loan.take());
+    }
+
+    /// Gives its memory up to be lent in parts.
     #[must_use]
-    pub fn keep(&self) -> Kept {
-        Kept(Arc::clone(&self.part))
+    pub fn into_lender(self) -> Lender {
+        Lender {
+            slot: self,
+            lent: Arc::default(),
+        }
+    }
+}
+
+/// Ranges that are lent: where each begins in the region, and ends.
+type Lent = Mutex<BTreeMap<usize, usize>>;
+
+fn lock(lent: &Lent) -> MutexGuard<'_, BTreeMap<usize, usize>> {
+    lent.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+struct Loan {
+    lent: Arc<Lent>,
+    at: usize,
+}
+
+impl Drop for Loan {
+    fn drop(&mut self) {
+        lock(&self.lent).remove(&self.at);
+    }
+}
+
+/// Memory of a slot that is lent in parts (see the module).
+pub struct Lender {
+    /// Not looked into.
+    slot: Slot,
+    lent: Arc<Lent>,
+}
+
+impl Lender {
+    /// Where its memory begins. It is valid as long as this lives, for so many [bytes](Self::bytes). Who
+    /// reads or writes there keeps to ranges that are not lent.
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.slot.part.region.start(self.slot.at)
+    }
+
+    /// Its size.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.slot.len
+    }
+
+    /// Whether the other process may be asked to write here: the region was not [retired](Region::retire).
+    #[must_use]
+    pub fn is_live(&self) -> bool {
+        !self.slot.part.region.is_gone.load(Ordering::Relaxed)
+    }
+
+    /// Whether nothing is lent at the moment.
+    #[must_use]
+    pub fn is_free(&self) -> bool {
+        lock(&self.lent).is_empty()
+    }
+
+    /// These bytes of it as a slot. `None`: they lie outside, are none, or part of them is lent already.
+    #[must_use]
+    pub fn lend(&self, first: usize, len: usize) -> Option<Slot> {
+        let inside = first.checked_add(len)? <= self.slot.len && len > 0;
+        let at = self.slot.at + first;
+        let mut lent = lock(&self.lent);
+        let below = lent.range(..at.checked_add(len)?).next_back();
+        if !inside || below.is_some_and(|(_, end)| *end > at) {
+            return None;
+        }
+        lent.insert(at, at + len);
+        drop(lent);
+        Some(Slot {
+            loan: Some(Loan {
+                lent: Arc::clone(&self.lent),
+                at,
+            }),
+            part: Arc::clone(&self.slot.part),
+            at,
+            len,
+        })
+    }
+}
+
+impl std::fmt::Debug for Lender {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Lender({} bytes at {})", self.bytes(), self.slot.at)
     }
 }
 
 impl Deref for Slot {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        // SAFETY: the part lies inside the mapping (`take`), which lives as long as `self` and
-        // cannot shrink (seals, checked where it came in). No other slot overlaps it, so this process
-        // reaches it through `self` alone (a keeper has no way to it). The other process writes there
+        // SAFETY: the range lies inside its part (`take`, `lend`) and the mapping, which lives as long as
+        // `self` and cannot shrink (seals, checked where it came in). No other slot overlaps it, so safe
+        // code of this process reaches it through `self` alone; who has a lender's pointer keeps away
+        // from what is lent. (The slot inside a lender is not looked into.) The other process writes there
         // while it was asked to and has not said that it is done, and as long as that lasts whoever
         // asked holds the slot and does not look (the module); any byte is a u8. One that writes on
         // all the same can change what a reader sees, as whoever shares a mapped file can, and has the
         // key of everything that is read through it anyway.
-        unsafe {
-            std::slice::from_raw_parts(self.part.region.map.as_ptr().add(self.at()), self.len)
-        }
+        unsafe { std::slice::from_raw_parts(self.part.region.start(self.at), self.len) }
     }
 }
 
 impl DerefMut for Slot {
     fn deref_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above; `&mut self` lends it out once.
-        unsafe {
-            let start = self.part.region.map.as_mut_ptr().add(self.at());
-            std::slice::from_raw_parts_mut(start, self.len)
-        }
+        unsafe { std::slice::from_raw_parts_mut(self.part.region.start(self.at), self.len) }
     }
 }
 
@@ -237,11 +342,18 @@ mod tests {
         let region = region(3);
         let slots: Vec<Slot> = (0..3).map(|_| region.take(PAGE).unwrap()).collect();
         assert!(region.take(1).is_none());
-        let kept = slots[1].keep();
-        drop(slots);
+        let mut slots = slots.into_iter();
+        let (first, middle, last) = (slots.next(), slots.next().unwrap(), slots.next());
+        drop((first, last));
+        let lender = middle.into_lender();
+        let lent = lender.lend(5, 10).unwrap();
+        drop(lender);
         assert_eq!(region.free_bytes(), 2 * PAGE);
-        assert!(region.take(2 * PAGE).is_none(), "the middle is kept");
-        drop(kept);
+        assert!(
+            region.take(2 * PAGE).is_none(),
+            "of the middle a part is lent"
+        );
+        drop(lent);
         assert!(region.take(3 * PAGE).is_some());
         assert!(region.take(0).is_none());
         assert!(region.take(usize::MAX).is_none());
@@ -250,6 +362,43 @@ mod tests {
         drop(region);
         slot.fill(3);
         assert_eq!(slot[PAGE - 1], 3);
+    }
+
+    #[test]
+    fn no_byte_is_lent_twice_at_a_time() {
+        let region = region(3);
+        let _first = region.take(1).unwrap();
+        let lender = region.take(PAGE + 100).unwrap().into_lender();
+        let outside = [
+            (PAGE + 100, 1),
+            (PAGE, 101),
+            (usize::MAX, 2),
+            (1, usize::MAX),
+        ];
+        for (first, len) in outside {
+            assert!(lender.lend(first, len).is_none(), "{len} bytes at {first}");
+        }
+        assert!(lender.lend(0, 0).is_none() && lender.is_free());
+        let mut lent = lender.lend(100, 50).unwrap();
+        assert_eq!((lent.at(), lent.len()), (PAGE + 100, 50));
+        lent.fill(7);
+        for (first, len) in [(100, 50), (149, 1), (50, 51), (0, PAGE), (120, 5)] {
+            assert!(lender.lend(first, len).is_none(), "{len} bytes at {first}");
+        }
+        let beside = (
+            lender.lend(0, 100).unwrap(),
+            lender.lend(150, PAGE - 50).unwrap(),
+        );
+        assert!(!lender.is_free() && lender.is_live());
+        drop((lent, beside));
+        assert!(lender.is_free());
+        // What was written is where the lender's pointer says.
+        let whole = lender.lend(0, lender.bytes()).unwrap();
+        assert_eq!(lender.as_ptr().cast_const(), whole.as_ptr());
+        assert_eq!(
+            (whole[99], whole[100], whole[149], whole[150]),
+            (0, 7, 7, 0)
+        );
     }
 
     proptest! {

@@ -29,7 +29,7 @@ use kvar_base::{BlockId, Clock as _, SystemClock};
 use kvar_engine::ShutdownReport;
 use kvar_io::Bell;
 use kvar_transport::{BindError, Listener};
-use kvar_wire::Limits;
+use kvar_wire::{Limits, VERSIONS, VersionRange};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -133,6 +133,8 @@ pub struct Hooks {
     pub wall_clock: Option<WallClock>,
     /// Called around every turn of every shard's thread, on that thread, to count what it costs.
     pub around: Option<AroundHook>,
+    /// Versions of the protocol that it speaks alone: to be met as an older build would be.
+    pub versions: Option<VersionRange>,
 }
 
 /// How the loading of what was stored ended.
@@ -282,6 +284,7 @@ impl Node {
                 links: Arc::new(AtomicUsize::new(0)),
             },
             staging: StagingSettings::new(config.shared_memory_staging.0),
+            versions: hooks.versions.unwrap_or(VERSIONS),
             describe: status.clone(),
         };
         let (keeper_sender, events) = crossbeam_channel::unbounded();

@@ -1,10 +1,11 @@
 //! From Python's arguments to the client's items; everything that can be wrong is said here.
 
 use crate::buffers::{Exported, Exporter, Pieces, Region, pages, refuse_overlap};
+use crate::errors::RequestError;
 use crate::hints::PyPutHints;
 use crate::ids::block_id;
 use kvar_base::{BlockId, LeaseToken};
-use kvar_client::{Filled, GetItem, LayerItem, LayerPutItem, PutHints, PutItem};
+use kvar_client::{GetItem, LayerItem, LayerPutItem, Lengths, PutHints, PutItem};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
@@ -83,57 +84,49 @@ impl Blocks {
     }
 
     /// As blocks to read; the first stands at `depth` in its chain, the others behind it.
-    pub(crate) fn into_gets(self, depth: u32) -> (Vec<GetItem>, Arc<Exported>) {
+    pub(crate) fn into_gets(self, depth: u32) -> PyResult<(Vec<GetItem>, Arc<Exported>)> {
         let items = self
             .blocks
             .into_iter()
             .zip(depths(depth))
             .map(|((id, pieces), depth)| {
-                let lengths = pieces.lengths();
-                GetItem {
+                let expected = Lengths::of(&pieces.lengths());
+                let into = pieces.into_destination()?;
+                Ok(GetItem {
+                    expected,
                     depth,
-                    ..GetItem::to_place(id, &lengths, pieces)
-                }
+                    into,
+                    ..GetItem::to_vec(id)
+                })
             })
-            .collect();
-        (items, self.exported)
+            .collect::<PyResult<_>>()?;
+        Ok((items, self.exported))
     }
 
     /// As blocks to read section by section.
-    pub(crate) fn into_layers(self, depth: u32) -> (Vec<LayerItem>, Arc<Exported>) {
+    pub(crate) fn into_layers(self, depth: u32) -> PyResult<(Vec<LayerItem>, Arc<Exported>)> {
         let items = self
             .blocks
             .into_iter()
             .zip(depths(depth))
             .map(|((id, pieces), depth)| {
-                let place = |piece| Filled::Place(Box::new(piece));
-                let into = pieces.split().into_iter().map(place).collect();
-                LayerItem { id, depth, into }
+                let into = pieces.split().into_iter().map(Pieces::into_destination);
+                let into = into.collect::<PyResult<_>>()?;
+                Ok(LayerItem { id, depth, into })
             })
-            .collect();
-        (items, self.exported)
+            .collect::<PyResult<_>>()?;
+        Ok((items, self.exported))
     }
 
     /// As blocks to write; the first stands at `depth` in its chain, the others behind it.
-    pub(crate) fn into_puts(
-        self,
-        depth: u32,
-        durable: bool,
-        ttl_s: Option<u32>,
-        hints: Option<PyPutHints>,
-    ) -> (Vec<PutItem>, Arc<Exported>) {
-        let hints = hints.map_or_else(PutHints::default, |hints| hints.0);
+    pub(crate) fn into_puts(self, words: &PutWords) -> (Vec<PutItem>, Arc<Exported>) {
         let items = self
             .blocks
             .into_iter()
-            .zip(depths(depth))
-            .map(|((id, pieces), depth)| PutItem {
-                durable,
-                hints: PutHints {
-                    depth,
-                    ttl_s,
-                    ..hints
-                },
+            .zip(words.hints())
+            .map(|((id, pieces), hints)| PutItem {
+                durable: words.durable,
+                hints,
                 ..PutItem::of_pieces(id, pieces)
             })
             .collect();
@@ -200,28 +193,53 @@ impl PageBlocks {
     }
 
     /// As blocks to write section by section.
-    pub(crate) fn to_layer_puts(
-        &self,
-        depth: u32,
-        durable: bool,
-        ttl_s: Option<u32>,
-        hints: Option<PyPutHints>,
-    ) -> PyResult<Vec<LayerPutItem>> {
+    pub(crate) fn to_layer_puts(&self, words: &PutWords) -> PyResult<Vec<LayerPutItem>> {
         let len = u32::try_from(self.page_bytes).map_err(|_| {
             PyValueError::new_err(format!("a page of {} bytes is too large", self.page_bytes))
         })?;
-        let hints = hints.map_or_else(PutHints::default, |hints| hints.0);
-        let item = |(id, depth): (&BlockId, u32)| LayerPutItem {
+        let item = |(id, hints): (&BlockId, PutHints)| LayerPutItem {
             id: *id,
             lengths: vec![len; self.layers.len()],
-            hints: PutHints {
-                depth,
-                ttl_s,
-                ..hints
-            },
-            durable,
+            hints,
+            durable: words.durable,
         };
-        Ok(self.ids.iter().zip(depths(depth)).map(item).collect())
+        Ok(self.ids.iter().zip(words.hints()).map(item).collect())
+    }
+}
+
+/// What a put says of its blocks, beside their bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct PutWords {
+    durable: bool,
+    /// Of the first block; the others stand behind it.
+    depth: u32,
+    hints: PutHints,
+}
+
+impl PutWords {
+    pub(crate) fn new(
+        durable: bool,
+        depth: u32,
+        ttl_s: Option<u32>,
+        hints: Option<PyPutHints>,
+    ) -> PyResult<Self> {
+        if ttl_s == Some(0) {
+            return Err(RequestError::new_err(
+                "ttl_s is 0: a block lives for a second at least; leave it out to keep the block",
+            ));
+        }
+        let hints = hints.map_or_else(PutHints::default, |hints| hints.0);
+        Ok(Self {
+            durable,
+            depth,
+            hints: PutHints { ttl_s, ..hints },
+        })
+    }
+
+    /// Of each block, in order.
+    fn hints(&self) -> impl Iterator<Item = PutHints> {
+        let hints = self.hints;
+        depths(self.depth).map(move |depth| PutHints { depth, ..hints })
     }
 }
 

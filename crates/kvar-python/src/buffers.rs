@@ -18,7 +18,8 @@
 //! to the store, only wrong: they no longer match their content check and are turned away.
 
 use crate::returner::{Return, hand_over};
-use kvar_client::{Sink, Source};
+use crate::staging::staged;
+use kvar_client::{Filled, Sink, Source};
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::exceptions::{PyBufferError, PyValueError};
 use pyo3::prelude::*;
@@ -65,6 +66,23 @@ pub(crate) struct Region {
 }
 
 impl Region {
+    pub(crate) fn address(&self) -> usize {
+        self.start as usize
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// This region and one right behind it as one, if that is where it lies.
+    pub(crate) fn joined(&self, next: &Self) -> Option<Self> {
+        let is_next = self.start.wrapping_add(self.len) == next.start;
+        is_next.then(|| Self {
+            start: self.start,
+            len: self.len + next.len,
+        })
+    }
+
     /// The part of this region, if it lies inside.
     fn part(&self, first: usize, len: usize) -> Option<Self> {
         let end = first.checked_add(len)?;
@@ -138,6 +156,13 @@ impl Pieces {
     pub(crate) fn part(&self, section: usize, first: usize, len: usize) -> Option<Self> {
         let region = self.regions.get(section)?.part(first, len)?;
         Some(Self::new(vec![region], &self._exported))
+    }
+
+    /// As a destination: where it lies in staging buffers their memory is lent, else it is used as it is.
+    pub(crate) fn into_destination(self) -> PyResult<Filled> {
+        let plain = |region| Filled::Place(Box::new(Self::new(vec![region], &self._exported)));
+        let staged = staged(&self.regions, plain)?;
+        Ok(staged.unwrap_or_else(|| Filled::Place(Box::new(self))))
     }
 
     /// Exact lengths of the sections.

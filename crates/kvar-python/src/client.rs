@@ -1,16 +1,17 @@
 //! `kvar.Client`: each method turns arguments into a call of `kvar-client`, waits for it without
 //! the interpreter's lock, and turns what came back into Python. No decisions are made here.
 
-use crate::arguments::{Blocks, PageBlocks, block_ids, deadline, lease_token};
-use crate::errors::{ConfigError, ConnectError, RequestError, VersionError, WrongKeyError};
+use crate::arguments::{Blocks, PageBlocks, PutWords, block_ids, deadline, lease_token};
+use crate::errors::{ConfigError, RequestError};
 use crate::hints::PyPutHints;
 use crate::ids::{PyNamespaceKey, block_id};
 use crate::layer_put::PyLayerPut;
 use crate::layers::PyLayerGet;
 use crate::lease::{PyLease, PyPendingLease, lease_time};
+use crate::open::{Open, key_of, raise, was_asked};
 use crate::pending::{Preparer, PyPending};
-use kvar_base::{MissReason, NamespaceKey};
-use kvar_client::{CallOptions, Client, ClientConfig, ClientError, GetItem};
+use crate::staging::PyStaging;
+use kvar_client::{CallOptions, Client, ClientConfig, GetItem};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use pyo3::types::{PyBytes, PyDict, PyList};
@@ -18,71 +19,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What a client has while it is open.
-pub(crate) struct Open {
-    pub(crate) client: Client,
-    preparer: Preparer,
-}
-
 /// A connection to a store.
 #[pyclass(name = "Client", module = "kvar", frozen)]
 pub(crate) struct PyClient {
     open: Mutex<Option<Arc<Open>>>,
     endpoint: String,
     deadline: Duration,
-}
-
-pub(crate) fn raise(error: &ClientError) -> PyErr {
-    let text = error.to_string();
-    match error {
-        ClientError::Config(_) | ClientError::Namespace(_) => ConfigError::new_err(text),
-        ClientError::Unreachable(_) | ClientError::Busy(_) => ConnectError::new_err(text),
-        ClientError::Version(_) | ClientError::Protocol(_) => VersionError::new_err(text),
-        ClientError::WrongKey(_) => WrongKeyError::new_err(text),
-        ClientError::Deadline | ClientError::Failed(_) => RequestError::new_err(text),
-    }
-}
-
-fn key_of(
-    key: Option<&Bound<'_, PyNamespaceKey>>,
-    key_file: Option<PathBuf>,
-) -> PyResult<NamespaceKey> {
-    match (key, key_file) {
-        (Some(key), None) => Ok(key.get().0.clone()),
-        (None, Some(path)) => PyNamespaceKey::read(&path),
-        _ => Err(ConfigError::new_err(
-            "give the namespace's key either as key=NamespaceKey or as key_file=PATH \
-             (the node wrote one beside its data)",
-        )),
-    }
-}
-
-/// "Nobody could be asked" is not "nothing is there".
-pub(crate) fn was_asked(
-    open: Option<&Open>,
-    leading: usize,
-    reason: Option<MissReason>,
-) -> PyResult<()> {
-    match reason {
-        Some(MissReason::Unreachable) if leading == 0 => {
-            let error = open.and_then(|open| open.client.last_error());
-            Err(raise(&error.unwrap_or_else(|| {
-                let node = open.map_or("the node", |open| open.client.endpoint());
-                ClientError::Unreachable(format!("{node} does not answer"))
-            })))
-        }
-        Some(MissReason::Deadline) if leading == 0 => Err(raise(&ClientError::Deadline)),
-        _ => Ok(()),
-    }
-}
-
-fn living(ttl_s: Option<u32>) -> PyResult<()> {
-    if ttl_s == Some(0) {
-        return Err(RequestError::new_err(
-            "ttl_s is 0: a block lives for a second at least; leave it out to keep the block",
-        ));
-    }
-    Ok(())
 }
 
 impl PyClient {
@@ -106,7 +48,7 @@ impl PyClient {
         request: u64,
     ) -> PyResult<PyPending> {
         let open = self.open()?;
-        let (items, exported) = blocks.into_gets(depth);
+        let (items, exported) = blocks.into_gets(depth)?;
         let count = items.len();
         let options = CallOptions {
             touch_request: request,
@@ -120,14 +62,10 @@ impl PyClient {
         &self,
         blocks: Blocks,
         deadline_ms: Option<u64>,
-        durable: bool,
-        depth: u32,
-        ttl_s: Option<u32>,
-        hints: Option<PyPutHints>,
+        words: PutWords,
     ) -> PyResult<PyPending> {
-        living(ttl_s)?;
         let open = self.open()?;
-        let (items, exported) = blocks.into_puts(depth, durable, ttl_s, hints);
+        let (items, exported) = blocks.into_puts(&words);
         let options = self.options(deadline_ms);
         Ok(PyPending::of_put(
             &open.preparer,
@@ -146,7 +84,7 @@ impl PyClient {
     #[pyo3(signature = (
         endpoint, namespace = "default", key = None, *, key_file = None, deadline_ms = 1000,
         connect_timeout_ms = 1000, links = 1, link = "auto", lazy = false,
-        name = None,
+        name = None, staging = 0,
     ))]
     #[allow(clippy::too_many_arguments)] // The public signature, nearly all of it by keyword.
     fn new(
@@ -161,6 +99,7 @@ impl PyClient {
         link: &str,
         lazy: bool,
         name: Option<String>,
+        staging: u64,
     ) -> PyResult<Self> {
         let link = link
             .parse()
@@ -171,6 +110,7 @@ impl PyClient {
             connect_timeout: Duration::from_millis(connect_timeout_ms),
             links,
             link,
+            staging,
             name: name
                 .unwrap_or_else(|| concat!("kvar-python ", env!("CARGO_PKG_VERSION")).to_owned()),
             ..ClientConfig::new(endpoint, key_of(key, key_file)?)
@@ -202,6 +142,32 @@ impl PyClient {
     #[getter]
     fn not_shared(&self) -> PyResult<Option<String>> {
         Ok(self.open()?.client.stats().not_shared)
+    }
+
+    /// Size of the region that the node on this host writes into, for buffers of staging(); 0: there is none.
+    #[getter]
+    fn staging_bytes(&self) -> PyResult<u64> {
+        Ok(self.open()?.client.stats().staging_bytes)
+    }
+
+    /// Why there is no such region although one is wanted (Client(staging=...)); None while there is one.
+    #[getter]
+    fn not_staged(&self) -> PyResult<Option<String>> {
+        Ok(self.open()?.client.stats().not_staged)
+    }
+
+    /// Hits whose bytes the node wrote where they are read, since the client was made.
+    #[getter]
+    fn hits_placed(&self) -> PyResult<u64> {
+        Ok(self.open()?.client.stats().hits_placed)
+    }
+
+    /// Memory of so many bytes for what is read.
+    ///
+    /// Where the client has a region with room for it (Client(staging=...)) the node writes there what a get
+    /// asks for; else it is plain memory for the same gets. Asks nobody, and takes no time.
+    fn staging(&self, nbytes: usize) -> PyResult<PyStaging> {
+        Ok(PyStaging::new(&self.open()?.client, nbytes))
     }
 
     /// How much the operator wants engines to use the store: "off", "observe", "save" or "load".
@@ -508,8 +474,8 @@ impl PyClient {
         ttl_s: Option<u32>,
         hints: Option<PyPutHints>,
     ) -> PyResult<PyPending> {
-        let blocks = Blocks::of_items(items, false)?;
-        self.submit_puts(blocks, deadline_ms, durable, depth, ttl_s, hints)
+        let words = PutWords::new(durable, depth, ttl_s, hints)?;
+        self.submit_puts(Blocks::of_items(items, false)?, deadline_ms, words)
     }
 
     /// As get_pages, without waiting.
@@ -554,7 +520,7 @@ impl PyClient {
     ) -> PyResult<PyLayerGet> {
         let blocks = Blocks::of_pages(&ids, &layers, indices, page_bytes, true)?;
         let open = self.open()?;
-        let (items, exported) = blocks.into_layers(depth);
+        let (items, exported) = blocks.into_layers(depth)?;
         let options = CallOptions {
             touch_request: request,
             wait_announced,
@@ -582,8 +548,9 @@ impl PyClient {
         ttl_s: Option<u32>,
         hints: Option<PyPutHints>,
     ) -> PyResult<PyPending> {
+        let words = PutWords::new(durable, depth, ttl_s, hints)?;
         let blocks = Blocks::of_pages(&ids, &layers, indices, page_bytes, false)?;
-        self.submit_puts(blocks, deadline_ms, durable, depth, ttl_s, hints)
+        self.submit_puts(blocks, deadline_ms, words)
     }
 
     /// As submit_put_pages, layer by layer: the blocks are announced now, and each section is sent
@@ -607,10 +574,10 @@ impl PyClient {
         ttl_s: Option<u32>,
         hints: Option<PyPutHints>,
     ) -> PyResult<PyLayerPut> {
-        living(ttl_s)?;
+        let words = PutWords::new(durable, depth, ttl_s, hints)?;
         let open = self.open()?;
         let blocks = PageBlocks::new(&ids, &layers, indices, page_bytes, false)?;
-        let items = blocks.to_layer_puts(depth, durable, ttl_s, hints)?;
+        let items = blocks.to_layer_puts(&words)?;
         let put = open.client.put_layers(items, self.options(deadline_ms));
         Ok(PyLayerPut::of(put, blocks, &open.preparer, self.deadline))
     }

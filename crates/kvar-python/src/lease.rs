@@ -1,7 +1,7 @@
 //! `kvar.Lease`: what a leased lookup found, and the promise that it stays.
 
-use crate::client::{Open, raise, was_asked};
 use crate::errors::RequestError;
+use crate::open::{Open, raise, was_asked};
 use kvar_base::{LeaseToken, MissReason};
 use kvar_client::{CallOptions, Leased, Pending};
 use pyo3::prelude::*;

@@ -5,6 +5,7 @@
 //!   python/src/kvar/_kvar.pyi     the types of everything here; checked against this module
 //!   arguments ─> client ─> kvar-client ─> pending ─> Python
 //!        └─ buffers (exported memory)        └─ returner (Python on behalf of other threads)
+//!            └─ staging (memory that the node writes to)
 //! ```
 //!
 //! What must always be true:
@@ -12,7 +13,8 @@
 //! * the interpreter's lock is free while something waits;
 //! * buffers are never copied, and stay exported until their call has ended.
 //!
-//! What is absent: protocol, sockets, retries. `unsafe` has one address, `buffers`.
+//! What is absent: protocol, sockets, retries. `unsafe` has two addresses: `buffers`, memory of others, and
+//! `staging`, memory that this gives out.
 
 mod arguments;
 #[allow(unsafe_code)]
@@ -24,8 +26,11 @@ mod ids;
 mod layer_put;
 mod layers;
 mod lease;
+mod open;
 mod pending;
 mod returner;
+#[allow(unsafe_code)]
+mod staging;
 
 use pyo3::prelude::*;
 
@@ -49,6 +54,8 @@ mod _kvar {
     use crate::lease::{PyLease, PyPendingLease};
     #[pymodule_export]
     use crate::pending::{PyGetResult, PyPending};
+    #[pymodule_export]
+    use crate::staging::PyStaging;
     use pyo3::prelude::*;
 
     #[pymodule_init]

@@ -88,6 +88,13 @@ impl ClientHandshake {
         }
     }
 
+    /// The same for a client that speaks these versions alone: to be met as an older build would be.
+    #[must_use]
+    pub fn speaking(mut self, versions: VersionRange) -> Self {
+        self.hello.versions = versions;
+        self
+    }
+
     /// The version that both speak, once the node has chosen it.
     #[must_use]
     pub fn version(&self) -> Option<u16> {

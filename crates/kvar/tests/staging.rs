@@ -4,9 +4,14 @@ mod support;
 
 use kvar_base::{BlockId, MissReason, PutOutcome};
 use kvar_client::{
-    CallOptions, Client, ClientConfig, Filled, GetItem, GetOutcome, LayerItem, LinkChoice, PutItem,
-    Staging,
+    CallOptions, Client, ClientConfig, Filled, GetItem, GetOutcome, GetResult, LayerItem,
+    LinkChoice, PutItem, Staging, VERSIONS, VersionRange,
 };
+use kvar_node::{Config, DataPath, Hooks, KeyFile, Node};
+use std::io::Read as _;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 use support::random::Random;
 use support::{PATIENCE, Place, Server, config, until};
@@ -369,4 +374,151 @@ fn sections_that_come_layer_by_layer_are_written_in_place() {
         }
     }
     assert_eq!(client.stats().hits_placed, 40);
+}
+
+/// Says to a test that it is the client to be killed, and where the node is: its endpoint and its key file.
+const KILLED: [&str; 2] = ["KVAR_TEST_ENDPOINT", "KVAR_TEST_KEY_FILE"];
+/// What the killed client reads.
+const KILLED_LEN: usize = 300_000;
+
+/// Memory of links and regions that is mapped into a process, in bytes.
+fn mapped_bytes(pid: u32) -> u64 {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let shared = maps.lines().filter(|line| line.contains("memfd:kvar-link"));
+    let bytes = shared.map(|line| {
+        let (range, _) = line.split_once(' ').unwrap();
+        let (from, to) = range.split_once('-').unwrap();
+        u64::from_str_radix(to, 16).unwrap() - u64::from_str_radix(from, 16).unwrap()
+    });
+    bytes.sum()
+}
+
+/// The client is a process of its own, so that it can be killed: this test once more, told that it is
+/// the client. It has a region and as many gets under way as fit in it, again and again.
+#[test]
+fn a_client_killed_with_gets_under_way_leaves_nothing_that_is_written_to() {
+    if let [Some(endpoint), Some(key_file)] = KILLED.map(std::env::var_os) {
+        return read_for_ever(endpoint.to_str().unwrap(), Path::new(&key_file));
+    }
+    let dir = tempfile::tempdir().unwrap();
+    // Room for one region and a half: the next client has one only if the last one's was taken back.
+    let bound = (REGION * 3 / 2).to_string();
+    let place = Place::new(dir.path()).with(&["--shared-memory-staging", &bound]);
+    let server = place.serve();
+    let other = Client::connect(config(&server, LinkChoice::Auto)).unwrap();
+    put(&other, (0..8).map(|number| (number, KILLED_LEN)));
+    let status = || server.json("status", &[]);
+    let before = mapped_bytes(server.child.id());
+    for round in 0..6 {
+        let placed = status()["links"]["gets_placed"].as_u64().unwrap();
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        let this_test = "a_client_killed_with_gets_under_way_leaves_nothing_that_is_written_to";
+        command.args(["--exact", this_test, "--nocapture"]);
+        command.env(KILLED[0], &server.endpoint);
+        command.env(KILLED[1], &server.key_file);
+        command.stdin(Stdio::piped()).stdout(Stdio::null());
+        let mut killed = command.spawn().unwrap();
+        until("it reads into its region", || {
+            status()["links"]["gets_placed"].as_u64().unwrap() > placed + 100
+        });
+        assert!(mapped_bytes(server.child.id()) >= before + REGION);
+        // In some rounds the node stands still meanwhile, with gets in every state.
+        if round % 2 == 1 {
+            server.signal("-STOP");
+        }
+        killed.kill().unwrap();
+        assert_eq!(killed.wait().unwrap().signal(), Some(9), "it had ended");
+        if round % 2 == 1 {
+            server.signal("-CONT");
+        }
+        let results = other.get((0..8).map(|n| GetItem::to_vec(id(n))).collect());
+        for (number, result) in (0..).zip(&results) {
+            assert!(result.bytes() == Some(&bytes(number, KILLED_LEN)[..]));
+        }
+        until("the region is taken back", || {
+            status()["links"]["staging_bytes"] == 0
+        });
+        // No mapping is left through which anything could be written.
+        until("it is unmapped", || {
+            mapped_bytes(server.child.id()) == before
+        });
+    }
+}
+
+/// The killed client.
+fn read_for_ever(endpoint: &str, key_file: &Path) {
+    let key = KeyFile::read(key_file).unwrap().key;
+    let client = Client::connect(ClientConfig {
+        staging: REGION,
+        deadline: PATIENCE,
+        ..ClientConfig::new(endpoint, key)
+    });
+    let client = client.unwrap();
+    assert_eq!(client.stats().staging_bytes, REGION);
+    std::thread::spawn(|| {
+        // Until whoever started it is gone.
+        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        std::process::exit(1);
+    });
+    loop {
+        let items = (0..48).map(|n| item(&client, n % 8, KILLED_LEN));
+        assert!(client.get(items.collect()).iter().all(GetResult::is_hit));
+    }
+}
+
+/// Each side as an older build would be met, through the real handshake: whoever does not know regions
+/// is not asked for one and sent no place, and the same gets go through the rings.
+#[test]
+fn with_a_node_or_a_client_of_before_the_same_gets_go_through_the_rings() {
+    let upto = |newest| VersionRange { newest, ..VERSIONS };
+    for (node_speaks, client_speaks) in [(6, 6), (6, 5), (5, 6), (5, 5), (4, 6), (6, 4)] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("data");
+        let data = vec![DataPath {
+            path,
+            size: None,
+            tier: None,
+        }];
+        let mut settings = Config {
+            data,
+            ..Config::default()
+        };
+        for (key, text) in [
+            ("size", "96MiB"),
+            ("dram", "24MiB"),
+            ("shards", "1"),
+            ("listen", "127.0.0.1:0"),
+            ("admin", "127.0.0.1:0"),
+        ] {
+            settings.set(key, text).unwrap();
+        }
+        let hooks = Hooks {
+            versions: Some(upto(node_speaks)),
+            ..Hooks::default()
+        };
+        let node = Node::listen(&settings, hooks).unwrap();
+        node.loaded().unwrap();
+        let key = KeyFile::read(node.key_path()).unwrap().key;
+        let client = Client::connect(ClientConfig {
+            staging: REGION,
+            deadline: PATIENCE,
+            versions: upto(client_speaks),
+            ..ClientConfig::new(&node.listen_addr().to_string(), key)
+        });
+        let client = client.unwrap();
+        put(&client, [(1, 100_000), (2, 1000)]);
+        let both_know = node_speaks.min(client_speaks) >= 6;
+        for (number, len) in [(1, 100_000), (2, 1000)] {
+            assert_eq!(read(&client, number, len), both_know);
+        }
+        let stats = client.stats();
+        assert_eq!(stats.link(), "shm", "{node_speaks} and {client_speaks}");
+        if both_know {
+            assert_eq!(stats.not_staged, None);
+        } else {
+            let spoken = format!("protocol version {}", node_speaks.min(client_speaks));
+            let why = stats.not_staged.unwrap();
+            assert!(why.contains(&spoken), "{why}");
+        }
+    }
 }

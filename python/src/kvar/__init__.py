@@ -21,6 +21,17 @@ Rules that hold for every call:
   that missed may have written part of them;
 * other Python threads run while a call waits.
 
+On the node's host the node can write what is read where it is looked at, so that nothing is copied
+here (what that brings, and when: ``docs/decisions/0013-slots-for-gets.md``):
+
+```python
+client = kvar.Client("127.0.0.1:7411", key_file="store.kvar.key", staging=64 << 20)
+buffer = client.staging(16 << 20)                 # plain memory where there is no region
+client.get(zip(ids, (memoryview(buffer)[n << 20 : (n + 1) << 20] for n in range(16))))
+```
+
+A get into such memory that ends by its deadline may still be written: ``buffer.in_use`` says so.
+
 A lookup can make what it found stay, and a put can say what its blocks are worth:
 
 ```python
@@ -49,6 +60,7 @@ from kvar._kvar import (
     PendingLease,
     PutHints,
     RequestError,
+    StagingBuffer,
     VersionError,
     WrongKeyError,
     __version__,
@@ -77,6 +89,7 @@ __all__ = [
     "PendingLease",
     "PutHints",
     "RequestError",
+    "StagingBuffer",
     "VersionError",
     "WrongKeyError",
     "__version__",

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, final
+from typing import Any, Generic, Self, TypeAlias, TypeVar, final
 
 from typing_extensions import Buffer
 
 _T_co = TypeVar("_T_co", covariant=True)
+_Items: TypeAlias = Iterable[tuple[bytes, Buffer | Sequence[Buffer]]]
 
 __all__ = [
     "Client",
@@ -24,6 +25,7 @@ __all__ = [
     "PendingLease",
     "PutHints",
     "RequestError",
+    "StagingBuffer",
     "VersionError",
     "WrongKeyError",
     "__version__",
@@ -153,6 +155,16 @@ class LayerPut:
     def abort(self) -> None: ...
 
 @final
+class StagingBuffer(Buffer):
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def shared(self) -> bool: ...
+    @property
+    def in_use(self) -> bool: ...
+    def __len__(self) -> int: ...
+
+@final
 class Client:
     def __new__(
         cls,
@@ -167,6 +179,7 @@ class Client:
         link: str = "auto",
         lazy: bool = False,
         name: str | None = None,
+        staging: int = 0,
     ) -> Self: ...
     @property
     def endpoint(self) -> str: ...
@@ -174,6 +187,13 @@ class Client:
     def link(self) -> str: ...
     @property
     def not_shared(self) -> str | None: ...
+    @property
+    def staging_bytes(self) -> int: ...
+    @property
+    def not_staged(self) -> str | None: ...
+    @property
+    def hits_placed(self) -> int: ...
+    def staging(self, nbytes: int) -> StagingBuffer: ...
     @property
     def mode(self) -> str: ...
     @property
@@ -206,7 +226,7 @@ class Client:
     def present(self, ids: Sequence[bytes], *, deadline_ms: int | None = None) -> list[bool]: ...
     def get(
         self,
-        items: Iterable[tuple[bytes, Buffer | Sequence[Buffer]]],
+        items: _Items,
         *,
         deadline_ms: int | None = None,
         depth: int = 0,
@@ -226,7 +246,7 @@ class Client:
     ) -> list[GetResult]: ...
     def put(
         self,
-        items: Iterable[tuple[bytes, Buffer | Sequence[Buffer]]],
+        items: _Items,
         *,
         deadline_ms: int | None = None,
         durable: bool = False,
@@ -252,7 +272,7 @@ class Client:
     def status(self, *, deadline_ms: int | None = None) -> dict[str, Any]: ...
     def submit_get(
         self,
-        items: Iterable[tuple[bytes, Buffer | Sequence[Buffer]]],
+        items: _Items,
         *,
         deadline_ms: int | None = None,
         depth: int = 0,
@@ -260,7 +280,7 @@ class Client:
     ) -> Pending[list[GetResult]]: ...
     def submit_put(
         self,
-        items: Iterable[tuple[bytes, Buffer | Sequence[Buffer]]],
+        items: _Items,
         *,
         deadline_ms: int | None = None,
         durable: bool = False,

@@ -15,12 +15,22 @@ import contextlib
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypeVar
 
-from kvar._kvar import Client, GetResult, Lease, NamespaceKey, Pending, PutHints
+from kvar._kvar import (
+    Client,
+    GetResult,
+    Lease,
+    NamespaceKey,
+    Pending,
+    PutHints,
+    StagingBuffer,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
+
+    _Items: TypeAlias = Iterable[tuple[bytes, Buffer | Sequence[Buffer]]]
 
 _T = TypeVar("_T")
 
@@ -50,6 +60,7 @@ class AsyncClient:
         connect_timeout_ms: int = 1000,
         links: int = 1,
         link: str = "auto",
+        staging: int = 0,
     ) -> Self:
         """Connects; the arguments are those of :class:`kvar.Client`."""
         client = await asyncio.to_thread(
@@ -62,6 +73,7 @@ class AsyncClient:
             connect_timeout_ms=connect_timeout_ms,
             links=links,
             link=link,
+            staging=staging,
         )
         return cls(client)
 
@@ -79,6 +91,25 @@ class AsyncClient:
     def not_shared(self) -> str | None:
         """Why the links share no memory with the node; None while they do."""
         return self._client.not_shared
+
+    @property
+    def staging_bytes(self) -> int:
+        """Size of the region that the node writes into, for staging(); 0: there is none."""
+        return self._client.staging_bytes
+
+    @property
+    def not_staged(self) -> str | None:
+        """Why there is no such region although one is wanted; None while there is one."""
+        return self._client.not_staged
+
+    @property
+    def hits_placed(self) -> int:
+        """Hits whose bytes the node wrote where they are read."""
+        return self._client.hits_placed
+
+    def staging(self, nbytes: int) -> StagingBuffer:
+        """Memory for what is read, that the node writes to where it can; waits for nothing."""
+        return self._client.staging(nbytes)
 
     @property
     def block_bytes_max(self) -> int | None:
@@ -140,7 +171,7 @@ class AsyncClient:
 
     async def get(
         self,
-        items: Iterable[tuple[bytes, Buffer | Sequence[Buffer]]],
+        items: _Items,
         *,
         deadline_ms: int | None = None,
         depth: int = 0,
@@ -181,7 +212,7 @@ class AsyncClient:
 
     async def put(
         self,
-        items: Iterable[tuple[bytes, Buffer | Sequence[Buffer]]],
+        items: _Items,
         *,
         deadline_ms: int | None = None,
         durable: bool = False,

@@ -338,13 +338,14 @@ impl Session {
         }
         let held = std::mem::take(&mut connection.held);
         subtract(&self.counters.staging_held, held.len());
-        drop(held);
+        held.into_iter().for_each(|(_, staging)| staging.give_up());
         let error = connection.fault.take().unwrap_or_else(|| {
             ClientError::Unreachable(format!("{}: {reason}", self.config.endpoint))
         });
         for (request, open) in connection.open {
             self.board.owe_again(request);
-            drop(take_placed(&mut self.board, &open));
+            let placed = take_placed(&mut self.board, &open);
+            placed.into_iter().for_each(Staging::give_up);
             end_open(&mut self.board, &open);
         }
         if was_open {

@@ -203,9 +203,11 @@ impl Session {
             namespace,
             key,
             name,
+            versions,
             ..
         } = &self.config;
         let handshake = ClientHandshake::new(namespace, key.clone(), name, nonce);
+        let handshake = handshake.speaking(*versions);
         let token = Token(index);
         match Connection::begin(address, handshake, self.poll.registry(), token, begun) {
             Ok(mut connection) => {

@@ -5,9 +5,9 @@
 
 use super::Session;
 use crate::call::{Board, Lost};
-use crate::client::PutWord;
 use crate::connection::Connection;
 use crate::session::links::Slot;
+use crate::worker::PutWord;
 use kvar_base::{PutOutcome, Refusal};
 use kvar_transport::Link as _;
 use kvar_wire::{Cancel, Commit, Sections};

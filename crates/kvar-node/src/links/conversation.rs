@@ -110,7 +110,10 @@ impl Conversation {
             link,
             key,
             peer,
-            phase: Phase::Handshake(Box::new(NodeHandshake::new(nonce))),
+            phase: Phase::Handshake(Box::new(NodeHandshake::speaking(
+                desk.settings.versions,
+                nonce,
+            ))),
             tenant: Tenant::DEFAULT,
             told_mode: None,
             client: String::new(),

@@ -16,7 +16,7 @@ use crossbeam_channel::Sender;
 use kvar_base::{BlockId, Clock as _, Moment, SystemClock};
 use kvar_engine::TENANTS;
 use kvar_io::Watcher;
-use kvar_wire::{Limits, Section};
+use kvar_wire::{Limits, Section, VersionRange};
 use mio::Token;
 use slab::Slab;
 use std::rc::Rc;
@@ -79,6 +79,8 @@ pub(crate) struct LinkSettings {
     pub(crate) sharing: SharingSettings,
     /// What may be shared beyond that for reads.
     pub(crate) staging: StagingSettings,
+    /// What it speaks.
+    pub(crate) versions: VersionRange,
     /// Makes the node's status.
     pub(crate) describe: Arc<dyn Describe>,
 }

@@ -18,7 +18,7 @@ mod meeting;
 
 pub use meeting::{Meeting, MeetingRefused, PLACE_BYTES, SECRET_BYTES, offer, offer_places};
 
-pub use kvar_io::region::{Kept, Region, Slot};
+pub use kvar_io::region::{Lender, Region, Slot};
 
 use crate::link::Readiness;
 use crate::ring::{Reader, RingMemory, Scribbled, Word, Writer};
