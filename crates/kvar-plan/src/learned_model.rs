@@ -324,6 +324,7 @@ impl LearnedModel {
             rest.into_iter()
                 .for_each(|block| self.write_resident(block));
         } else {
+            self.goes_down(least.key);
             self.gone(least.key);
         }
     }
