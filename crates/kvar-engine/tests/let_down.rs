@@ -8,7 +8,9 @@ mod shard;
 mod two;
 
 use kvar_base::{BlockId, LeaseToken, Moment};
-use kvar_engine::{Demoted, EngineConfig, LeaseRequest, PutHints, Standing, Tier, WriteRates};
+use kvar_engine::{
+    Demoted, EngineConfig, LeaseRequest, Places, PutHints, Standing, Tier, WriteRates,
+};
 use shard::{Shard, id};
 use std::time::Duration;
 use two::{LEN, STEP, Tiers, small};
@@ -204,7 +206,7 @@ fn what_is_leased_on_its_way_stays_above() {
         client: 1,
         ttl: Duration::from_secs(20),
         request: 0,
-        first_depth: 0,
+        places: Places::default(),
         over_gaps: false,
     };
     let now = tiers.above.now;

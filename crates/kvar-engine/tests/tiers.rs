@@ -6,9 +6,10 @@ mod two;
 
 use kvar_base::{BlockId, LeaseToken, Moment};
 use kvar_engine::{
-    Demoted, EngineConfig, Event, GetRequest, LeaseRequest, PutHints, ReadHints, Standing, Touch,
-    WriteRates,
+    Demoted, EngineConfig, Event, GetRequest, LeaseRequest, Places, PutHints, ReadHints, Standing,
+    Touch, WriteRates,
 };
+use kvar_policy::BlockClass;
 use shard::{Shard, id};
 use std::time::Duration;
 use two::{LARGE, LEN, SMALL, STEP, Tiers, small};
@@ -207,7 +208,7 @@ fn what_is_leased_on_its_way_down_stays_above_too() {
         client: 1,
         ttl: Duration::from_secs(20),
         request: 0,
-        first_depth: 0,
+        places: Places::default(),
         over_gaps: false,
     };
     assert_eq!(
@@ -234,7 +235,7 @@ fn a_lease_over_gaps_promises_what_is_there_and_names_the_rest() {
         client: 1,
         ttl: Duration::from_secs(20),
         request: 0,
-        first_depth: 0,
+        places: Places::default(),
         over_gaps: true,
     };
     let grant = tiers.above.engine.lease(tiers.above.now, &request);
@@ -375,41 +376,42 @@ fn a_stop_leaves_what_was_not_offered_where_it_is() {
     assert_eq!(above.now.max(Moment(1)), above.now);
 }
 
+/// What is known of a block, without using it.
+fn read_of_nobody(shard: &mut Shard, number: u64) -> kvar_engine::Copy {
+    let request = GetRequest {
+        id: id(number),
+        sections: None,
+        deadline: Moment(u64::MAX),
+        touch: Touch::NONE,
+    };
+    let now = shard.now;
+    shard.engine.get(now, 5, request, ReadHints::default());
+    for _ in 0..1000 {
+        for event in shard.hear() {
+            if let Event::Get { outcome, .. } = event {
+                return outcome.unwrap();
+            }
+        }
+        shard.now = shard.now.after(Duration::from_micros(100));
+        shard.engine.turn(shard.now);
+    }
+    panic!("never answered");
+}
+
 /// Blocks of a device that was retired arrived as strangers that had just been used.
 #[test]
 fn a_block_that_is_moved_is_as_old_and_as_often_used_as_it_was() {
-    let read = |shard: &mut Shard, number: u64| {
-        let request = GetRequest {
-            id: id(number),
-            sections: None,
-            deadline: Moment(u64::MAX),
-            touch: Touch::NONE,
-        };
-        shard
-            .engine
-            .get(shard.now, 5, request, ReadHints::default());
-        for _ in 0..1000 {
-            for event in shard.hear() {
-                if let Event::Get { outcome, .. } = event {
-                    return outcome.unwrap();
-                }
-            }
-            shard.now = shard.now.after(Duration::from_micros(100));
-            shard.engine.turn(shard.now);
-        }
-        panic!("never answered");
-    };
     let mut from = Shard::new(SMALL, small());
     from.put(1, &[LEN], PutHints::default());
     (0..2).for_each(|_| assert!(from.is_there(1)));
-    let fresh = read(&mut from, 1).moved;
+    let fresh = read_of_nobody(&mut from, 1).moved;
     from.push_out_of_memory(1);
-    let copy = read(&mut from, 1);
+    let copy = read_of_nobody(&mut from, 1);
     assert_eq!((copy.moved.class.uses(), fresh.class.uses()), (2, 2));
     assert!(copy.moved.age_bytes > fresh.age_bytes);
     let tier = from.engine.stat(from.now, &id(1)).unwrap().tier;
     assert_eq!(tier, kvar_engine::Tier::Flash, "nobody used it");
-    assert_eq!(read(&mut from, 1).moved, copy.moved);
+    assert_eq!(read_of_nobody(&mut from, 1).moved, copy.moved);
 
     let mut to = Shard::new(SMALL, small());
     for number in 100..400 {
@@ -422,10 +424,56 @@ fn a_block_that_is_moved_is_as_old_and_as_often_used_as_it_was() {
     };
     to.put(1, &[LEN], hints);
     to.settle();
-    let there = read(&mut to, 1).moved;
+    let there = read_of_nobody(&mut to, 1).moved;
     assert_eq!(there.class, copy.moved.class);
     // As old as this shard's clock can tell.
     assert!(there.age_bytes >= 3 << 20, "{there:?}");
+}
+
+/// The tier below is asked for what the one above lacks: a block of a long prompt was used by a short one
+/// there, and stood at its head.
+#[test]
+fn a_part_of_a_prompt_is_used_by_the_whole_of_it() {
+    let mut below = Shard::new(SMALL, small());
+    let numbers = [1, 2, 3];
+    for number in numbers {
+        below.put(number, &[LEN], PutHints::default());
+    }
+    let ids = numbers.map(id);
+    let length =
+        |shard: &mut Shard, number: u64| read_of_nobody(shard, number).moved.class.length();
+    let whole = |blocks: u32| BlockClass::new(0, blocks).length();
+    let now = below.now;
+    below.engine.lookup(now, &ids[..1], 5);
+    assert_eq!(length(&mut below, 1), whole(1));
+    let places = Places {
+        first_depth: 100,
+        each: &[7, 60],
+        asked: 64,
+    };
+    let now = below.now;
+    let found = below.engine.lookup_of(now, &ids[..2], places, 6);
+    assert_eq!(found, [true, true]);
+    assert_eq!(length(&mut below, 1), whole(164));
+    assert_eq!(length(&mut below, 2), whole(164));
+    // A lease is a lookup, too; and a part that is asked for later is of the same prompt.
+    let request = LeaseRequest {
+        ids: &ids[2..],
+        token: LeaseToken::new([1; 16]),
+        client: 1,
+        ttl: Duration::from_secs(20),
+        request: 9,
+        places: Places {
+            first_depth: 0,
+            each: &[40],
+            asked: 41,
+        },
+        over_gaps: false,
+    };
+    let now = below.now;
+    assert_eq!(below.engine.lease(now, &request).leading, 1);
+    assert_eq!(length(&mut below, 3), whole(41));
+    assert_ne!(whole(41), whole(1));
 }
 
 #[test]

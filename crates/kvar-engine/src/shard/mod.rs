@@ -108,7 +108,7 @@ use sync::{FlushWaiter, Sync, UnflushedPuts};
 use trouble::Trouble;
 pub use types::{
     BlockStat, Copy, Demoted, Demotion, EngineConfig, Event, GetRequest, LeaseGrant, LeaseRequest,
-    Moved, PutHints, PutRequest, PutTicket, ReadHints, SectionRef, Standing, Tier, Touch,
+    Moved, Places, PutHints, PutRequest, PutTicket, ReadHints, SectionRef, Standing, Tier, Touch,
 };
 use write::{Control, WriteGroup, WriteItem};
 
