@@ -6,8 +6,8 @@ use crate::layout::{PAGE, Superblock};
 use crate::recovery::{RecoveryReport, recover, void_checkpoint};
 use crate::shard::{
     BlockStat, Change, Counters, Demoted, Demotion, EngineConfig, Event, GetRequest, LeaseGrant,
-    LeaseRequest, PutRequest, PutTicket, ReadHints, Reader, Shard, ShardStatus, ShutdownReport,
-    Standing,
+    LeaseRequest, Places, PutRequest, PutTicket, ReadHints, Reader, Shard, ShardStatus,
+    ShutdownReport, Standing,
 };
 use kvar_base::{BlockId, LeaseToken, Moment, PutOutcome, SECTIONS_MAX};
 use kvar_io::{Arena, Completion, Device, Op};
@@ -151,8 +151,19 @@ impl Engine {
 
     /// Which ids are visible, in order; refreshes them. `request` as in [`crate::Touch`].
     pub fn lookup(&mut self, now: Moment, ids: &[BlockId], request: u64) -> Vec<bool> {
+        self.lookup_of(now, ids, Places::default(), request)
+    }
+
+    /// The same, of blocks that stand at these places of their prompt.
+    pub fn lookup_of(
+        &mut self,
+        now: Moment,
+        ids: &[BlockId],
+        places: Places<'_>,
+        request: u64,
+    ) -> Vec<bool> {
         self.shard.called(now);
-        self.shard.lookup(now, ids, request)
+        self.shard.lookup(now, ids, places, request)
     }
 
     /// As a lookup that stops at the first block that is not there, and promises the ones before:

@@ -62,8 +62,9 @@ pub use leases::{LEASE_DEFAULT, LEASE_MAX};
 pub use recovery::RecoveryReport;
 pub use shard::{
     BlockStat, Change, Copy, Counters, Demoted, Demotion, Displaced, EngineConfig, Event,
-    GetRequest, LeaseGrant, LeaseRequest, Moved, PutHints, PutRequest, PutTicket, ReadHints,
-    SectionRef, ShardStatus, ShutdownReport, Standing, TenantCounters, TenantStatus, Tier, Touch,
+    GetRequest, LeaseGrant, LeaseRequest, Moved, Places, PutHints, PutRequest, PutTicket,
+    ReadHints, SectionRef, ShardStatus, ShutdownReport, Standing, TenantCounters, TenantStatus,
+    Tier, Touch,
 };
 pub use survey::{
     SurveyedBlock, SurveyedSegment, SurveyedSegments, survey_arena_bytes, survey_blocks,

@@ -4,7 +4,7 @@ mod shard;
 
 use kvar_base::{BlockId, LeaseToken, MissReason, PutOutcome};
 use kvar_engine::{
-    Demoted, EngineConfig, LEASE_MAX, LeaseGrant, LeaseRequest, PutHints, Standing, Tier,
+    Demoted, EngineConfig, LEASE_MAX, LeaseGrant, LeaseRequest, Places, PutHints, Standing, Tier,
 };
 use kvar_io::sim::{SimDisk, SimOptions};
 use shard::{Shard, config, id};
@@ -24,7 +24,7 @@ fn lease(shard: &mut Shard, number: u8, client: u64, blocks: &[u64], ttl: Durati
         client,
         ttl,
         request: 0,
-        first_depth: 0,
+        places: Places::default(),
         over_gaps: false,
     };
     shard.engine.lease(shard.now, &request)

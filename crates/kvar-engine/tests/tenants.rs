@@ -7,7 +7,7 @@
 mod shard;
 
 use kvar_engine::{
-    EngineConfig, LeaseRequest, PutHints, ShardStatus, Shares, Tenant, TenantStatus, Tier,
+    EngineConfig, LeaseRequest, Places, PutHints, ShardStatus, Shares, Tenant, TenantStatus, Tier,
     WriteRates,
 };
 use shard::{Shard, config, id};
@@ -194,7 +194,7 @@ fn a_purge_of_one_tenant_is_about_its_blocks_alone() {
                 client: 1,
                 ttl: Duration::from_secs(20),
                 request: 0,
-                first_depth: 0,
+                places: Places::default(),
                 over_gaps: false,
             },
         );

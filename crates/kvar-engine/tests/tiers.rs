@@ -1,144 +1,18 @@
 //! Two shards, one above the other: what reclaim does not keep goes down, and nothing falls between.
 
 mod shard;
+#[path = "shard/tiers.rs"]
+mod two;
 
 use kvar_base::{BlockId, LeaseToken, Moment};
 use kvar_engine::{
-    Demoted, EngineConfig, Event, GetRequest, LeaseRequest, PutHints, ReadHints, Standing, Touch,
-    WriteRates,
+    Demoted, EngineConfig, Event, GetRequest, LeaseRequest, Places, PutHints, ReadHints, Standing,
+    Touch, WriteRates,
 };
-use shard::{Shard, config, id};
-use std::collections::HashMap;
+use kvar_policy::BlockClass;
+use shard::{Shard, id};
 use std::time::Duration;
-
-const LEN: usize = 16 << 10;
-/// A device that holds some 850 blocks, and one that holds four times as many.
-const SMALL: u64 = 16 << 20;
-const LARGE: u64 = 64 << 20;
-const STEP: Duration = Duration::from_millis(2);
-
-fn small() -> EngineConfig {
-    EngineConfig {
-        dram_bytes: 2 << 20,
-        ..config()
-    }
-}
-
-struct Tiers {
-    above: Shard,
-    below: Shard,
-    /// Tokens below, and whose they are above.
-    under_way: HashMap<u64, u64>,
-    next_token: u64,
-    /// What the caller answers instead of asking the tier below.
-    instead: Option<Demoted>,
-    answers: Vec<Demoted>,
-}
-
-impl Tiers {
-    fn new() -> Self {
-        let mut tiers = Self {
-            above: Shard::new(SMALL, small()),
-            below: Shard::new(LARGE, small()),
-            under_way: HashMap::new(),
-            next_token: 1 << 40,
-            instead: None,
-            answers: Vec::new(),
-        };
-        tiers.above.engine.set_standing(Standing::Above);
-        tiers.below.engine.set_standing(Standing::Below);
-        tiers
-    }
-
-    fn answer(&mut self, token: u64, outcome: Demoted) {
-        self.answers.push(outcome);
-        self.above.engine.demoted(self.above.now, token, outcome);
-    }
-
-    /// As [`answer`](Self::answer), to all that is on offer.
-    fn answer_all(&mut self, outcome: Demoted) {
-        for (token, _) in std::mem::take(&mut self.above.offers) {
-            self.answer(token, outcome);
-        }
-    }
-
-    /// Puts blocks until the first ones are offered, and leaves the offers lying; how many it put.
-    fn put_until_offered(&mut self) -> u64 {
-        for number in 0..2000 {
-            if !self.above.offers.is_empty() {
-                return number;
-            }
-            self.above.put(number, &[LEN], PutHints::default());
-            self.above.pass(STEP);
-        }
-        panic!("nothing is offered: {:?}", self.above.counters());
-    }
-
-    /// A moment passes for both.
-    fn step(&mut self) {
-        self.above.pass(STEP);
-        self.below.now = self.above.now;
-        for (token, block) in std::mem::take(&mut self.above.offers) {
-            if let Some(outcome) = self.instead {
-                self.answer(token, outcome);
-                continue;
-            }
-            self.next_token += 1;
-            let taken = self
-                .below
-                .engine
-                .take(self.below.now, self.next_token, &block);
-            match taken {
-                Ok(()) => drop(self.under_way.insert(self.next_token, token)),
-                Err(outcome) => self.answer(token, outcome),
-            }
-        }
-        self.below.engine.turn(self.below.now);
-        for event in self.below.hear() {
-            let (token, outcome) = match event {
-                Event::Put { token, outcome } => match outcome {
-                    kvar_base::PutOutcome::Stored => (token, Demoted::Stored),
-                    _ => (token, Demoted::Failed),
-                },
-                Event::Done { token, result } => match result {
-                    Ok(_) => (token, Demoted::Exists),
-                    Err(_) => (token, Demoted::Failed),
-                },
-                _ => continue,
-            };
-            if let Some(above) = self.under_way.remove(&token) {
-                self.answer(above, outcome);
-            }
-        }
-    }
-
-    fn put(&mut self, numbers: std::ops::Range<u64>) {
-        for number in numbers {
-            self.above.put(number, &[LEN], PutHints::default());
-            self.step();
-        }
-    }
-
-    fn rest(&mut self) {
-        for _ in 0..200 {
-            self.step();
-        }
-    }
-
-    fn somewhere(&mut self, number: u64) -> bool {
-        if self.above.is_there(number) {
-            self.above.get(number, None).unwrap();
-            return true;
-        }
-        self.below.now = self.below.now.max(self.above.now);
-        let there = self.below.is_there(number);
-        if there {
-            self.below.get(number, None).unwrap();
-            self.above.now = self.above.now.max(self.below.now);
-        }
-        there
-    }
-}
+use two::{LARGE, LEN, SMALL, STEP, Tiers, small};
 
 #[test]
 fn what_the_first_tier_has_no_room_for_is_in_the_second() {
@@ -334,7 +208,7 @@ fn what_is_leased_on_its_way_down_stays_above_too() {
         client: 1,
         ttl: Duration::from_secs(20),
         request: 0,
-        first_depth: 0,
+        places: Places::default(),
         over_gaps: false,
     };
     assert_eq!(
@@ -361,7 +235,7 @@ fn a_lease_over_gaps_promises_what_is_there_and_names_the_rest() {
         client: 1,
         ttl: Duration::from_secs(20),
         request: 0,
-        first_depth: 0,
+        places: Places::default(),
         over_gaps: true,
     };
     let grant = tiers.above.engine.lease(tiers.above.now, &request);
@@ -502,41 +376,42 @@ fn a_stop_leaves_what_was_not_offered_where_it_is() {
     assert_eq!(above.now.max(Moment(1)), above.now);
 }
 
+/// What is known of a block, without using it.
+fn read_of_nobody(shard: &mut Shard, number: u64) -> kvar_engine::Copy {
+    let request = GetRequest {
+        id: id(number),
+        sections: None,
+        deadline: Moment(u64::MAX),
+        touch: Touch::NONE,
+    };
+    let now = shard.now;
+    shard.engine.get(now, 5, request, ReadHints::default());
+    for _ in 0..1000 {
+        for event in shard.hear() {
+            if let Event::Get { outcome, .. } = event {
+                return outcome.unwrap();
+            }
+        }
+        shard.now = shard.now.after(Duration::from_micros(100));
+        shard.engine.turn(shard.now);
+    }
+    panic!("never answered");
+}
+
 /// Blocks of a device that was retired arrived as strangers that had just been used.
 #[test]
 fn a_block_that_is_moved_is_as_old_and_as_often_used_as_it_was() {
-    let read = |shard: &mut Shard, number: u64| {
-        let request = GetRequest {
-            id: id(number),
-            sections: None,
-            deadline: Moment(u64::MAX),
-            touch: Touch::NONE,
-        };
-        shard
-            .engine
-            .get(shard.now, 5, request, ReadHints::default());
-        for _ in 0..1000 {
-            for event in shard.hear() {
-                if let Event::Get { outcome, .. } = event {
-                    return outcome.unwrap();
-                }
-            }
-            shard.now = shard.now.after(Duration::from_micros(100));
-            shard.engine.turn(shard.now);
-        }
-        panic!("never answered");
-    };
     let mut from = Shard::new(SMALL, small());
     from.put(1, &[LEN], PutHints::default());
     (0..2).for_each(|_| assert!(from.is_there(1)));
-    let fresh = read(&mut from, 1).moved;
+    let fresh = read_of_nobody(&mut from, 1).moved;
     from.push_out_of_memory(1);
-    let copy = read(&mut from, 1);
+    let copy = read_of_nobody(&mut from, 1);
     assert_eq!((copy.moved.class.uses(), fresh.class.uses()), (2, 2));
     assert!(copy.moved.age_bytes > fresh.age_bytes);
     let tier = from.engine.stat(from.now, &id(1)).unwrap().tier;
     assert_eq!(tier, kvar_engine::Tier::Flash, "nobody used it");
-    assert_eq!(read(&mut from, 1).moved, copy.moved);
+    assert_eq!(read_of_nobody(&mut from, 1).moved, copy.moved);
 
     let mut to = Shard::new(SMALL, small());
     for number in 100..400 {
@@ -549,10 +424,56 @@ fn a_block_that_is_moved_is_as_old_and_as_often_used_as_it_was() {
     };
     to.put(1, &[LEN], hints);
     to.settle();
-    let there = read(&mut to, 1).moved;
+    let there = read_of_nobody(&mut to, 1).moved;
     assert_eq!(there.class, copy.moved.class);
     // As old as this shard's clock can tell.
     assert!(there.age_bytes >= 3 << 20, "{there:?}");
+}
+
+/// The tier below is asked for what the one above lacks: a block of a long prompt was used by a short one
+/// there, and stood at its head.
+#[test]
+fn a_part_of_a_prompt_is_used_by_the_whole_of_it() {
+    let mut below = Shard::new(SMALL, small());
+    let numbers = [1, 2, 3];
+    for number in numbers {
+        below.put(number, &[LEN], PutHints::default());
+    }
+    let ids = numbers.map(id);
+    let length =
+        |shard: &mut Shard, number: u64| read_of_nobody(shard, number).moved.class.length();
+    let whole = |blocks: u32| BlockClass::new(0, blocks).length();
+    let now = below.now;
+    below.engine.lookup(now, &ids[..1], 5);
+    assert_eq!(length(&mut below, 1), whole(1));
+    let places = Places {
+        first_depth: 100,
+        each: &[7, 60],
+        asked: 64,
+    };
+    let now = below.now;
+    let found = below.engine.lookup_of(now, &ids[..2], places, 6);
+    assert_eq!(found, [true, true]);
+    assert_eq!(length(&mut below, 1), whole(164));
+    assert_eq!(length(&mut below, 2), whole(164));
+    // A lease is a lookup, too; and a part that is asked for later is of the same prompt.
+    let request = LeaseRequest {
+        ids: &ids[2..],
+        token: LeaseToken::new([1; 16]),
+        client: 1,
+        ttl: Duration::from_secs(20),
+        request: 9,
+        places: Places {
+            first_depth: 0,
+            each: &[40],
+            asked: 41,
+        },
+        over_gaps: false,
+    };
+    let now = below.now;
+    assert_eq!(below.engine.lease(now, &request).leading, 1);
+    assert_eq!(length(&mut below, 3), whole(41));
+    assert_ne!(whole(41), whole(1));
 }
 
 #[test]

@@ -21,8 +21,8 @@ use crossbeam_channel::{Receiver, Sender};
 use kvar_base::wake;
 use kvar_base::{BlockId, LeaseToken, MissReason, Moment, PutOutcome};
 use kvar_engine::{
-    BlockStat, Copy, Demoted, Demotion, GetRequest, LeaseGrant, Loaded, PutRequest, PutTicket,
-    ReadHints, Tenant,
+    BlockStat, Copy, Demoted, Demotion, GetRequest, LeaseGrant, Loaded, Places, PutRequest,
+    PutTicket, ReadHints, Tenant,
 };
 use kvar_io::Bell;
 use kvar_transport::TcpStream;
@@ -61,6 +61,7 @@ pub(crate) struct Ticket {
 pub(crate) enum Ask {
     Lookup {
         ids: Vec<BlockId>,
+        places: PlacesAsk,
         touch_request: u64,
     },
     Lease(Box<LeaseAsk>),
@@ -103,6 +104,25 @@ pub(crate) struct ForgetAsk {
     pub(crate) link: u64,
 }
 
+/// Where the blocks of a part stand in their prompt, as in [`Places`].
+pub(crate) struct PlacesAsk {
+    pub(crate) first_depth: u32,
+    /// Empty: in a row.
+    pub(crate) each: Vec<u32>,
+    /// Of the whole request, whoever has them.
+    pub(crate) asked: u32,
+}
+
+impl PlacesAsk {
+    pub(crate) fn places(&self) -> Places<'_> {
+        Places {
+            first_depth: self.first_depth,
+            each: &self.each,
+            asked: self.asked,
+        }
+    }
+}
+
 /// A lookup that wants what it finds to stay.
 pub(crate) struct LeaseAsk {
     pub(crate) ids: Vec<BlockId>,
@@ -110,7 +130,7 @@ pub(crate) struct LeaseAsk {
     pub(crate) client: u64,
     pub(crate) ttl: Duration,
     pub(crate) touch_request: u64,
-    pub(crate) first_depth: u32,
+    pub(crate) places: PlacesAsk,
     /// Another tier may have what is not there.
     pub(crate) over_gaps: bool,
 }

@@ -351,8 +351,12 @@ impl Owner {
         let waiting = &mut self.waiting;
         let mut wait = |asked| waiting.insert((origin, asked)) as u64;
         match ask {
-            Ask::Lookup { ids, touch_request } => {
-                let present = engine.lookup(now, &ids, touch_request);
+            Ask::Lookup {
+                ids,
+                places,
+                touch_request,
+            } => {
+                let present = engine.lookup_of(now, &ids, places.places(), touch_request);
                 answers.push((origin, Answer::Lookup(present)));
             }
             Ask::Lease(ask) => {
@@ -364,7 +368,7 @@ impl Owner {
                         client: ask.client,
                         ttl: ask.ttl,
                         request: ask.touch_request,
-                        first_depth: ask.first_depth,
+                        places: ask.places.places(),
                         over_gaps: ask.over_gaps,
                     },
                 );

@@ -146,6 +146,7 @@ fn what_the_fast_device_has_no_room_for_is_a_hit_from_the_big_one() {
         for line in [
             "kvar_tier_blocks{tier=\"big\"}",
             "kvar_demoted_blocks_total ",
+            "kvar_demoted_from_memory_blocks_total ",
             "kvar_not_demoted_total{reason=\"late\"}",
         ] {
             assert!(metrics.contains(line), "{line} in {metrics}");
@@ -165,6 +166,41 @@ fn what_the_fast_device_has_no_room_for_is_a_hit_from_the_big_one() {
         assert!(present(&node, gone).is_empty());
         stop(node);
     }
+}
+
+/// Beyond the write budget of the fast device what is worth no place there was lost, however much room the
+/// big one had.
+#[test]
+fn what_memory_lets_go_beyond_the_write_budget_is_a_hit_from_the_big_device() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = config(dir.path(), 2);
+    config.set("flash_write_budget", "1MiB").unwrap();
+    let node = start(&config);
+    let ids = ids(0, 2 * BLOCKS);
+    let mut peer = Peer::greet(&node);
+    for id in &ids {
+        until("there is room in memory", || {
+            match peer.put(*id, &[&bytes_of(id, LEN)], false) {
+                PutOutcome::Stored => true,
+                PutOutcome::Refused(Refusal::Busy) => false,
+                outcome => panic!("{outcome:?}"),
+            }
+        });
+    }
+    flush(&mut peer);
+    let from_memory = counters(&node, "demoted_from_memory");
+    assert!(from_memory > u64::from(BLOCKS) / 4, "{from_memory}");
+    // A machine that is busy may have been too slow for some; they are counted.
+    let lost = lost(&node) + counters(&node, "dram_evicted_gone") as usize;
+    let found = present(&node, &ids);
+    assert!(
+        found.len() + lost >= ids.len(),
+        "{} and {lost}",
+        found.len()
+    );
+    let without = ids.len() - from_memory as usize;
+    assert!(found.len() > without, "{} of {}", found.len(), ids.len());
+    stop(node);
 }
 
 #[test]

@@ -5,7 +5,7 @@
 //!                    ┌──────────────── DRAM, D blocks ────────────────┐
 //!   put ───────────> │ unwritten, by worth  ·  on flash, too, by worth │ <── read from flash
 //!                    └───────┬──────────────────────────┬─────────────┘
-//!        worth a place? ── no ─> gone                   └─> gone from DRAM; flash has it
+//!        worth a place? ── no ─> gone, or below         └─> gone from DRAM; flash has it
 //!                    │ yes, and its whole prompt with it
 //!                    v
 //!   flash:  | sealed | sealed | ... | open |  + 1 free, the reserve
@@ -20,7 +20,8 @@
 //! * Where several tenants share it, memory makes room and reclaim keeps as in the engine: the tenant
 //!   furthest beyond its part first, and what is within a part stays.
 //!
-//! * With a big tier `below` it, what reclaim does not keep is offered there (see [`tiers`]).
+//! * With a big tier `below` it, what reclaim does not keep and what leaves DRAM unwritten is offered
+//!   there (see [`tiers`]).
 //!
 //! What it leaves out: as the engine model, and the write budget itself.
 
@@ -324,6 +325,7 @@ impl LearnedModel {
             rest.into_iter()
                 .for_each(|block| self.write_resident(block));
         } else {
+            self.goes_down(least.key);
             self.gone(least.key);
         }
     }

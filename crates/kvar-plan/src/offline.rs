@@ -236,7 +236,7 @@ pub struct BigRow {
     pub fast_block_hit_rate: f64,
     /// Hits per block looked up that the fast tier lacked: together the row's.
     pub block_hit_rate: f64,
-    /// Blocks that reclaim of the fast tier offered.
+    /// Blocks that the fast tier offered: what reclaim did not keep, and what memory let go unwritten.
     pub offered_blocks: u64,
     /// Of these, those that the big tier had then.
     pub taken_blocks: u64,

@@ -175,5 +175,9 @@ fn a_big_tier_brings_hits_where_room_is_short() {
             large.block_hit_rate > small.block_hit_rate - 0.005,
             "{both:?}"
         );
+        // Also where the write budget of the fast tier is short: what memory lets go is not lost to it.
+        assert!(large.block_hit_rate > 0.34, "{both:?}");
+        let writes = large.flash_write_blocks;
+        assert!(admit == Admit::All || writes < 30_000, "{writes}");
     }
 }

@@ -253,7 +253,8 @@ proptest! {
                 dram_share,
                 block_bytes: block_kib << 10,
                 admit,
-                big: vec![Capacity::Blocks(64 + capacity)],
+                // Two segments of the smallest blocks at least.
+                big: vec![Capacity::Blocks(126 + capacity)],
                 ..options_of(Model::Engine, &[Capacity::Blocks(capacity)])
             };
             let report = replay_offline(&trace, &both).unwrap();

@@ -342,6 +342,15 @@ impl Model {
         block.evicted();
     }
 
+    /// The tier below has this put. Of one that is on the device the store says when it gives that copy up.
+    pub(crate) fn is_below(&mut self, number: u64, nonce: u64) {
+        let block = self.block(number);
+        if !block.on_device {
+            let known = block.current().into_iter();
+            (known.filter(|put| put.nonce == nonce)).for_each(|put| put.given_up = true);
+        }
+    }
+
     pub(crate) fn placed(&mut self, number: u64, position: u32) {
         if let Some(before) = self.positions.insert(position, number) {
             self.positions_before

@@ -68,6 +68,7 @@ pub const EXPECTED: &[&str] = &[
     "left/device, reclaim",
     "left/device, demoted",
     "below/offered",
+    "below/offered from memory alone",
     "below/arrived",
     "below/refused",
     "left/device, bucket",

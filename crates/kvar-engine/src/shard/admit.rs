@@ -6,7 +6,7 @@
 //!   └──── the budget is short ┘    └── an eighth of memory is short of what could leave at once
 //!                                            └── least worth first ── worth a place? room? ── yes ──> queued
 //!                                                                         └── no ──> Volatile    with the Held
-//!                                                                                                rest of its prompt
+//!                                                     (to a tier below: `let_down`)              rest of its prompt
 //!  flush, shutdown ── all that memory alone holds ──> queued      handover: not here (`handover`)
 //! ```
 //!
@@ -149,14 +149,14 @@ impl Shard {
         let is_chain = self.written_requests.contains(&least.request);
         if !is_chain && !self.keep.is_worth(&asking) {
             self.counters.not_admitted += 1;
-            return self.dram.set_state(&least.key, State::Volatile);
+            return self.let_go_of(&least.key);
         }
         let prompt = self.dram.held_of(tenant, least.request);
         // The rest of the prompt may put the budget into debt: half a prompt is of no use.
         let bytes = self.resident_bytes(&least.key);
         if self.trouble.gave_up() || !self.budget.has_room(bytes, Self::budget_time(now)) {
             self.counters.not_admitted_limit += 1;
-            return self.dram.set_state(&least.key, State::Volatile);
+            return self.let_go_of(&least.key);
         }
         if !is_chain {
             if self.written_requests.len() == WRITTEN_KEPT {
@@ -172,6 +172,12 @@ impl Shard {
             }
             self.queue_resident(now, &id);
         }
+    }
+
+    /// A block gets no place on this device, and leaves memory before those that may.
+    fn let_go_of(&mut self, id: &BlockId) {
+        self.dram.set_state(id, State::Volatile);
+        self.let_down(id);
     }
 
     /// Bytes of blocks that the device holds when full.

@@ -91,9 +91,8 @@ impl Arrivals {
     }
 
     /// A request's prompt has at least so many blocks.
-    pub(super) fn expect_blocks(&mut self, request: u64, blocks: usize) {
+    pub(super) fn expect_blocks(&mut self, request: u64, blocks: u32) {
         if let Some(arrival) = self.known(request) {
-            let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
             arrival.blocks = arrival.blocks.max(blocks);
         }
     }

@@ -21,7 +21,7 @@ use super::read::{MoveRead, cut};
 use super::reclaim::Stage;
 use super::types::{Demoted, Demotion, Event, Moved, Standing};
 use super::write::stored_bytes;
-use super::{Displaced, Shard};
+use super::{Counters, Displaced, Shard};
 use crate::dram::State;
 use crate::index::Entry;
 use crate::layout::{ImagePlan, RecordHints};
@@ -32,7 +32,7 @@ use std::collections::{HashSet, VecDeque};
 use std::time::Duration;
 
 /// How long a reclaim may offer blocks: a 64 MiB segment to a device that takes 32 MiB a second.
-const TIME_MAX: Duration = Duration::from_secs(2);
+pub(super) const TIME_MAX: Duration = Duration::from_secs(2);
 /// How long the log may stand still for it, so that a remove or a flush that needs a place in it is
 /// answered.
 const STALL_MAX: Duration = Duration::from_millis(200);
@@ -72,13 +72,41 @@ pub(super) struct Descent {
 
 /// Why a block did not get there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum NotDemoted {
+pub(super) enum NotDemoted {
     NotWorth,
     Limit,
     Busy,
     Late,
     Gone,
     Failed,
+}
+
+impl NotDemoted {
+    /// Why it did not, if so.
+    pub(super) fn of(outcome: Demoted) -> Option<Self> {
+        match outcome {
+            Demoted::Stored | Demoted::Exists => None,
+            Demoted::NotWorth => Some(Self::NotWorth),
+            Demoted::Limit => Some(Self::Limit),
+            Demoted::Busy => Some(Self::Busy),
+            Demoted::Gone => Some(Self::Gone),
+            Demoted::Failed => Some(Self::Failed),
+        }
+    }
+}
+
+impl Counters {
+    pub(super) fn count_not_demoted(&mut self, why: NotDemoted) {
+        let counter = match why {
+            NotDemoted::NotWorth => &mut self.not_demoted_not_worth,
+            NotDemoted::Limit => &mut self.not_demoted_limit,
+            NotDemoted::Busy => &mut self.not_demoted_busy,
+            NotDemoted::Late => &mut self.not_demoted_late,
+            NotDemoted::Gone => &mut self.not_demoted_gone,
+            NotDemoted::Failed => &mut self.not_demoted_failed,
+        };
+        *counter += 1;
+    }
 }
 
 impl Shard {
@@ -89,7 +117,7 @@ impl Shard {
         }
     }
 
-    /// Whether a block that reclaim does not keep is to be offered.
+    /// Whether a block that this device does not keep, or does not take, is to be offered.
     pub(super) fn goes_down(&self, id: &BlockId, hints: &RecordHints) -> bool {
         let is_ephemeral = || self.dram.get(id).is_some_and(|it| it.ephemeral);
         self.standing == Standing::Above
@@ -100,7 +128,7 @@ impl Shard {
 
     /// Whether the tier below has not answered yet what was given up: it is asked for nothing more.
     pub(super) fn below_is_late(&self) -> bool {
-        self.offers.values().any(|offer| offer.is_given_up)
+        self.offers.values().any(|offer| offer.is_given_up) || self.let_down.is_late(self.now)
     }
 
     /// Brings what goes down to the caller, a window at a time.
@@ -237,6 +265,9 @@ impl Shard {
     }
 
     pub(crate) fn demoted(&mut self, token: u64, outcome: Demoted) {
+        if self.let_down_answered(token, outcome) {
+            return;
+        }
         let Some(offer) = self.offers.remove(&token) else {
             return;
         };
@@ -247,18 +278,11 @@ impl Shard {
         if offer.is_given_up || !self.still_leads(&id, &entry) || self.stays(&id) {
             return;
         }
-        let why = match outcome {
-            Demoted::Stored | Demoted::Exists => {
-                let existed = outcome == Demoted::Exists;
-                return self.drop_demoted(&id, &entry, existed);
-            }
-            Demoted::Gone => return self.wait_for_below(id, entry, hints),
-            Demoted::NotWorth => NotDemoted::NotWorth,
-            Demoted::Limit => NotDemoted::Limit,
-            Demoted::Busy => NotDemoted::Busy,
-            Demoted::Failed => NotDemoted::Failed,
-        };
-        self.drop_not_demoted(&id, &entry, why);
+        match NotDemoted::of(outcome) {
+            None => self.drop_demoted(&id, &entry, outcome == Demoted::Exists),
+            Some(NotDemoted::Gone) => self.wait_for_below(id, entry, hints),
+            Some(why) => self.drop_not_demoted(&id, &entry, why),
+        }
     }
 
     fn still_leads(&self, id: &BlockId, entry: &Entry) -> bool {
@@ -345,16 +369,7 @@ impl Shard {
         if !self.index.remove_at(id, entry.position) {
             return;
         }
-        let counters = &mut self.counters;
-        let counter = match why {
-            NotDemoted::NotWorth => &mut counters.not_demoted_not_worth,
-            NotDemoted::Limit => &mut counters.not_demoted_limit,
-            NotDemoted::Busy => &mut counters.not_demoted_busy,
-            NotDemoted::Late => &mut counters.not_demoted_late,
-            NotDemoted::Gone => &mut counters.not_demoted_gone,
-            NotDemoted::Failed => &mut counters.not_demoted_failed,
-        };
-        *counter += 1;
+        self.counters.count_not_demoted(why);
         self.note_displaced(id, entry.position, Displaced::Reclaim);
         let is_short = !self.budget.has_plenty(0, Self::budget_time(self.now));
         let state = if is_short {

@@ -98,6 +98,7 @@ impl Shard {
             + self.dirty.len()
             + self.moved.len()
             + self.offers.len()
+            + self.let_down.under_way()
             + self.controls.len()
             + self.recorded_puts.len()
             + self.recorded_controls.len()

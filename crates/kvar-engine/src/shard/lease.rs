@@ -41,18 +41,18 @@ impl Shard {
         if request.ids.is_empty() {
             return grant;
         }
-        let depth_end = request.ids.len() + request.first_depth as usize;
-        self.arrivals.expect_blocks(request.request, depth_end);
+        let blocks = request.places.blocks(request.ids.len());
+        self.arrivals.expect_blocks(request.request, blocks);
         let known = self.leases.renew(request.token, until).is_some();
         if !self.leases.begin(request.token, request.client, until) {
             self.counters.leases_refused += 1;
             grant.reason = Some(MissReason::Overloaded);
             return grant;
         }
-        for (at, id) in (0_u32..).zip(request.ids) {
+        for (at, id) in request.ids.iter().enumerate() {
             let touch = Touch {
                 request: request.request,
-                depth: request.first_depth.saturating_add(at),
+                depth: request.places.depth(at),
             };
             if let Err(reason) = self.touch(now, id, touch) {
                 if request.over_gaps && reason == MissReason::Absent {

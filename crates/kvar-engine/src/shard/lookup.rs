@@ -1,19 +1,26 @@
 //! What is there: lookups, what is said of one block, and the touch by which a call uses what it finds.
 
 use super::Shard;
-use super::types::{BlockStat, Tier, Touch};
+use super::types::{BlockStat, Places, Tier, Touch};
 use crate::dram::State;
 use crate::index::{Entry, SlotRef};
 use kvar_base::{BlockId, MissReason, Moment, page_round_up};
 
 impl Shard {
-    pub(crate) fn lookup(&mut self, now: Moment, ids: &[BlockId], request: u64) -> Vec<bool> {
-        self.arrivals.expect_blocks(request, ids.len());
+    pub(crate) fn lookup(
+        &mut self,
+        now: Moment,
+        ids: &[BlockId],
+        places: Places<'_>,
+        request: u64,
+    ) -> Vec<bool> {
+        self.arrivals
+            .expect_blocks(request, places.blocks(ids.len()));
         let mut found = Vec::with_capacity(ids.len());
         self.index.find_all(ids, &mut found);
-        let present: Vec<bool> = (0..)
-            .zip(ids.iter().zip(found))
-            .map(|(depth, (id, found))| {
+        let present: Vec<bool> = (ids.iter().zip(found).enumerate())
+            .map(|(at, (id, found))| {
+                let depth = places.depth(at);
                 let touch = Touch { request, depth };
                 self.touch_found(now, id, found, touch).is_ok()
             })
@@ -181,11 +188,11 @@ mod tests {
         let frequency = |shard: &Shard| shard.find(&id).unwrap().1.frequency;
         let touch = |request| Touch { request, depth: 0 };
         let now = Moment(1);
-        shard.lookup(now, &[id], 5);
+        shard.lookup(now, &[id], Places::default(), 5);
         shard.touch(now, &id, touch(5)).unwrap();
-        shard.lookup(now, &[id], 5);
+        shard.lookup(now, &[id], Places::default(), 5);
         assert_eq!(frequency(&shard), 1);
-        shard.lookup(now, &[id], 6);
+        shard.lookup(now, &[id], Places::default(), 6);
         shard.touch(now, &id, touch(6)).unwrap();
         assert_eq!(frequency(&shard), 2);
         // Calls that name no request stand for themselves; so does a get without a lookup.

@@ -33,7 +33,8 @@
 //! | `scrub` | is what lies on the device still what was written? |
 //! | `reclaim`, `checkpoint` | which segment becomes free again; how is recovery kept short? |
 //! | `records` | which records does a segment have? |
-//! | `demote`, `take` | what goes to the tier below; what comes from the one above? |
+//! | `demote`, `let_down` | what goes to the tier below, of what reclaim and what memory gives up? |
+//! | `take` | what comes from the tier above? |
 //! | `shutdown`, `status` | how does it end; what does it say of itself? |
 //! | `journal` | for tests: where did every block go? |
 
@@ -62,6 +63,7 @@ mod write;
 
 mod checkpoint;
 mod demote;
+mod let_down;
 mod reclaim;
 mod records;
 mod scrub;
@@ -72,7 +74,7 @@ mod status;
 
 mod journal;
 
-use crate::dram::Dram;
+use crate::dram::{Dram, Resident};
 use crate::expiry::Expiries;
 use crate::index::{Entry, Index, SlotRef};
 use crate::layout::{ImagePlan, PAGE, Superblock};
@@ -106,7 +108,7 @@ use sync::{FlushWaiter, Sync, UnflushedPuts};
 use trouble::Trouble;
 pub use types::{
     BlockStat, Copy, Demoted, Demotion, EngineConfig, Event, GetRequest, LeaseGrant, LeaseRequest,
-    Moved, PutHints, PutRequest, PutTicket, ReadHints, SectionRef, Standing, Tier, Touch,
+    Moved, Places, PutHints, PutRequest, PutTicket, ReadHints, SectionRef, Standing, Tier, Touch,
 };
 use write::{Control, WriteGroup, WriteItem};
 
@@ -190,6 +192,8 @@ pub(crate) struct Shard {
     standing: Standing,
     /// What is on offer to the tier below, by token.
     offers: FastMap<u64, demote::Offer>,
+    /// What goes there from memory.
+    let_down: let_down::LetDown,
     next_offer: u64,
     scrub: Scrub,
     checkpoint: Option<CheckpointWrite>,
@@ -280,6 +284,7 @@ impl Shard {
             reclaim: None,
             standing: Standing::default(),
             offers: FastMap::default(),
+            let_down: let_down::LetDown::default(),
             next_offer: 1,
             scrub: Scrub::default(),
             checkpoint: None,
@@ -391,6 +396,7 @@ impl Shard {
         self.give_turns(now);
         self.sweep_stamps();
         self.decide_ahead(now);
+        self.step_let_down();
         self.step_reclaim();
         self.step_write(now);
         self.step_checkpoint();

@@ -126,11 +126,15 @@ pub struct Counters {
     pub reclaim_dropped: u64,
     /// Blocks that reclaim wrote again.
     pub reclaim_kept: u64,
-    /// Blocks that reclaim offered to the tier below.
+    /// Blocks that were offered to the tier below: by reclaim, and by memory.
     pub offered: u64,
-    /// Of these, blocks that are safe there; they are not among the dropped ones.
+    /// Of these, blocks that memory let go and this device did not take.
+    pub offered_from_memory: u64,
+    /// Of all offered, blocks that are safe there; they are not among the dropped ones.
     pub demoted: u64,
-    /// Of these, blocks that were there before.
+    /// Of these, blocks that memory let go.
+    pub demoted_from_memory: u64,
+    /// Of the safe ones, blocks that were there before.
     pub demoted_exists: u64,
     /// Bytes that went there, padding included.
     pub demoted_bytes: u64,

@@ -201,6 +201,35 @@ impl Demoted {
     }
 }
 
+/// Where blocks stand in the prompt that they are asked for: another shard, or another tier, may be
+/// asked for the rest of it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Places<'a> {
+    /// Depth of the first block that the caller asked for, of whomever.
+    pub first_depth: u32,
+    /// Each one's place among all that it asked for; in a row if empty.
+    pub each: &'a [u32],
+    /// How many these are; 0: what is asked here is all.
+    pub asked: u32,
+}
+
+impl Places<'_> {
+    /// Depth in the chain of the block at this place of the request.
+    pub(super) fn depth(&self, at: usize) -> u32 {
+        let place = match self.each {
+            [] => u32::try_from(at).unwrap_or(u32::MAX),
+            each => each.get(at).copied().unwrap_or(u32::MAX),
+        };
+        self.first_depth.saturating_add(place)
+    }
+
+    /// How many blocks the prompt has, as far as the request tells.
+    pub(super) fn blocks(&self, asked_here: usize) -> u32 {
+        let asked_here = u32::try_from(asked_here).unwrap_or(u32::MAX);
+        self.first_depth.saturating_add(self.asked.max(asked_here))
+    }
+}
+
 /// A lookup that wants what it finds to stay.
 #[derive(Clone, Copy, Debug)]
 pub struct LeaseRequest<'a> {
@@ -215,8 +244,8 @@ pub struct LeaseRequest<'a> {
     pub ttl: Duration,
     /// As in [`Touch`].
     pub request: u64,
-    /// Depth of the first id in its chain.
-    pub first_depth: u32,
+    /// Where they stand in it.
+    pub places: Places<'a>,
     /// Goes on behind a block that is not there: another tier may have it.
     pub over_gaps: bool,
 }

@@ -544,14 +544,16 @@ impl Shard {
         let shutdown = self.shutdown.as_ref().map(|shutdown| shutdown.until);
         let lease = self.leases.next_end();
         let scrub = self.scrub_timer();
-        let descent = self.descent_timer();
+        let (descent, let_down) = (self.descent_timer(), self.let_down.timer());
         let dirty = dirty.filter(|_| !stalled);
         // What is held for who asks next, and who waits for a put, are seen to when their time is over.
         let (held, awaited) = (self.ahead.next_end(), self.awaited.next_end());
-        [dirty, sync, shutdown, lease, scrub, descent, held, awaited]
-            .into_iter()
-            .flatten()
-            .min()
+        [
+            dirty, sync, shutdown, lease, scrub, descent, let_down, held, awaited,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 }
 

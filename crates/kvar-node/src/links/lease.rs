@@ -16,7 +16,7 @@
 
 use super::conversation::{Conversation, may_be_below};
 use super::desk::{Desk, Operation, To};
-use super::parts::{split, split_below};
+use super::parts::{placed, split, split_below};
 use super::request::{AboutLease, Kind, Lease, LeaseBelow, Open};
 use super::serve::touch_request;
 use crate::mail::{Ask, EngineKey, LeaseAsk};
@@ -55,6 +55,7 @@ impl Conversation {
             return self.send(desk, request, &answer);
         }
         let over_gaps = routes.has_lower();
+        let parts = placed(parts, lease.first_depth, lease.ids.len(), &positions);
         let several = parts.len() > 1 || over_gaps;
         let below = over_gaps.then(|| LeaseBelow {
             client: lease.client,
@@ -76,14 +77,14 @@ impl Conversation {
         let Some(operation) = self.open(desk, request, Some(lease.deadline_us), kind) else {
             return;
         };
-        for (part, ids) in parts {
+        for (part, ids, places) in parts {
             let ask = Ask::Lease(Box::new(LeaseAsk {
                 ids,
                 token: lease.token,
                 client: lease.client,
                 ttl: ttl(lease.ttl_ms),
                 touch_request,
-                first_depth: lease.first_depth,
+                places,
                 over_gaps,
             }));
             let to = match routes.engines().get(part as usize) {
@@ -186,17 +187,19 @@ impl Conversation {
         let lacking = lacking.filter(|(_, granted)| granted.is_none());
         let lacking = lacking.map(|(id, _)| id);
         let parts = split_below(lacking, &lease.routes, &mut lease.positions);
+        let asked = lease.granted.len();
+        let parts = placed(parts, below.first_depth, asked, &lease.positions);
         lease.left = parts.len() as u32;
         let (opening, token, routes) = (*opening, lease.token, lease.routes.clone());
         let asks_any = !parts.is_empty();
-        for (part, ids) in parts {
+        for (part, ids, places) in parts {
             let ask = Ask::Lease(Box::new(LeaseAsk {
                 ids,
                 token,
                 client: below.client,
                 ttl: below.ttl,
                 touch_request: below.touch_request,
-                first_depth: below.first_depth,
+                places,
                 over_gaps: false,
             }));
             let operation = Operation {

@@ -9,7 +9,7 @@
 
 use super::conversation::Conversation;
 use super::desk::{Desk, Operation, To};
-use super::parts::{split, split_below};
+use super::parts::{placed, split, split_below};
 use super::request::{Below, Kind, Lookup, Open};
 use super::serve::touch_request;
 use crate::mail::Ask;
@@ -30,6 +30,7 @@ impl Conversation {
         }
         let touch_request = touch_request(desk, self.tenant, lookup.touch_request);
         let (parts, positions) = split(&lookup.ids, &desk.routes);
+        let parts = placed(parts, lookup.first_depth, lookup.ids.len(), &positions);
         let below = desk.routes.has_lower().then(|| Below {
             ids: lookup.ids.clone(),
             routes: desk.routes.clone(),
@@ -40,6 +41,7 @@ impl Conversation {
             present: vec![false; lookup.ids.len()],
             positions,
             touch_request,
+            first_depth: lookup.first_depth,
             below,
         });
         if parts.is_empty() {
@@ -49,8 +51,12 @@ impl Conversation {
         let Some(operation) = self.open(desk, request, Some(lookup.deadline_us), kind) else {
             return;
         };
-        for (part, ids) in parts {
-            let ask = Ask::Lookup { ids, touch_request };
+        for (part, ids, places) in parts {
+            let ask = Ask::Lookup {
+                ids,
+                places,
+                touch_request,
+            };
             let to = match desk.routes.engines().get(part as usize) {
                 Some(engine) => To::Engine(*engine, ask),
                 None => To::Nobody(ask),
@@ -116,15 +122,21 @@ impl Conversation {
         let parts = split_below(lacking, &routes, &mut lookup.positions);
         lookup.left = parts.len() as u32;
         let (opening, touch_request) = (*opening, lookup.touch_request);
+        let (first_depth, asked) = (lookup.first_depth, lookup.present.len());
+        let parts = placed(parts, first_depth, asked, &lookup.positions);
         let asks_any = !parts.is_empty();
-        for (part, ids) in parts {
+        for (part, ids, places) in parts {
             let operation = Operation {
                 link,
                 request,
                 opening,
                 part,
             };
-            let ask = Ask::Lookup { ids, touch_request };
+            let ask = Ask::Lookup {
+                ids,
+                places,
+                touch_request,
+            };
             desk.ask(To::Engine(routes.engines()[part as usize], ask), operation);
         }
         asks_any

@@ -7,7 +7,7 @@
 //! ```
 
 use crate::devices::Routes;
-use crate::mail::Ask;
+use crate::mail::{Ask, PlacesAsk};
 use kvar_base::BlockId;
 
 /// Ids by owner, and where each stood; with one owner in all, no positions.
@@ -59,6 +59,22 @@ pub(super) fn split_below<'a>(
     parts
 }
 
+/// The parts of a request for so many ids, each with where its ids stand in their prompt.
+pub(super) fn placed(
+    parts: Vec<(u32, Vec<BlockId>)>,
+    first_depth: u32,
+    asked: usize,
+    positions: &[Vec<u32>],
+) -> Vec<(u32, Vec<BlockId>, PlacesAsk)> {
+    let places = |part: u32| PlacesAsk {
+        first_depth,
+        each: positions.get(part as usize).cloned().unwrap_or_default(),
+        asked: asked as u32,
+    };
+    let parts = parts.into_iter();
+    parts.map(|(part, ids)| (part, ids, places(part))).collect()
+}
+
 /// A remove goes to every device: a block may have been put elsewhere while its owner was away, and
 /// must not come back when its owner goes again.
 pub(super) fn removals(
@@ -78,4 +94,26 @@ pub(super) fn removals(
         .filter(|(_, ids)| !ids.is_empty())
         .map(|(part, ids)| (part, Ask::Remove(ids)))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_part_knows_the_whole_prompt_and_where_it_stands_in_it() {
+        let id = |number: u8| BlockId::new([number; 32]);
+        let parts = vec![(0, vec![id(0), id(3)]), (2, vec![id(1)])];
+        let positions = [vec![0, 3], Vec::new(), vec![1]];
+        let placed = placed(parts, 100, 4, &positions);
+        let seen: Vec<_> = placed
+            .iter()
+            .map(|(part, ids, it)| (*part, ids.len(), it.first_depth, &it.each[..], it.asked))
+            .collect();
+        assert_eq!(seen, [(0, 2, 100, &[0, 3][..], 4), (2, 1, 100, &[1], 4)]);
+        // One engine has all: in a row.
+        let alone = super::placed(vec![(0, vec![id(0), id(1)])], 7, 2, &[]);
+        assert!(alone[0].2.each.is_empty());
+        assert_eq!((alone[0].2.first_depth, alone[0].2.asked), (7, 2));
+    }
 }

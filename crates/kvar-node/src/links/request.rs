@@ -59,6 +59,8 @@ pub(crate) struct Lookup {
     /// For each engine where its ids stand in the request; empty when one has them all.
     pub(crate) positions: Vec<Vec<u32>>,
     pub(crate) touch_request: u64,
+    /// Depth in the chain of the first id.
+    pub(crate) first_depth: u32,
     /// What is still to be asked of the tier below; none with one tier, or when it was.
     pub(crate) below: Option<Below>,
 }

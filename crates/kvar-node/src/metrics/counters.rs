@@ -173,9 +173,15 @@ pub(super) fn counters(report: &NodeReport<'_>) -> Vec<Counter> {
         ),
         (
             "kvar_demoted_blocks",
-            "Blocks that reclaim handed to the big tier, flushed there, or found there",
+            "Blocks that the fast tier handed to the big one, flushed there, or found there",
             None,
             sum(|c| c.demoted),
+        ),
+        (
+            "kvar_demoted_from_memory_blocks",
+            "Of these, blocks that memory let go and the fast tier did not write",
+            None,
+            sum(|c| c.demoted_from_memory),
         ),
         (
             "kvar_demoted",

@@ -1,15 +1,15 @@
-//! Two tiers: a fast one that takes every put, and a big one for what reclaim of the first does not
-//! keep.
+//! Two tiers: a fast one that takes every put, and a big one for what the first does not keep.
 //!
 //! ```text
 //!   lookup ──> fast: used, or missed ── what it lacks ──> big: used, or missed
-//!   put ─────> fast ── its oldest segment: not kept ──> offered ── worth a place ──> big, written at once
+//!   put ─────> fast ── its oldest segment: not kept ───────────────┬─> offered ── worth a place ──> big, written at once
+//!               └──── its memory: let go and not worth a write ───┘
 //! ```
 //!
 //! * Each tier has memory, segments and a `Keep` of its own. What comes down counts from its arrival on,
 //!   and displaces nothing in the memory of the big tier.
-//! * The big tier is asked for all that the fast one lacks, behind a gap, too. Its requests are as long
-//!   as what it is asked for.
+//! * The big tier is asked for all that the fast one lacks, behind a gap, too, and told how long the
+//!   prompt is.
 //! * What is found in the big tier is read into its memory, and not written to the fast one.
 //!
 //! What must always be true: a block that leaves the fast tier is in the big one or refused there;
@@ -26,7 +26,7 @@ use kvar_policy::{Asking, Tenant};
 const MEMORY_PARTS: u64 = 4;
 
 impl LearnedModel {
-    /// Offers a block that reclaim does not keep to the tier below; whether it is there now.
+    /// Offers a block that reclaim does not keep, or memory lets go unwritten, to the tier below; whether it is there now.
     pub(super) fn goes_down(&mut self, number: u32) -> bool {
         let block = *self.block(number);
         let Some(below) = &mut self.below else {
@@ -109,7 +109,6 @@ impl Store for TwoTiers {
             .iter()
             .take_while(|block| is_here(block) || big.block(**block).is_here())
             .count();
-        let lacking = blocks.iter().filter(|block| !is_here(block)).count();
         (fast.looked_up, fast.found) = (blocks.len(), 0);
         let mut found_below = 0;
         for (depth, number) in (0..).zip(blocks.iter().copied()) {
@@ -124,7 +123,7 @@ impl Store for TwoTiers {
             }
             fast.keep.missed(u64::from(number));
             if big.block(number).is_here() {
-                big.use_block(number, request, depth as u32, lacking, is_hit);
+                big.use_block(number, request, depth as u32, blocks.len(), is_hit);
                 found_below += 1;
                 self.hits_below += u64::from(is_hit);
             } else {

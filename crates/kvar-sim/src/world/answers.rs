@@ -144,6 +144,9 @@ impl World {
                     });
                     self.note(format!("    block {number} left memory"));
                     self.forgotten += u64::from(!on_device);
+                    if !on_device {
+                        self.given_up_now.insert(number);
+                    }
                     self.model.uncached(number);
                     self.hear_left(number, None)?;
                 }

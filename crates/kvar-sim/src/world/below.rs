@@ -6,7 +6,8 @@
 //! ```
 //!
 //! What must always be true: what is offered is there at that moment and is one complete put; an entry is
-//! given up as demoted only after it was said to be stored below.
+//! given up as demoted only after it was said to be stored below. What memory let go need not be flushed
+//! any more once that was said of this very put, and no sooner.
 
 use super::{Step, World, wrong};
 use crate::dice::Dice;
@@ -22,6 +23,8 @@ const CHANGE_TURNS: u64 = 700;
 struct Offered {
     token: u64,
     number: u64,
+    /// Which put it is of.
+    nonce: u64,
     /// In which turn it is answered.
     due: u64,
     outcome: Demoted,
@@ -83,12 +86,15 @@ impl World {
         }
         let candidates = self.model.candidates(number);
         let found = self.which_put(number, &None, &block.copy);
-        if !found.is_some_and(|nonce| candidates.contains(&nonce) || lenient) {
+        let Some(nonce) = found.filter(|nonce| candidates.contains(nonce) || lenient) else {
             return wrong(format!(
                 "block {number}: the bytes offered are {found:x?}, allowed are {candidates:x?}"
             ));
-        }
+        };
         self.tally.count("below/offered");
+        if !self.model.block(number).on_device {
+            self.tally.count("below/offered from memory alone");
+        }
         let turns = self.turns;
         let Some(below) = &mut self.below else {
             return wrong(format!(
@@ -112,6 +118,7 @@ impl World {
         below.open.push(Offered {
             token,
             number,
+            nonce,
             due,
             outcome,
             _block: block,
@@ -146,6 +153,7 @@ impl World {
         for Offered {
             token,
             number,
+            nonce,
             outcome,
             ..
         } in due
@@ -154,6 +162,7 @@ impl World {
                 && let Some(below) = &mut self.below
             {
                 below.stored.insert(number);
+                self.model.is_below(number, nonce);
             }
             self.tally.count(if outcome.has_arrived() {
                 "below/arrived"

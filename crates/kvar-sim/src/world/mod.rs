@@ -265,7 +265,7 @@ pub struct World {
     pub(crate) tenancy: Tenancy,
     /// There may be a tier below.
     below: Option<Below>,
-    /// Blocks that reclaim or a full bucket gave up since the last answers.
+    /// Blocks that memory, reclaim or a full bucket gave up since the last answers.
     given_up_now: BTreeSet<u64>,
     trace: VecDeque<String>,
     pub(crate) trace_steps: usize,

@@ -9,7 +9,7 @@ use crate::model::{Now, Presence};
 use crate::payload;
 use crate::promises::{Charge, Reason};
 use kvar_base::{BlockId, LeaseToken, MissReason, Moment};
-use kvar_engine::{LEASE_MAX, LeaseRequest};
+use kvar_engine::{LEASE_MAX, LeaseRequest, Places};
 use std::time::Duration;
 
 /// Part of the payload of a segment that is reclaimed soon that may be newly promised, in percent.
@@ -57,7 +57,7 @@ impl World {
             client,
             ttl,
             request: 0,
-            first_depth: 0,
+            places: Places::default(),
             over_gaps: false,
         };
         let now = self.now;
