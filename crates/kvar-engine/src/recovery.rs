@@ -25,8 +25,8 @@ use crate::layout::{
     decode_chunk, decode_page,
 };
 use crate::mutation::{Check, is_disabled};
-use crate::segments::SegmentPhase;
-use crate::shard::{Shard, checkpoint_prefix_bytes, directory_records, footer_records};
+use crate::segments::{Segment, SegmentPhase};
+use crate::shard::{Opening, Shard, checkpoint_prefix_bytes, directory_records, footer_records};
 use kvar_base::page_round_up;
 use kvar_io::{Arena, Device, Op};
 use kvar_policy::Kind;
@@ -137,14 +137,10 @@ pub(crate) fn recover(
         } = shard;
         index.retain(|entry| {
             let (segment, _) = segments.locate(entry.position);
-            let then = checkpoint
-                .segments
-                .get(segment as usize)
-                .map(|state| state.generation.get());
-            segments
-                .all
-                .get(segment as usize)
-                .is_some_and(|now| Some(now.generation) == then)
+            let then = checkpoint.segments.get(segment as usize);
+            let now = segments.all.get(segment as usize);
+            then.zip(now)
+                .is_some_and(|(then, now)| is_opening_of(then, now))
                 || is_disabled(Check::CheckpointGeneration)
         });
         shard.keep.resume(checkpoint.head.demand_bytes.get());
@@ -432,12 +428,17 @@ fn replay(
     Ok(empty)
 }
 
+/// Whether a checkpoint speaks of a segment as it was opened last.
+fn is_opening_of(then: &SegmentState, now: &Segment) -> bool {
+    (then.generation.get(), then.opened_sequence.get()) == (now.generation, now.opened_sequence)
+}
+
 /// How many blocks of a segment expired some time when the checkpoint was begun; 0 if the segment
 /// was opened anew since.
 fn expiring_then(shard: &Shard, checkpoint: Option<&Checkpoint>, number: u32) -> u32 {
     checkpoint
         .and_then(|checkpoint| checkpoint.segments.get(number as usize))
-        .filter(|state| state.generation.get() == shard.segments.all[number as usize].generation)
+        .filter(|state| is_opening_of(state, &shard.segments.all[number as usize]))
         .map_or(0, |state| state.expiring.get())
 }
 
@@ -548,26 +549,26 @@ pub(crate) fn segment_records(
     shard: &Shard,
     number: u32,
 ) -> Result<(Vec<Record>, bool), OpenError> {
-    let generation = shard.segments.all[number as usize].generation;
-    let place = (shard.number, number, generation);
-    records_of(device, &shard.arena, &shard.superblock, place)
+    let place = (shard.number, number);
+    let opening = shard.opening(number);
+    records_of(device, &shard.arena, &shard.superblock, place, &opening)
 }
 
-/// The records of a segment, (shard, number, generation), and whether it is sealed.
+/// The records of an opening of a segment, (shard, number), and whether it is sealed.
 pub(crate) fn records_of(
     device: &mut dyn Device,
     arena: &Arena,
     superblock: &Superblock,
-    (shard, number, generation): (u32, u32, u32),
+    (shard, number): (u32, u32),
+    opening: &Opening,
 ) -> Result<(Vec<Record>, bool), OpenError> {
-    let wanted = (superblock.device_segment(shard, number), generation);
     let offset = superblock.offset(shard, number, superblock.footer_page());
     if let Ok(pages) = read(
         device,
         arena,
         offset,
         superblock.footer_pages as usize * PAGE,
-    ) && let Some(records) = footer_records(pages.as_slice(), superblock, offset, wanted)
+    ) && let Some(records) = footer_records(pages.as_slice(), superblock, offset, opening)
     {
         return Ok((records, true));
     }
@@ -580,7 +581,7 @@ pub(crate) fn records_of(
                 pages.as_slice(),
                 superblock,
                 offset,
-                wanted,
+                opening,
             ));
         }
     }

@@ -15,6 +15,7 @@
 use crate::format::{OpenError, read};
 use crate::layout::{PAGE, PageKind, RECORD_BLOCK, RecordHints, Superblock, decode_page};
 use crate::recovery::records_of;
+use crate::shard::Opening;
 use kvar_base::BlockId;
 use kvar_io::{Arena, Device};
 
@@ -121,8 +122,13 @@ pub fn survey_blocks(
     superblock: &Superblock,
     segment: &SurveyedSegment,
 ) -> Result<(Vec<SurveyedBlock>, bool), OpenError> {
-    let place = (segment.shard, segment.segment, segment.generation);
-    let (records, is_sealed) = records_of(device, arena, superblock, place)?;
+    let place = (segment.shard, segment.segment);
+    let opening = Opening {
+        segment: superblock.device_segment(segment.shard, segment.segment),
+        generation: segment.generation,
+        sequence: segment.opened_sequence,
+    };
+    let (records, is_sealed) = records_of(device, arena, superblock, place, &opening)?;
     let blocks = records.iter().filter(|record| record.kind == RECORD_BLOCK);
     let blocks = blocks
         .map(|record| SurveyedBlock {

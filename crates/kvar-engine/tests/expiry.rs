@@ -4,6 +4,7 @@ mod shard;
 
 use kvar_base::{MissReason, Moment, PutOutcome, Refusal};
 use kvar_engine::{EngineConfig, PutHints, Tier};
+use kvar_io::sim::{Fault, FaultKind, FaultOn};
 use shard::{Shard, config, id};
 use std::time::Duration;
 
@@ -194,5 +195,61 @@ fn an_entry_whose_time_is_lost_is_dropped_rather_than_served_for_ever() {
     let mut shard = shard.restart_from(image);
     for number in 0..50 {
         assert!(!shard.is_there(number), "{number}");
+    }
+}
+
+/// The device lost a header, so the next start found the segment as it was before, and opened it
+/// again under the generation that it had had. The footer of the life between was still there: it
+/// was taken for this life's, and its times for those of what lies there now; what was put since at
+/// other pages had none, and was served for ever.
+#[test]
+fn the_footer_of_a_life_whose_header_was_lost_does_not_hide_when_blocks_expire() {
+    const SEGMENT: u32 = 5;
+    let config = EngineConfig {
+        dram_bytes: 1 << 20,
+        ..config()
+    };
+    let mut shard = Shard::new(24 << 20, config);
+    let mut numbers = 1000..;
+    let mut fill = |shard: &mut Shard| {
+        let number = numbers.next().unwrap();
+        shard.put(number, &[LEN], ttl(50_000));
+        shard.settle();
+    };
+    // Every segment was opened once, so that a lost header leaves an older one.
+    while shard.counters().segments_reclaimed == 0 {
+        fill(&mut shard);
+    }
+    let header = shard.superblock.offset(0, SEGMENT, 0);
+    let lost = Fault::once(FaultKind::Lost, FaultOn::Write);
+    shard.disk.inject(lost.within(header..header + 4096));
+    while shard.disk.struck().is_empty() {
+        fill(&mut shard);
+    }
+    let sealed = shard.counters().segments_sealed;
+    while shard.counters().segments_sealed < sealed + 3 {
+        fill(&mut shard);
+    }
+    // All of that is over, so that nothing is kept. What comes is more than the segment takes that was
+    // prepared: the rest goes where the header was lost.
+    let mut shard = shard.restart();
+    shard.leap(seconds(100_000));
+    for number in 0..90 {
+        shard.put(number, &[LEN], ttl(100));
+        shard.settle();
+    }
+    let mut shard = shard.shut_down();
+    let now = 1_000_000 + shard.now.0 / 1_000_000;
+    for number in 0..90 {
+        let stat = shard.engine.stat(shard.now, &id(number));
+        let expires = stat.expect("its time is not over").expires_unix_s;
+        assert!(
+            expires.is_some_and(|expires| (now..=now + 100).contains(&expires)),
+            "{number}: {expires:?}"
+        );
+    }
+    shard.leap(seconds(1000));
+    for number in 0..90 {
+        assert_eq!(shard.get(number, None), Err(MissReason::Expired));
     }
 }

@@ -291,6 +291,12 @@ fn absurd_records_under_a_good_check_cost_blocks_and_nothing_else() {
                     dice.next(),
                 ][dice.below(8) as usize]
             };
+            // Of this opening of the segment, or it counts for nothing.
+            let place = superblock.offset(0, segment, 0);
+            let mut header = vec![0; PAGE];
+            image.read(place, &mut header);
+            let opened = decode_page(&header, &superblock, place);
+            let opened = opened.map_or(1, |(head, _)| head.opened_sequence);
             let head = PageHead {
                 kind,
                 segment: [segment, absurd(&mut dice) as u32][dice.below(2) as usize],
@@ -298,7 +304,7 @@ fn absurd_records_under_a_good_check_cost_blocks_and_nothing_else() {
                 page_number: [0, absurd(&mut dice) as u16][dice.below(2) as usize],
                 page_count: [1, absurd(&mut dice) as u16][dice.below(2) as usize],
                 used_pages: absurd(&mut dice) as u32,
-                opened_sequence: absurd(&mut dice),
+                opened_sequence: [opened, absurd(&mut dice)][dice.below(2) as usize],
             };
             let records: Vec<Record> = (0..dice.below(RECORDS_PER_PAGE as u64 + 1))
                 .map(|_| {

@@ -99,7 +99,7 @@ pub use journal::{Change, Displaced};
 pub(crate) use read::Reader;
 use read::{FlashRead, MoveRead};
 use reclaim::Reclaim;
-pub(crate) use records::{directory_records, footer_records};
+pub(crate) use records::{Opening, directory_records, footer_records};
 use scrub::{Scrub, ScrubRead};
 use sections::{Directories, Part, PartRead};
 use shutdown::Shutdown;
@@ -340,6 +340,16 @@ impl Shard {
             },
             offset: self.superblock.offset(self.number, segment, page),
             len,
+        }
+    }
+
+    /// What pages of a segment must say to be of its last opening.
+    pub(crate) fn opening(&self, number: u32) -> Opening {
+        let segment = &self.segments.all[number as usize];
+        Opening {
+            segment: self.superblock.device_segment(self.number, number),
+            generation: segment.generation,
+            sequence: segment.opened_sequence,
         }
     }
 

@@ -157,15 +157,13 @@ impl Shard {
         let Op::Read { buffer, .. } = op else {
             unreachable!("a read ends as a read")
         };
+        let Some(segment) = self.reclaim.as_ref().map(Reclaim::segment) else {
+            return;
+        };
+        let opening = self.opening(segment);
         let Some(reclaim) = &mut self.reclaim else {
             return;
         };
-        let segment = reclaim.segment;
-        let generation = self.segments.all[segment as usize].generation;
-        let wanted = (
-            self.superblock.device_segment(self.number, segment),
-            generation,
-        );
         let footer = self
             .superblock
             .offset(self.number, segment, self.superblock.footer_page());
@@ -175,7 +173,7 @@ impl Shard {
             &[]
         };
         if offset == footer {
-            if let Some(records) = footer_records(pages, &self.superblock, offset, wanted) {
+            if let Some(records) = footer_records(pages, &self.superblock, offset, &opening) {
                 reclaim.records = records;
                 reclaim.whole = true;
                 return self.records_complete();
@@ -188,7 +186,7 @@ impl Shard {
         } else {
             reclaim
                 .records
-                .extend(directory_records(pages, &self.superblock, offset, wanted));
+                .extend(directory_records(pages, &self.superblock, offset, &opening));
         }
         match reclaim.areas.pop_front() {
             Some(next) => self.read_records(next, self.superblock.area_pages),

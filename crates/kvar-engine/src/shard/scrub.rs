@@ -15,7 +15,7 @@
 //! have; one read of it at most is under way.
 
 use super::read::Brought;
-use super::records::{directory_records, footer_records};
+use super::records::{Opening, directory_records, footer_records};
 use super::{Pending, Shard};
 use crate::index::Entry;
 use crate::layout::{PAGE, RECORD_BLOCK, Record};
@@ -66,7 +66,7 @@ enum Stage {
 /// A segment and what it is known to hold.
 struct Found {
     segment: u32,
-    generation: u32,
+    opening: Opening,
     areas: VecDeque<u64>,
     records: Vec<Record>,
     blocks: VecDeque<BlockId>,
@@ -136,7 +136,7 @@ impl Shard {
 
     fn is_still(&self, found: &Found) -> bool {
         let segment = &self.segments.all[found.segment as usize];
-        segment.phase == SegmentPhase::Sealed && segment.generation == found.generation
+        segment.phase == SegmentPhase::Sealed && self.opening(found.segment) == found.opening
     }
 
     fn next_scrub_segment(&mut self, now: Moment) {
@@ -164,7 +164,7 @@ impl Shard {
             .offset(self.number, segment, self.superblock.footer_page());
         self.scrub.stage = Stage::Records(Found {
             segment,
-            generation: self.segments.all[segment as usize].generation,
+            opening: self.opening(segment),
             areas: VecDeque::from([footer]),
             records: Vec::new(),
             blocks: VecDeque::new(),
@@ -314,10 +314,7 @@ impl Shard {
                 let Stage::Records(found) = &mut self.scrub.stage else {
                     return;
                 };
-                let wanted = (
-                    self.superblock.device_segment(self.number, found.segment),
-                    found.generation,
-                );
+                let opening = found.opening;
                 let footer = self.superblock.offset(
                     self.number,
                     found.segment,
@@ -329,10 +326,10 @@ impl Shard {
                     &[]
                 };
                 if offset != footer {
-                    let records = directory_records(pages, &self.superblock, offset, wanted);
+                    let records = directory_records(pages, &self.superblock, offset, &opening);
                     found.records.extend(records);
                 } else if let Some(records) =
-                    footer_records(pages, &self.superblock, offset, wanted)
+                    footer_records(pages, &self.superblock, offset, &opening)
                 {
                     found.records = records;
                 } else {
