@@ -35,8 +35,11 @@ fn lenders() -> MutexGuard<'static, BTreeMap<usize, Arc<Lender>>> {
     LENDERS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where a destination lies in a staging buffer: which, and the first byte there.
-fn find(region: &Region) -> Option<(Arc<Lender>, usize)> {
+/// Which staging buffer's memory, and a byte in it.
+type Found = (Arc<Lender>, usize);
+
+/// Where a destination lies in a staging buffer.
+fn find(region: &Region) -> Option<Found> {
     let at = region.address();
     let lenders = lenders();
     let (start, lender) = lenders.range(..=at).next_back()?;
@@ -51,7 +54,7 @@ pub(crate) fn staged(
     regions: &[Region],
     plain: impl Fn(Region) -> Filled,
 ) -> PyResult<Option<Filled>> {
-    let mut runs: Vec<(Region, Option<(Arc<Lender>, usize)>)> = Vec::new();
+    let mut runs: Vec<(Region, Option<Found>)> = Vec::new();
     for region in regions {
         let found = find(region);
         if let (Some((last, Some((lender, _)))), Some((same, _))) = (runs.last_mut(), &found)
@@ -66,7 +69,7 @@ pub(crate) fn staged(
     if runs.iter().all(|(_, found)| found.is_none()) {
         return Ok(None);
     }
-    let fill = |(region, found): (Region, Option<(Arc<Lender>, usize)>)| {
+    let fill = |(region, found): (Region, Option<Found>)| {
         match found {
         None => Ok(plain(region)),
         Some((lender, first)) => lender
@@ -138,6 +141,7 @@ impl PyStaging {
 }
 
 #[pymethods]
+#[allow(clippy::needless_pass_by_value)] // PyO3 hands arguments over by value.
 impl PyStaging {
     /// Its size in bytes.
     #[getter]
