@@ -38,6 +38,10 @@ fn lenders() -> MutexGuard<'static, BTreeMap<usize, Arc<Lender>>> {
 /// Which staging buffer's memory, and a byte in it.
 type Found = (Arc<Lender>, usize);
 
+/// Why a part of a staging buffer cannot be a destination now.
+const IN_USE: &str = "a get into this part of the staging buffer is under way, or ended by its deadline and the \
+                      node may still write there: take another one, or wait until in_use is False";
+
 /// Where a destination lies in a staging buffer.
 fn find(region: &Region) -> Option<Found> {
     let at = region.address();
@@ -69,19 +73,12 @@ pub(crate) fn staged(
     if runs.iter().all(|(_, found)| found.is_none()) {
         return Ok(None);
     }
-    let fill = |(region, found): (Region, Option<Found>)| {
-        match found {
+    let fill = |(region, found): (Region, Option<Found>)| match found {
         None => Ok(plain(region)),
         Some((lender, first)) => lender
             .lend(first, region.len())
             .map(|slot| Filled::Staged(Staging::from(slot)))
-            .ok_or_else(|| {
-                PyBufferError::new_err(
-                    "a get into this part of the staging buffer is under way, or ended by its deadline \
-                     and the node may still write there: take another one, or wait until in_use is False",
-                )
-            }),
-    }
+            .ok_or_else(|| PyBufferError::new_err(IN_USE)),
     };
     let mut filled = runs.into_iter().map(fill).collect::<PyResult<Vec<_>>>()?;
     Ok(match filled.len() {
