@@ -51,6 +51,8 @@ pub(crate) struct Put {
     /// Its copy on the device was given up while it was in memory, and what was written again since
     /// is not known to be flushed.
     pub(crate) given_up: bool,
+    /// When it was, among puts: a flush that was asked for before need not have written it again.
+    pub(crate) given_up_at: u64,
     /// A remove was called after it.
     pub(crate) doomed: bool,
     /// That remove was answered: done.
@@ -388,6 +390,8 @@ impl Model {
         excused: bool,
     ) -> Verdict {
         let lenient = self.lenient;
+        let at = self.next_order;
+        self.next_order += 1;
         let block = self.block(number);
         if corrupt && !excused && !block.is_in_doubt() && !lenient {
             return Err(format!(
@@ -395,7 +399,7 @@ impl Model {
             ));
         }
         for put in block.current() {
-            (put.guaranteed, put.given_up) = (false, true);
+            (put.guaranteed, put.given_up, put.given_up_at) = (false, true, at);
         }
         (block.on_device, block.position) = (false, None);
         block.evicted();
@@ -448,7 +452,9 @@ impl Model {
             let may_be_missing =
                 put.ephemeral || put.given_up || put.is_handed_over(now, crowded) || lenient;
             if on_device {
-                block.guarantee();
+                if !put.given_up || put.given_up_at < order {
+                    block.guarantee();
+                }
             } else if !may_be_missing {
                 return Err(format!(
                     "block {number} was put before a flush that is done and is not on the device: {block:?}"

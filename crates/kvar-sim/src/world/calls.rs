@@ -207,6 +207,7 @@ impl World {
                 guaranteed: false,
                 flushed_once: false,
                 given_up: false,
+                given_up_at: 0,
                 doomed: false,
                 buried: false,
                 in_doubt: false,
