@@ -562,6 +562,15 @@ impl Dram {
         });
     }
 
+    /// There is no tier below any more: what was safe there is in memory alone.
+    pub(crate) fn forget_below(&mut self) {
+        let below = self.residents.iter().filter(|(_, it)| it.is_below);
+        let below: Vec<BlockId> = below.map(|(id, _)| *id).collect();
+        for id in &below {
+            self.change(id, |resident| resident.is_below = false);
+        }
+    }
+
     /// Whether somebody was promised this resident.
     pub(crate) fn set_leased(&mut self, id: &BlockId, leased: bool) {
         self.change(id, |resident| resident.leased = leased);

@@ -394,12 +394,16 @@ fn replay(
     let mut empty = Vec::new();
     let mut window: VecDeque<(u32, Record)> = VecDeque::new();
     for (at, (_, number)) in used.iter().enumerate() {
-        let expiring = expiring_then(shard, checkpoint, *number);
+        let then = checkpoint.and_then(|checkpoint| checkpoint.segments.get(*number as usize));
+        let then = then.filter(|then| is_opening_of(then, &shard.segments.all[*number as usize]));
         if opened(at + OVERLAP).is_some_and(|sequence| sequence <= replay_from) {
+            let expiring = then.map_or(0, |then| then.expiring.get());
             if expiring > 0 && !is_disabled(Check::ExpiryAtRecovery) {
                 report.segments_read_for_expiry += 1;
                 let (records, _) = segment_records(device, shard, *number)?;
-                unnamed.note(shard, *number, &records, replay_from, expiring);
+                if take_expiries(shard, *number, &records) < expiring {
+                    unnamed.add(*number, &records);
+                }
             }
             continue;
         }
@@ -409,7 +413,10 @@ fn replay(
         if records.is_empty() && !sealed {
             empty.push(*number);
         }
-        unnamed.note(shard, *number, &records, replay_from, expiring);
+        take_expiries(shard, *number, &records);
+        if then.is_some() {
+            unnamed.add(*number, &records);
+        }
         let fresh = records
             .into_iter()
             .filter(|record| record.sequence() >= replay_from);
@@ -433,17 +440,23 @@ fn is_opening_of(then: &SegmentState, now: &Segment) -> bool {
     (then.generation.get(), then.opened_sequence.get()) == (now.generation, now.opened_sequence)
 }
 
-/// How many blocks of a segment expired some time when the checkpoint was begun; 0 if the segment
-/// was opened anew since.
-fn expiring_then(shard: &Shard, checkpoint: Option<&Checkpoint>, number: u32) -> u32 {
-    checkpoint
-        .and_then(|checkpoint| checkpoint.segments.get(number as usize))
-        .filter(|state| is_opening_of(state, &shard.segments.all[number as usize]))
-        .map_or(0, |state| state.expiring.get())
+/// Notes when a segment's blocks expire; how many do.
+fn take_expiries(shard: &mut Shard, number: u32, records: &[Record]) -> u32 {
+    let mut expiring = HashSet::new();
+    for record in records.iter().filter(|record| record.kind == RECORD_BLOCK) {
+        let expires_unix_s = record.hints().expires_unix_s;
+        let page = record.place.get();
+        shard.expiries.add(number, page, expires_unix_s);
+        if expires_unix_s != 0 {
+            expiring.insert(page);
+        }
+    }
+    expiring.len() as u32
 }
 
-/// Segments of which the checkpoint knows blocks that expire and whose records are not all there:
-/// an entry that no record names might be one of them, and would live for ever.
+/// Segments of which the checkpoint may know blocks that no record names: one of these might expire,
+/// and would live for ever. That is where records are missing of those that were counted, of a segment
+/// that was full then; of any other also what came while the checkpoint was written is in it, uncounted.
 #[derive(Default)]
 struct Unnamed {
     /// Pages that records name, by segment.
@@ -451,28 +464,9 @@ struct Unnamed {
 }
 
 impl Unnamed {
-    /// Takes the expiries of a segment's records; whether all that the checkpoint knew are there.
-    fn note(
-        &mut self,
-        shard: &mut Shard,
-        number: u32,
-        records: &[Record],
-        replay_from: u64,
-        expiring: u32,
-    ) {
-        let mut known = HashSet::new();
-        for record in records.iter().filter(|record| record.kind == RECORD_BLOCK) {
-            let expires_unix_s = record.hints().expires_unix_s;
-            let page = record.place.get();
-            shard.expiries.add(number, page, expires_unix_s);
-            if expires_unix_s != 0 && record.sequence() < replay_from {
-                known.insert(page);
-            }
-        }
-        if known.len() < expiring as usize {
-            let pages = records.iter().map(|record| record.place.get());
-            self.named.insert(number, pages.collect());
-        }
+    fn add(&mut self, number: u32, records: &[Record]) {
+        let pages = records.iter().map(|record| record.place.get());
+        self.named.insert(number, pages.collect());
     }
 
     fn drop_entries(&self, shard: &mut Shard) {

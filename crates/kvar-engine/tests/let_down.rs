@@ -12,6 +12,7 @@ use kvar_engine::{
     Demoted, EngineConfig, LeaseRequest, Places, PutHints, Standing, Tier, WriteRates,
 };
 use shard::{Shard, id};
+use std::collections::HashSet;
 use std::time::Duration;
 use two::{LEN, STEP, Tiers, small};
 
@@ -41,18 +42,6 @@ fn short() -> EngineConfig {
 fn tier(shard: &Shard, number: u64) -> Option<Tier> {
     let stat = shard.engine.stat(shard.now, &id(number));
     stat.map(|stat| stat.tier)
-}
-
-/// Puts until something is offered, and leaves the offers lying; how many it put.
-fn put_until_offered(tiers: &mut Tiers, hints: PutHints) -> u64 {
-    for number in 0..2000 {
-        if !tiers.above.offers.is_empty() {
-            return number;
-        }
-        tiers.above.put(number, &[LEN], hints);
-        tiers.above.pass(STEP);
-    }
-    panic!("nothing is offered: {:?}", tiers.above.counters());
 }
 
 #[test]
@@ -91,7 +80,7 @@ fn what_is_worth_no_place_is_in_the_second_tier() {
 #[test]
 fn what_arrived_below_may_leave_memory_and_is_not_written_by_a_flush() {
     let mut tiers = Tiers::of(nothing());
-    let number = put_until_offered(&mut tiers, PutHints::default());
+    let number = tiers.put_until_offered();
     let offered: Vec<BlockId> = tiers.above.offers.iter().map(|it| it.1.id).collect();
     tiers.answer_all(Demoted::Stored);
     let before = tiers.above.counters();
@@ -126,7 +115,7 @@ fn what_arrived_below_may_leave_memory_and_is_not_written_by_a_flush() {
 #[test]
 fn a_flush_writes_what_is_on_offer() {
     let mut tiers = Tiers::of(nothing());
-    let number = put_until_offered(&mut tiers, PutHints::default());
+    let number = tiers.put_until_offered();
     tiers.above.engine.flush(99);
     tiers.answer_all(Demoted::Stored);
     tiers.above.settle();
@@ -141,7 +130,7 @@ fn a_flush_writes_what_is_on_offer() {
 #[test]
 fn a_removed_block_is_not_offered_and_one_that_was_put_again_is_not_taken_for_it() {
     let mut tiers = Tiers::of(nothing());
-    let number = put_until_offered(&mut tiers, PutHints::default());
+    let number = tiers.put_until_offered();
     let offered: Vec<BlockId> = tiers.above.offers.iter().map(|it| it.1.id).collect();
     let ids: Vec<BlockId> = (0..number).map(id).collect();
     tiers.above.engine.remove(9, &ids);
@@ -189,6 +178,7 @@ fn what_is_over_ephemeral_or_handed_over_is_not_offered() {
             break;
         }
     }
+    assert!(tiers.above.counters().not_admitted_limit > 0);
     let now = tiers.above.now;
     tiers.above.engine.set_wall_clock(now, 1_000_101);
     tiers.above.pass(STEP);
@@ -198,7 +188,7 @@ fn what_is_over_ephemeral_or_handed_over_is_not_offered() {
 #[test]
 fn what_is_leased_on_its_way_stays_above() {
     let mut tiers = Tiers::of(nothing());
-    put_until_offered(&mut tiers, PutHints::default());
+    tiers.put_until_offered();
     let leased = tiers.above.offers[0].1.id;
     let request = LeaseRequest {
         ids: &[leased],
@@ -251,7 +241,7 @@ fn every_refusal_is_counted_and_the_block_stays_in_memory() {
         Demoted::Failed,
     ] {
         let mut tiers = Tiers::of(nothing());
-        put_until_offered(&mut tiers, PutHints::default());
+        tiers.put_until_offered();
         let offered: Vec<BlockId> = tiers.above.offers.iter().map(|it| it.1.id).collect();
         tiers.answer_all(outcome);
         let found = tiers.above.counters();
@@ -311,7 +301,7 @@ fn without_a_tier_below_memory_lets_go_as_ever() {
 #[test]
 fn a_stop_writes_what_is_on_offer() {
     let mut tiers = Tiers::of(nothing());
-    let number = put_until_offered(&mut tiers, PutHints::default());
+    let number = tiers.put_until_offered();
     let mut above = tiers.above.shut_down();
     for number in 0..number {
         assert!(
@@ -320,4 +310,46 @@ fn a_stop_writes_what_is_on_offer() {
         );
     }
     assert!(above.now > Moment(0));
+}
+
+/// A block that was let go, used while it was on offer, and let go again stood twice on the way down.
+#[test]
+fn what_is_on_offer_is_not_offered_again() {
+    let mut tiers = Tiers::of(nothing());
+    let number = tiers.put_until_offered();
+    for round in 0..200 {
+        // All that is on offer is used again, and more comes, so that it is decided about once more.
+        let offered: Vec<_> = tiers.above.offers.iter().map(|it| it.1.id).collect();
+        let now = tiers.above.now;
+        tiers.above.engine.lookup(now, &offered, 0);
+        tiers
+            .above
+            .put(10_000 + number + round, &[LEN], PutHints::default());
+        tiers.above.pass(Duration::from_millis(1));
+    }
+    let offers = tiers.above.offers.len();
+    let ids: HashSet<_> = tiers.above.offers.iter().map(|it| it.1.id).collect();
+    assert!(offers > 3);
+    assert_eq!(ids.len(), offers, "each once");
+}
+
+/// The tier below is taken out of service: what was safe there is in memory alone, and a flush writes it.
+#[test]
+fn what_was_safe_below_is_written_when_the_tier_below_goes() {
+    let mut tiers = Tiers::of(nothing());
+    tiers.put(0..600);
+    tiers.rest();
+    assert!(tiers.above.counters().demoted_from_memory > 0);
+    tiers.above.engine.set_standing(Standing::Only);
+    let in_memory: Vec<u64> = (0..600)
+        .filter(|number| tier(&tiers.above, *number) == Some(Tier::Dram))
+        .collect();
+    assert!(!in_memory.is_empty());
+    let token = tiers.above.token();
+    tiers.above.engine.flush(token);
+    tiers.above.settle();
+    let mut above = tiers.above.restart();
+    for number in in_memory {
+        assert!(above.is_there(number), "{number} was in memory alone");
+    }
 }

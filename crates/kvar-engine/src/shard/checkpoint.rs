@@ -11,9 +11,9 @@
 //! What must always be true: a first chunk is on the device only when all others are, so that one
 //! that was torn shows by its absence and its number may be given again, and when the blocks are to
 //! which its entries lead (so there is a flush before it also when it is the only one): an older
-//! record of a moved block is not replayed behind its back. Where blocks expire, the records of all
-//! it knows are flushed before as well: recovery must drop an entry that no record names, since it
-//! might be one that expires, and a block that reclaim has just moved would be lost with it. The
+//! record of a moved block is not replayed behind its back. The records of all it knows are flushed
+//! before as well: recovery drops an entry of a segment that was written then and that no record names,
+//! since it might be one that expires, and a block that reclaim has just moved would be lost with it. The
 //! area of the last complete checkpoint is not written before the next one is complete.
 
 use super::{Pending, Shard};
@@ -216,7 +216,6 @@ impl Shard {
             .as_ref()
             .and_then(|checkpoint| checkpoint.known_through)
             .is_some_and(|through| self.flushed_sequence < through)
-            && self.expiries.blocks() > 0
             && self.has_unflushed_records()
             && !is_disabled(Check::CheckpointRecords)
     }

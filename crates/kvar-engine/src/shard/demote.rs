@@ -111,6 +111,10 @@ impl Counters {
 
 impl Shard {
     pub(crate) fn set_standing(&mut self, standing: Standing) {
+        if self.standing == Standing::Above && standing != Standing::Above {
+            // What is safe in a tier that goes is in memory alone from now on.
+            self.dram.forget_below();
+        }
         self.standing = standing;
         if let Some(reclaim) = &mut self.reclaim {
             reclaim.descent.is_alone = standing != Standing::Above;
@@ -179,11 +183,11 @@ impl Shard {
             let copy = cut(&resident.sections, resident.version, &resident.image, None);
             return match copy {
                 Ok(copy) => self.offer(id, entry, hints, copy),
-                Err(_) => self.drop_not_demoted(&id, &entry, NotDemoted::Failed),
+                Err(_) => self.drop_not_demoted(&id, &entry, &hints, NotDemoted::Failed),
             };
         }
         if !self.read_to_move(id, entry, hints, true) {
-            return self.drop_not_demoted(&id, &entry, NotDemoted::Busy);
+            return self.drop_not_demoted(&id, &entry, &hints, NotDemoted::Busy);
         }
         if let Some(reclaim) = &mut self.reclaim {
             reclaim.descent.reads.push((id, entry, hints));
@@ -209,7 +213,7 @@ impl Shard {
             return;
         };
         if let Some(why) = is_over {
-            return self.drop_not_demoted(&id, &entry, why);
+            return self.drop_not_demoted(&id, &entry, &hints, why);
         }
         if self.shutdown.is_some() {
             return self.wait_for_below(id, entry, hints);
@@ -217,7 +221,7 @@ impl Shard {
         let version = kvar_base::check::version(plan.sections.iter().map(|it| it.check));
         match cut(&plan.sections, version, &buffer.freeze(), None) {
             Ok(copy) => self.offer(id, entry, hints, copy),
-            Err(_) => self.drop_not_demoted(&id, &entry, NotDemoted::Failed),
+            Err(_) => self.drop_not_demoted(&id, &entry, &hints, NotDemoted::Failed),
         }
     }
 
@@ -281,7 +285,7 @@ impl Shard {
         match NotDemoted::of(outcome) {
             None => self.drop_demoted(&id, &entry, outcome == Demoted::Exists),
             Some(NotDemoted::Gone) => self.wait_for_below(id, entry, hints),
-            Some(why) => self.drop_not_demoted(&id, &entry, why),
+            Some(why) => self.drop_not_demoted(&id, &entry, &hints, why),
         }
     }
 
@@ -365,7 +369,13 @@ impl Shard {
         }
     }
 
-    fn drop_not_demoted(&mut self, id: &BlockId, entry: &Entry, why: NotDemoted) {
+    fn drop_not_demoted(
+        &mut self,
+        id: &BlockId,
+        entry: &Entry,
+        hints: &RecordHints,
+        why: NotDemoted,
+    ) {
         if !self.index.remove_at(id, entry.position) {
             return;
         }
@@ -377,12 +387,12 @@ impl Shard {
         } else {
             State::Volatile
         };
-        self.drop_flash_copy(id, entry, state);
+        self.drop_flash_copy(id, entry, hints, state);
     }
 
     /// As [`drop_not_demoted`](Self::drop_not_demoted), for want of an answer to what was offered before.
-    pub(super) fn drop_late(&mut self, id: &BlockId, entry: &Entry) {
-        self.drop_not_demoted(id, entry, NotDemoted::Late);
+    pub(super) fn drop_late(&mut self, id: &BlockId, entry: &Entry, hints: &RecordHints) {
+        self.drop_not_demoted(id, entry, hints, NotDemoted::Late);
     }
 
     /// Gives up what has not arrived when there is no time left, or nobody below.
@@ -445,9 +455,9 @@ impl Shard {
             let offer = &self.offers[&token];
             left.push_back((offer.id, offer.entry, offer.hints));
         }
-        for (id, entry, _) in left {
+        for (id, entry, hints) in left {
             if !self.stays(&id) {
-                self.drop_not_demoted(&id, &entry, why);
+                self.drop_not_demoted(&id, &entry, &hints, why);
             }
         }
     }

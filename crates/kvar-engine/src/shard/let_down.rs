@@ -122,8 +122,10 @@ impl Shard {
     /// Whether a block is still what it was decided to let go.
     fn may_be_let_down(&self, id: &BlockId, number: u64, resident: &Resident) -> bool {
         let is_it = resident.number == number && resident.state == State::Volatile;
+        // One that was used again while it was on offer, and let go once more, is on offer already.
+        let is_offered = (self.let_down.offers.values()).any(|offer| offer.number == number);
         let expires = resident.hints.expires_unix_s;
-        is_it && !resident.is_below && !self.is_over(self.now, id, expires)
+        is_it && !is_offered && !resident.is_below && !self.is_over(self.now, id, expires)
     }
 
     fn demotion_of(&self, id: &BlockId, resident: &Resident) -> Option<Box<Demotion>> {

@@ -98,7 +98,7 @@ impl Shard {
         if let Err(error) = result {
             return self.prepare_failed(now, &error);
         }
-        self.device_answers();
+        self.device_takes();
         // Behind the flush of the header, so that a crash finds either the old generation whole or
         // nothing of it; before any payload, so that none is discarded.
         if self.config.discard

@@ -289,6 +289,7 @@ impl Shard {
     /// memory holds of it is written again elsewhere.
     fn sync_failed(&mut self, now: Moment) {
         self.sync = None;
+        self.trouble.of_records = true;
         let Self { segments, .. } = self;
         for segment in [&mut segments.open, &mut segments.sealing] {
             segment.iter_mut().for_each(OpenSegment::not_flushed);

@@ -101,9 +101,12 @@ impl Shard {
             let opened_at = self.segments.get(oldest).opened_at;
             self.keep.set_oldest(opened_at);
         }
+        // What it costs counts by what costs here, whichever way it came.
+        let bytes = block.copy.bytes.padded_len() as u64;
+        let cost = self.keep.cost(block.hints.recompute_us, bytes);
         self.keep.is_worth(&Asking {
             tenant: block.hints.tenant,
-            class: block.moved.class,
+            class: block.moved.class.at_cost(cost),
             age: 0,
             depth: block.hints.depth,
         })

@@ -32,6 +32,9 @@ const TROUBLE_MAX: u32 = 3;
 #[derive(Default)]
 pub(super) struct Trouble {
     failures_in_a_row: u32,
+    /// It refused records: that it takes payload meanwhile is no end of it, or who waits for a flush would
+    /// wait for ever.
+    pub(super) of_records: bool,
     pub(super) until: Option<Moment>,
     reason: Option<String>,
 }
@@ -53,6 +56,14 @@ impl Trouble {
 }
 
 impl Shard {
+    /// The device took payload, or a header.
+    pub(super) fn device_takes(&mut self) {
+        if !self.trouble.of_records {
+            self.device_answers();
+        }
+    }
+
+    /// The device took records and flushed them.
     pub(super) fn device_answers(&mut self) {
         self.retry_given_up |= self.trouble.gave_up();
         self.trouble = Trouble::default();

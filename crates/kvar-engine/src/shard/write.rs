@@ -230,9 +230,9 @@ impl Shard {
                         break; // There will be room in a moment.
                     }
                     // The segment that would take it is the one it is to leave: let it go.
-                    let (id, len) = (item.id, item.len);
-                    self.moved.pop_front();
-                    self.give_up_item(&id, len, from);
+                    if let Some(item) = self.moved.pop_front() {
+                        self.give_up_item(&item, from);
+                    }
                     continue;
                 }
                 if let Some((_, _, group)) = group.take() {
@@ -340,7 +340,7 @@ impl Shard {
         if let Err(error) = result {
             return self.payload_failed(now, group, &error);
         }
-        self.device_answers();
+        self.device_takes();
         let sequence = self.next_sequence;
         for placed in group.items {
             if !is_disabled(Check::RecordAfterPayload) {

@@ -107,7 +107,7 @@ pub(super) fn labelled(report: &NodeReport<'_>) -> Vec<Labelled> {
         },
         Labelled {
             name: "kvar_not_demoted",
-            help: "Blocks that reclaim dropped although there is a big tier, by reason",
+            help: "Blocks that were not taken by the big tier although they were on their way there, by reason",
             label: "reason",
             counts: vec![
                 ("not_worth".to_owned(), sum(|c| c.not_demoted_not_worth)),

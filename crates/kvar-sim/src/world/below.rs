@@ -80,11 +80,17 @@ impl World {
         let presence = self.model.presence(number);
         // The journal is heard first: what was given up in the same moment was there when it was offered.
         let given_up = self.given_up_now.contains(&number);
-        let lenient = self.model.lenient || self.is_unknown(number) || given_up;
-        if presence == Presence::Absent && !lenient {
+        let lenient = self.model.lenient || self.is_unknown(number);
+        if presence == Presence::Absent && !lenient && !given_up {
             return wrong(format!("block {number} is offered below and is not there"));
         }
-        let candidates = self.model.candidates(number);
+        let mut candidates = self.model.candidates(number);
+        if given_up {
+            // What it was is the newest that was not removed.
+            let puts = &self.model.block(number).puts;
+            let newest = puts.iter().rev().find(|put| !put.doomed);
+            candidates.extend(newest.map(|put| put.nonce));
+        }
         let found = self.which_put(number, &None, &block.copy);
         let Some(nonce) = found.filter(|nonce| candidates.contains(nonce) || lenient) else {
             return wrong(format!(

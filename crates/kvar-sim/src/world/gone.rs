@@ -6,11 +6,6 @@
 //! | a position alone | no | that of the block which was written there last |
 //! | a position alone | yes | that of each block which lay there once and has no entry any more |
 //!
-//! Where history was lost, what the journal names need not be what was placed there last: a header that a
-//! flush lied about gives its segment the same generation again, and a record page of before, which did
-//! reach the device, is read as one of now. Its entry leads to another block, and goes as soon as it is
-//! looked at.
-//!
 //! The last row: a lost header lets recovery find the older blocks of a segment beside those that were
 //! written there since, and the index has no ids. The store is asked then, as it is after a restart.
 //!
@@ -46,7 +41,7 @@ impl World {
         }
         let mut excused = self.harm.history_lost;
         if named.is_some() && named != placed || placed.is_none() {
-            if !excused && self.harm.is_none() && !self.model.lenient {
+            if self.harm.is_none() && !self.model.lenient {
                 return wrong(format!(
                     "position {position} is given up as that of {named:?}, and {placed:?} was placed there"
                 ));

@@ -145,7 +145,7 @@ impl Shard {
                 self.by_tenant[entry.tenant.index()].kept_entitled += u64::from(entitled);
             } else if self.goes_down(&id, &hints) {
                 if is_late {
-                    self.drop_late(&id, &entry);
+                    self.drop_late(&id, &entry, &hints);
                 } else {
                     reclaim.descent.waiting.push_back((id, entry, hints));
                 }
@@ -154,9 +154,7 @@ impl Shard {
                 self.index.remove_at(&id, entry.position);
                 self.note_displaced(&id, entry.position, Displaced::Reclaim);
                 let state = if waits { State::Held } else { State::Volatile };
-                let cost = self.keep.cost(hints.recompute_us, Self::demand_of(&entry));
-                self.dram.set_hints(&id, &hints, cost);
-                self.drop_flash_copy(&id, &entry, state);
+                self.drop_flash_copy(&id, &entry, &hints, state);
             }
         }
         self.keep.end_reclaim();
@@ -194,13 +192,22 @@ impl Shard {
         (room / 8 * 7, room)
     }
 
-    /// Reclaim gave up the copy on the device; one in memory is the last, and in this state now.
-    pub(in crate::shard) fn drop_flash_copy(&mut self, id: &BlockId, entry: &Entry, state: State) {
+    /// Reclaim gave up the copy on the device, with its record, which says `hints`; one in memory is the
+    /// last, and in this state now.
+    pub(in crate::shard) fn drop_flash_copy(
+        &mut self,
+        id: &BlockId,
+        entry: &Entry,
+        hints: &RecordHints,
+        state: State,
+    ) {
         if self
             .dram
             .get(id)
             .is_some_and(|resident| resident.state == State::Clean)
         {
+            let cost = self.keep.cost(hints.recompute_us, Self::demand_of(entry));
+            self.dram.set_hints(id, hints, cost);
             self.dram.set_state(id, state);
             self.counters.reclaim_to_memory += 1;
         } else {

@@ -68,7 +68,7 @@ impl Shard {
                 continue;
             }
             if !self.read_to_move(id, entry, hints, false) {
-                self.give_up_move(&id, &entry);
+                self.give_up_move(&id, &entry, &hints);
             }
         }
     }
@@ -133,7 +133,7 @@ impl Shard {
                 if goes_down {
                     return self.read_to_offer(&read, buffer, None);
                 }
-                return self.give_up_move(&id, &entry);
+                return self.give_up_move(&id, &entry, &hints);
             }
         };
         self.segments.get(segment).readers -= 1;
@@ -157,13 +157,18 @@ impl Shard {
         });
     }
 
-    pub(in crate::shard) fn give_up_move(&mut self, id: &BlockId, entry: &Entry) {
+    pub(in crate::shard) fn give_up_move(
+        &mut self,
+        id: &BlockId,
+        entry: &Entry,
+        hints: &RecordHints,
+    ) {
         if let Some(reclaim) = &mut self.reclaim {
             reclaim.moved(stored_bytes(entry.len));
         }
         if self.index.remove_at(id, entry.position) {
             self.note_displaced(id, entry.position, Displaced::Reclaim);
-            self.drop_flash_copy(id, entry, State::Held);
+            self.drop_flash_copy(id, entry, hints, State::Held);
         }
     }
 
@@ -172,27 +177,29 @@ impl Shard {
     pub(super) fn give_up_moves(&mut self) {
         for item in std::mem::take(&mut self.moved) {
             if let Source::Moved { from } = item.source {
-                self.give_up_item(&item.id, item.len, from);
+                self.give_up_item(&item, from);
             }
         }
         let Some(reclaim) = &mut self.reclaim else {
             return;
         };
-        for (id, entry, _) in std::mem::take(&mut reclaim.kept) {
+        for (id, entry, hints) in std::mem::take(&mut reclaim.kept) {
             if self.index.remove_at(&id, entry.position) {
                 self.note_displaced(&id, entry.position, Displaced::Reclaim);
-                self.drop_flash_copy(&id, &entry, State::Held);
+                self.drop_flash_copy(&id, &entry, &hints, State::Held);
             }
         }
     }
 
     /// As [`give_up_move`](Self::give_up_move), of a block that is queued.
-    pub(in crate::shard) fn give_up_item(&mut self, id: &BlockId, len: u32, from: u32) {
-        match self.find(id) {
-            Some((_, entry)) if entry.position == from => self.give_up_move(id, &entry),
+    pub(in crate::shard) fn give_up_item(&mut self, item: &WriteItem, from: u32) {
+        match self.find(&item.id) {
+            Some((_, entry)) if entry.position == from => {
+                self.give_up_move(&item.id, &entry, &item.hints);
+            }
             _ => {
                 if let Some(reclaim) = &mut self.reclaim {
-                    reclaim.moved(stored_bytes(len));
+                    reclaim.moved(stored_bytes(item.len));
                 }
             }
         }
