@@ -9,6 +9,7 @@
 # make bench     engine against fio, links against plain sockets
 # make bench-peers   the engine beside foyer and fjall: same values, same folder, same run (BENCH_ARGS goes to it)
 # make bench-peers-net  a node beside Mooncake Store and Redis over TCP: rates, latencies, CPU, a plot (root; BENCH_ARGS goes to it)
+# make compare-lmcache vLLM over kvar beside vLLM over LMCache with its own files: times to the first token
 # make bench-lmcache LMCache's own benchmark on kvar and on its fs_native, in turns (BENCH_ARGS goes to it)
 # make lint      what CI refuses
 SHELL := /bin/bash

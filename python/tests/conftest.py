@@ -9,10 +9,14 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import kvar
+
+if TYPE_CHECKING:
+    from rig import Rig
 
 START_S_MAX = 30
 STOP_S_MAX = 60
@@ -146,3 +150,19 @@ def until(what: Callable[[], bool], seconds: float = 30) -> None:
     while not what():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.01)
+
+
+@pytest.fixture
+def rig() -> Iterator[Callable[..., Rig]]:
+    """Builds rigs, and closes them. Needs vLLM."""
+    from rig import Rig
+
+    built: list[Rig] = []
+
+    def build(*arguments: Any, **more: Any) -> Rig:
+        built.append(Rig(*arguments, **more))
+        return built[-1]
+
+    yield build
+    for one in built:
+        one.close()

@@ -70,6 +70,6 @@ def test_both_clients_have_the_same_methods() -> None:
     only_sync = {name for name in names(kvar.Client) if name.startswith("submit_")}
     assert names(kvar.AsyncClient) - {"connect"} == names(kvar.Client) - only_sync
     told = {"endpoint", "link", "not_shared", "mode", "announced_bytes_max", "block_bytes_max"}
-    told |= {"staging", "staging_bytes", "not_staged", "hits_placed"}
+    told |= {"staging", "staging_bytes", "not_staged", "hits_placed", "announced_blocks_max"}
     for name in names(kvar.AsyncClient) - told:
         assert inspect.iscoroutinefunction(getattr(kvar.AsyncClient, name)), name

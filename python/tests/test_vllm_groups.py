@@ -79,7 +79,12 @@ class FakeStore:
         self, ids: Sequence[bytes], deadline_ms: int, ttl_s: float, request: int = 0
     ) -> Any:
         self.begun += 1
-        return self._leading(ids)
+        found = self._leading(ids)
+        return found, Promise(self, ids[:found]) if found else None
+
+    def drop_begun(self, begun: Any) -> None:
+        if begun[1] is not None:
+            begun[1].release()
 
     def lookup_leased(
         self,
@@ -91,7 +96,9 @@ class FakeStore:
     ) -> tuple[int, StoreLease | None] | None:
         if not self._asked():
             return None
-        found = self._leading(ids) if begun is None else begun
+        if begun is not None:
+            return begun  # type: ignore[no-any-return]
+        found = self._leading(ids)
         return found, Promise(self, ids[:found]) if found else None
 
     def present(self, ids: Sequence[bytes], deadline_ms: int) -> list[bool] | None:
@@ -530,12 +537,18 @@ def test_what_was_asked_at_arrival_is_the_answer_while_it_is_good(key: kvar.Name
     # After a reset it was about other blocks.
     finder.begin(chain, tokens, 4, 2.0, "")
     assert finder.find(chain, tokens, 4, 2.0, "new") == Found(0)
+    assert not store.promises
     # Where all was there at arrival, nothing more can have come.
     finder.begin(chain, tokens, 5, 2.0, "")
     clock[0] += 0.1
     before = store.questions
-    finder.find(chain, tokens, 5, 2.0, "")
+    found_5 = finder.find(chain, tokens, 5, 2.0, "")
+    assert isinstance(found_5, Found) and found_5.lease is not None
+    found_5.lease.release()
     assert (store.questions, store.begun) == (before + 1, 5)
+    # Of one that nobody asks about any more, or that is begun anew, nothing stays promised.
     finder.begin(chain, tokens, 6, 2.0, "")
+    finder.begin(chain, tokens, 6, 2.0, "")
+    assert len(store.promises) == 1
     finder.forget(6)
-    assert not finder._begun
+    assert not finder._begun and not store.promises

@@ -6,7 +6,7 @@ connector hold for them too (``test_vllm_scheduler.py`` runs both ways).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,20 +24,6 @@ BLOCK_BYTES_A_LAYER = 16 * HEADS * CONTENT * 8
 def every_layer_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rig's layers are small; a real one is sent with as many as make it worth a word."""
     monkeypatch.setattr("kvar.vllm.pages.SENT_BYTES_MIN", 1)
-
-
-@pytest.fixture
-def rig() -> Iterator[Callable[..., Rig]]:
-    """Builds rigs, and closes them."""
-    built: list[Rig] = []
-
-    def build(*arguments: Any, **more: Any) -> Rig:
-        built.append(Rig(*arguments, **more))
-        return built[-1]
-
-    yield build
-    for one in built:
-        one.close()
 
 
 def specs_of(kind: str) -> list[Any]:
@@ -161,11 +147,11 @@ def test_what_cannot_be_announced_goes_after_the_step(
 
 
 def test_of_a_step_whose_load_failed_nothing_is_saved(
-    node: Node, rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+    own_node: Node, rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kvar.vllm import pages
 
-    setting = transfer(node, load="layers", save="layers")
+    setting = transfer(own_node, load="layers", save="layers")
     engine = rig(setting, [full()], model="tainted", step_tokens=512)
     cold, _ = engine.ask(PROMPT[:200])
     engine.settle()
@@ -179,9 +165,13 @@ def test_of_a_step_whose_load_failed_nothing_is_saved(
     monkeypatch.setattr(pages.DirectPages, "load_layers", load_less)
     # What the rig compares is wrong in that step, as it is for a model; its answer is not used.
     engine.compares = False
-    before = engine.count("saved_tokens")
+    before, there, came = engine.count("saved_tokens"), stored(own_node), received(own_node)
+    # The layers of what the step computes are at the node, and stay announced until it is over.
+    engine.before_step_ends = lambda: until(lambda: received(own_node) > came)
     request = engine.submit(PROMPT)
     engine.step()
+    assert stored(own_node) == there
+    engine.before_step_ends = lambda: None
     engine.compares = True
     monkeypatch.undo()
     engine.until(request.is_finished)

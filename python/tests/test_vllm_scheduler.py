@@ -5,7 +5,7 @@ Real bytes over a real node; what is computed, attended to and loaded is checked
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,6 @@ from rig import Rig, full, latent, transfer, windowed
 
 PROMPT = [(n * 7919 + 13) % 1000 for n in range(333)]
 OTHER = PROMPT[:200] + [(n * 104729 + 5) % 1000 for n in range(150)]
-
-
-@pytest.fixture
-def rig() -> Iterator[Callable[..., Rig]]:
-    """Builds rigs, and closes them."""
-    built: list[Rig] = []
-
-    def build(*arguments: Any, **more: Any) -> Rig:
-        built.append(Rig(*arguments, **more))
-        return built[-1]
-
-    yield build
-    for one in built:
-        one.close()
 
 
 GEMMA = {"one group": 1, "gemma": 6, "unequal blocks": 2, "a window alone": 1}
@@ -318,7 +304,7 @@ def test_nobody_hears_of_what_was_not_stored(
     from kvar.vllm.worker import Mover
 
     engine = rig(transfer(node), [full()], model="untold", events=True)
-    monkeypatch.setattr(Mover, "start_save", lambda self, order, salt: self.refuse_save(order))
+    monkeypatch.setattr(Mover, "start_save", lambda self, order, *_: self.refuse_save(order))
     engine.ask(PROMPT)
     engine.settle()
     assert {getattr(event, "medium", "GPU") for event in engine.events} == {"GPU"}

@@ -194,6 +194,13 @@ impl PyClient {
         Ok(limits.map(|limits| limits.bytes_max / kvar_client::ANNOUNCED_SHARE))
     }
 
+    /// How many blocks it may have announced at a time; None until a link stands.
+    #[getter]
+    fn announced_blocks_max(&self) -> PyResult<Option<u64>> {
+        let limits = self.open()?.client.limits();
+        Ok(limits.map(|limits| u64::from(limits.requests_max) / kvar_client::ANNOUNCED_SHARE))
+    }
+
     /// How many leading blocks of a chain are there; refreshes their recency.
     ///
     /// `request` is the prompt's number as in PutHints. Raises ConnectError or RequestError when

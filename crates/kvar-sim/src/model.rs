@@ -215,7 +215,7 @@ impl Block {
     }
 
     /// Puts that may be on the device, oldest first, if history is whole.
-    fn survivors(&self) -> Vec<u64> {
+    pub(crate) fn survivors(&self) -> Vec<u64> {
         let first = self
             .puts
             .iter()

@@ -122,6 +122,11 @@ class AsyncClient:
         return self._client.announced_bytes_max
 
     @property
+    def announced_blocks_max(self) -> int | None:
+        """How many blocks they may have announced at a time; None until a link stands."""
+        return self._client.announced_blocks_max
+
+    @property
     def mode(self) -> str:
         """What the operator wants engines to do: off, observe, save or load."""
         return self._client.mode

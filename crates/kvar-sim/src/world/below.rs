@@ -86,10 +86,8 @@ impl World {
         }
         let mut candidates = self.model.candidates(number);
         if given_up {
-            // What it was is the newest that was not removed.
-            let puts = &self.model.block(number).puts;
-            let newest = puts.iter().rev().find(|put| !put.doomed);
-            candidates.extend(newest.map(|put| put.nonce));
+            // Which of them it was is known no more: any that could be on the device.
+            candidates.extend(self.model.block(number).survivors());
         }
         let found = self.which_put(number, &None, &block.copy);
         let Some(nonce) = found.filter(|nonce| candidates.contains(nonce) || lenient) else {

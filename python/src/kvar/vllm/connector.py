@@ -27,6 +27,7 @@ what to recompute after a failed load, and the choice of what is loaded when.
 from __future__ import annotations
 
 import contextlib
+import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import replace
@@ -493,6 +494,9 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
         """A step begins, with these orders."""
         self._hooks.step_began()
         self._saves_begun = False
+        if self._mover is not None:
+            # Of a step that did not come to its end.
+            self._mover.give_up()
         super().bind_connector_metadata(connector_metadata)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
@@ -540,11 +544,12 @@ class KvarConnector(KVConnectorBase_V1, SupportsHMA):
         if self._mover is None or orders is None:
             return
         with self._hooks("wait_for_save"):
+            step_ended = time.monotonic()
             self._mover.finish_layers()
             may_save = orders.failures_heard == self._mover.failures
             for order in orders.saves:
                 if may_save:
-                    self._mover.start_save(order, orders.salt)
+                    self._mover.start_save(order, orders.salt, step_ended)
                 else:
                     self._mover.refuse_save(order)
 

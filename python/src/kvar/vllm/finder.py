@@ -46,6 +46,9 @@ class Store(Protocol):
     ) -> Any:
         """Begins a leased lookup; what ``lookup_leased`` is given to take its answer, or None."""
 
+    def drop_begun(self, begun: Any) -> None:
+        """Nobody takes the answer of ``begin_lookup``: what it promised ends."""
+
     def lookup_leased(
         self,
         ids: Sequence[bytes],
@@ -137,12 +140,15 @@ class Finder:
         asked = Question(chain, tokens, request, lease_s, salt, ends)
         ids = self._ids(asked, self._whole_blocks(tokens))
         store = self._store.begin_lookup(ids, self._deadline_ms, lease_s, request)
+        self.forget(request)
         if store is not None:
             self._begun[request] = _Begun(asked, store)
 
     def forget(self, request: int) -> None:
-        """Nobody wants the answer to what was begun; what it promised ends by itself."""
-        self._begun.pop(request, None)
+        """Nobody wants the answer to what was begun, nor what it promised."""
+        begun = self._begun.pop(request, None)
+        if begun is not None:
+            self._store.drop_begun(begun.store)
 
     def _begun_of(self, asked: Question) -> tuple[Any, float]:
         """What was begun of this very question, if it is still good, and how long ago."""
@@ -157,7 +163,10 @@ class Finder:
         )
         age_s = asked.ends - before.ends
         is_good = is_same and age_s < asked.lease_s * BEGUN_SHARE
-        return (begun.store, age_s) if is_good else (None, 0.0)
+        if is_good:
+            return begun.store, age_s
+        self._store.drop_begun(begun.store)
+        return None, 0.0
 
     def _whole_blocks(self, tokens: int) -> list[tuple[Group, int]]:
         """The blocks of the full-attention groups, in the order of their tokens."""

@@ -42,6 +42,9 @@ FAILED = "lookup_failed"
 # Asked about to see whether the node answers; ids are hashes, and no hash is all zeros.
 NOBODYS_ID = bytes(32)
 
+# An early lookup that failed longer ago than this behind its deadline is asked again.
+RECENT_MS = 50
+
 
 @dataclass(frozen=True)
 class Begun:
@@ -177,9 +180,9 @@ class Link:
     def begin_lookup(
         self, ids: Sequence[bytes], deadline_ms: int, ttl_s: float, request: int = 0
     ) -> Begun | None:
-        """Begins a leased lookup, whose answer :meth:`lookup_leased` takes.
+        """Begins a leased lookup: :meth:`lookup_leased` takes its answer, or :meth:`drop_begun`.
 
-        None: the store is away. A promise that nobody takes ends with its time.
+        None: the store is away.
         """
         client = self.client()
         if client is None:
@@ -192,6 +195,15 @@ class Link:
             self.failed(error)
             return None
         return Begun(pending, time.monotonic())
+
+    def drop_begun(self, begun: Begun) -> None:
+        """Ends what it promised. Waits for nothing: an answer still to come ends with its time."""
+        if not begun.pending.done():
+            return
+        with contextlib.suppress(kvar.KvarError):
+            lease = begun.pending.result()
+            if lease.held:
+                QuietLease(lease).release()
 
     def lookup_leased(
         self,
@@ -211,15 +223,22 @@ class Link:
             self._why_unanswered = AWAY
             return None
         began = time.monotonic()
+        lease = None
+        if begun is not None:
+            try:
+                lease = begun.pending.result()
+            except kvar.KvarError as error:
+                # One that failed a while ago says nothing of now: it is asked again.
+                if (time.monotonic() - begun.at) * 1000 < deadline_ms + RECENT_MS:
+                    self._not_answered(error, begun.at, deadline_ms)
+                    return None
         try:
-            if begun is None:
+            if lease is None:
                 lease = client.lookup_leased(
                     ids, ttl_s=ttl_s, deadline_ms=deadline_ms, request=request
                 )
-            else:
-                lease = begun.pending.result()
         except kvar.KvarError as error:
-            self._not_answered(error, begun.at if begun is not None else began, deadline_ms)
+            self._not_answered(error, began, deadline_ms)
             return None
         found = lease.leading
         if lease.reason == "overloaded":

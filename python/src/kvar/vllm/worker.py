@@ -1,8 +1,8 @@
 """The worker's half: moves pages as ordered, in the background, and says how it ended.
 
 What must always be true:
-* nothing here waits while the engine has something to compute; every call is a look at what the
-  client's threads have done meanwhile;
+* nothing here waits while the engine has something to compute (where it has not, :meth:`Mover.wait`
+  does, for a moment); every call is a look at what the client's threads have done meanwhile;
 * every order gets its answer, also when the store is away or a call raises: a load's request is
   reported as received (with its bad pages), a save's job is reported, or the engine would wait
   for ever;
@@ -11,9 +11,10 @@ What must always be true:
 * of a save by layers nothing is visible before its step is over, and then all of a block or none.
 
 A load by layers is part of its step: it starts before the forward pass, each layer is waited for
-when it is computed (the only place where something here waits, up to the load's deadline), and the
-step knows at its end what did not come. Whatever was computed meanwhile may be wrong. So the saves
-of that step, and those that the scheduler ordered before it heard of the failure, are turned down.
+when it is computed (the only place where something waits for the store in the middle of a step, up
+to the load's deadline), and the step knows at its end what did not come. Whatever was computed
+meanwhile may be wrong. So the saves of that step, and those that the scheduler ordered before it
+heard of the failure, are turned down.
 
 A save by layers begins with its step's first layer and is committed, or given up, at its end:
 
@@ -253,17 +254,18 @@ class Mover:
         client = self._link.client()
         if client is None or not self._saves_here:
             return
-        self.give_up()
         try:
             room = client.announced_bytes_max or 0
+            places = client.announced_blocks_max or 0
             for order in orders:
                 group = self._groups[order.group]
-                blocks = min(len(order.block_ids), room // group.bytes_a_block)
+                blocks = min(len(order.block_ids), room // group.bytes_a_block, places)
                 if blocks and isinstance(group.pages, DirectPages):
                     batch = self._batch(client, _first(order, blocks), salt, STEP_MS_MAX)
                     save = group.pages.save_layers(batch, self._hints(order))
                     self._begun[order.job] = _Begun(order.group, blocks, save)
                     room -= blocks * group.bytes_a_block
+                    places -= blocks
         except kvar.KvarError as error:
             self._link.failed(error)
 
@@ -287,11 +289,13 @@ class Mover:
         self.counters.add("save_tainted_blocks", len(order.block_ids))
         self._ended.reports[order.job] = SaveReport(1, 0, len(order.block_ids))
 
-    def start_save(self, order: SaveOrder, salt: str) -> None:
+    def start_save(self, order: SaveOrder, salt: str, step_ended: float | None = None) -> None:
         """Starts one save, or what is left of one by layers; its end is in a later :meth:`ended`.
 
-        Called when the step is over that computed it.
+        Called when the step is over that computed it; ``step_ended``: since when, if not now.
         """
+        if step_ended is None:
+            step_ended = time.monotonic()
         if not self._saves_here:
             self._ended.reports[order.job] = SaveReport(1, 0, 0)
             return
@@ -302,10 +306,10 @@ class Mover:
             done = begun.blocks
             self.counters.add("layered_save_blocks", done)
             transfers.append(begun.save.commit(self._deadline_ms))
-        if done < len(order.block_ids):
+        if done < len(order.block_ids) or not transfers:
             transfers.append(self._save_whole(_rest(order, done), salt))
         transfer = transfers[0] if len(transfers) == 1 else Together(transfers)
-        self._saves.append(_Save(order, transfer, time.monotonic()))
+        self._saves.append(_Save(order, transfer, step_ended))
 
     def _save_whole(self, order: SaveOrder, salt: str) -> Transfer:
         client = self._link.client()
