@@ -127,6 +127,22 @@ impl Ended {
     }
 }
 
+/// How many intervals are open, by habit and age.
+type Ages = Vec<[f64; BUCKETS]>;
+
+fn no_ages() -> Ages {
+    vec![[0.0; BUCKETS]; HABITS]
+}
+
+fn sum_of<'a>(parts: impl Iterator<Item = &'a Ages>) -> Ages {
+    let mut sum = no_ages();
+    for part in parts {
+        let counts = sum.iter_mut().flatten().zip(part.iter().flatten());
+        counts.for_each(|(sum, one)| *sum += one);
+    }
+    sum
+}
+
 /// What is known of one tenant.
 #[derive(Clone, Debug)]
 struct Learned {
@@ -395,7 +411,8 @@ impl ReuseModel {
             learned.ended.fade(fade);
             all.add(&learned.ended);
         }
-        let lived = all.lived(&self.ages(now, None));
+        let ages = self.ages(now);
+        let lived = all.lived(&sum_of(ages.iter().flatten()));
         let ends = self.ends_of_all(&all, &lived);
         for (habit, ends) in ends.iter().enumerate() {
             if self.is_kind_seen[habit / HABITS_OF_KIND] {
@@ -410,7 +427,10 @@ impl ReuseModel {
             let Some(mut learned) = self.tenants[tenant].take() else {
                 continue;
             };
-            let lived = learned.ended.lived(&self.ages(now, Some(tenant)));
+            let lived = match &ages[tenant] {
+                Some(ages) => learned.ended.lived(ages),
+                None => learned.ended.lived(&no_ages()),
+            };
             learned.curves.clone_from(&self.curves);
             for habit in 0..HABITS {
                 if !self.is_kind_seen[habit / HABITS_OF_KIND] {
@@ -426,15 +446,15 @@ impl ReuseModel {
         }
     }
 
-    /// How many intervals are open and how old, by habit: of all tenants, or of one.
-    fn ages(&self, now: u64, tenant: Option<usize>) -> Vec<[f64; BUCKETS]> {
-        let mut open = vec![[0.0; BUCKETS]; HABITS];
-        let of = |open: &&Open| tenant.is_none_or(|tenant| tenant == open.tenant.index());
-        for interval in self.open.values().filter(of) {
+    /// How many intervals are open and how old, by habit, of each tenant that has any: one look at each.
+    fn ages(&self, now: u64) -> [Option<Ages>; TENANTS] {
+        let mut ages = [const { None }; TENANTS];
+        for interval in self.open.values() {
             let bucket = self.bucket(now.saturating_sub(interval.since));
-            open[interval.class.habit()][bucket] += 1.0;
+            let of_tenant = ages[interval.tenant.index()].get_or_insert_with(no_ages);
+            of_tenant[interval.class.habit()][bucket] += 1.0;
         }
-        open
+        ages
     }
 
     /// The chance to end in each bucket, by habit, whoever's the blocks are.
